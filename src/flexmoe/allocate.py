@@ -1,0 +1,175 @@
+"""From scores to widths for all budgets: uniform, per layer, global, learned.
+
+Every allocator says one thing: in which order the blocks (a quantum of channels each) of all
+experts go. A budget is then a cut of that one sequence, so widths are nested by construction and
+hit every pruned share to one quantum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flexmoe.errors import FlexmoeError
+from flexmoe.experts import LayerShape
+
+if TYPE_CHECKING:
+    from flexmoe.plan import Plan
+
+Score = Mapping[int, Tensor]  # decoder layer -> [E, I], higher = keep
+
+
+def order_of(score_EI: Tensor) -> Tensor:
+    """Channels of every expert, best first, int32 [E, I]. The sort is stable: channels without
+    evidence (equal scores) keep their places."""
+    return score_EI.sort(dim=1, descending=True, stable=True).indices.int()
+
+
+def default_quantum(channels: int) -> int:
+    """32 for experts of 512 channels and more (tiles, tensor parallel shards, CPU vectors); about
+    a thirty-second of the width for smaller ones."""
+    return 32 if channels >= 512 else max(1, 2 ** ((channels // 32).bit_length() - 1))
+
+
+class Blocks:
+    """All blocks of all experts as flat vectors over X = sum of E * N, one entry a block."""
+
+    def __init__(self, layers: Mapping[int, LayerShape], quantum: int):
+        self.layers, self.quantum = dict(layers), quantum
+        layer, expert, place, size = [], [], [], []
+        for i, shape in self.layers.items():
+            start = torch.arange(0, shape.channels, quantum)
+            N, E = len(start), shape.experts
+            layer.append(torch.full((E * N,), i))
+            expert.append(torch.arange(E).repeat_interleave(N))
+            place.append(torch.arange(N).repeat(E))
+            size.append((shape.channels - start).clamp_max(quantum).repeat(E))
+        self.layer_X, self.expert_X = torch.cat(layer), torch.cat(expert)
+        self.place_X, self.size_X = torch.cat(place), torch.cat(size)
+        per_channel = {i: shape.channel_parameters for i, shape in self.layers.items()}
+        self.parameters_X = self.size_X * torch.tensor([per_channel[int(i)] for i in self.layer_X])
+        self.total = sum(shape.parameters for shape in self.layers.values())
+
+    def scores(self, score: Score) -> Tensor:
+        """Mean score of each block's channels in rank order, never rising within an expert [X]."""
+        parts = []
+        for i, shape in self.layers.items():
+            ranked = score[i].double().sort(dim=1, descending=True).values
+            pad = -shape.channels % self.quantum
+            size_N = self.size_X[self.layer_X == i][: (shape.channels + pad) // self.quantum]
+            blocks = torch.nn.functional.pad(ranked, (0, pad)).unflatten(1, (-1, self.quantum))
+            parts.append((blocks.sum(2) / size_N).cummin(1).values.flatten())
+        return torch.cat(parts)
+
+    def sequence(self, primary_X: Tensor, secondary_X: Tensor) -> Tensor:
+        """Blocks in the order they go: lowest primary value first, ties by the secondary one,
+        then tail first."""
+        sequence = self.place_X.argsort(descending=True, stable=True)
+        for key_X in (secondary_X, primary_X):
+            sequence = sequence[key_X[sequence].argsort(stable=True)]
+        return sequence
+
+    def cut(self, sequence_X: Tensor, budgets: Sequence[float]) -> dict[int, Tensor]:
+        """Widths int32 [B, E] of every layer when the head of the sequence is cut off, as near to
+        each pruned share as a block allows."""
+        removed_X = self.parameters_X[sequence_X].cumsum(0)
+        step_X = torch.cat([torch.zeros(1, dtype=removed_X.dtype), removed_X]).double()
+        if budgets and max(budgets) * self.total > float(step_X[-1]) + 0.5:
+            raise FlexmoeError(
+                f"cannot prune {max(budgets):g}: at most {float(step_X[-1]) / self.total:.4f} of "
+                "the routed-expert parameters belong to channels"
+            )
+        width = {}
+        rank_X = torch.empty_like(sequence_X)
+        rank_X[sequence_X] = torch.arange(len(sequence_X))
+        count_B = [int((step_X - share * self.total).abs().argmin()) for share in budgets]
+        for i, shape in self.layers.items():
+            here = self.layer_X == i
+            rank_EN = rank_X[here].view(shape.experts, -1)
+            size_EN = self.size_X[here].view(shape.experts, -1)
+            rows = [(size_EN * (rank_EN >= count)).sum(1) for count in count_B]
+            width[i] = torch.stack(rows).int()
+        return width
+
+
+def allocate(
+    name: str,
+    layers: Mapping[int, LayerShape],
+    score: Score,
+    budgets: Sequence[float],
+    quantum: int,
+) -> dict[int, Tensor]:
+    """Widths int32 [B, E] of every layer by one of the score-based allocators.
+
+    ``uniform``: every expert the same share; ``layer``: every layer the same share, the best
+    blocks of the layer stay; ``global``: the best blocks of the model stay.
+    """
+    blocks = Blocks(layers, quantum)
+    score_X = blocks.scores(score)
+    if name == "global":
+        primary_X = score_X
+    elif name == "layer":
+        primary_X = torch.empty_like(score_X)
+        for i in layers:
+            here = blocks.layer_X == i
+            primary_X[here] = _share_gone(score_X[here], blocks.parameters_X[here])
+    elif name == "uniform":
+        count = {i: -(-shape.channels // quantum) for i, shape in layers.items()}
+        N_X = torch.tensor([count[int(i)] for i in blocks.layer_X])
+        primary_X = -blocks.place_X / N_X
+    else:
+        raise FlexmoeError(f"'{name}' does not follow from scores alone")
+    return blocks.cut(blocks.sequence(primary_X, score_X), budgets)
+
+
+def _share_gone(score_X: Tensor, parameters_X: Tensor) -> Tensor:
+    """For each block, the share of the layer gone once it and all weaker blocks are cut."""
+    sequence = score_X.argsort(stable=True)
+    gone = torch.empty_like(score_X)
+    gone[sequence] = parameters_X[sequence].double().cumsum(0) / parameters_X.sum()
+    return gone
+
+
+def widths_from_path(
+    layers: Mapping[int, LayerShape],
+    score: Score,
+    path: Sequence[tuple[float, Mapping[int, Tensor]]],
+    budgets: Sequence[float],
+    quantum: int,
+) -> dict[int, Tensor]:
+    """Exact, nested widths from a learned path of (pruned share, widths [E] of every layer).
+
+    A block goes at the first share of the path at which its expert was narrower than the block:
+    an expert that grew again later does not get it back (running minimum). Blocks that went at
+    the same share, or never, go by score.
+    """
+    blocks = Blocks(layers, quantum)
+    gone_X = torch.full((len(blocks.layer_X),), 2.0, dtype=torch.float64)
+    for share, width in sorted(path, key=lambda point: point[0], reverse=True):
+        for i in layers:
+            here = blocks.layer_X == i
+            kept_X = width[i][blocks.expert_X[here]]
+            lost_X = blocks.place_X[here] * quantum >= kept_X
+            gone_X[here] = torch.where(lost_X, share, gone_X[here])
+    return blocks.cut(blocks.sequence(gone_X, blocks.scores(score)), budgets)
+
+
+def cut_between(plan: Plan, richer: int, poorer: int, pruned: float) -> dict[int, Tensor]:
+    """Widths [E] of every layer at a share between two budgets of a plan: every expert gives up
+    its blocks between the two at the same pace."""
+    shapes = {i: layer.shape for i, layer in plan.layers.items()}
+    blocks = Blocks(shapes, plan.quantum)
+    primary_X = torch.empty(len(blocks.layer_X), dtype=torch.float64)
+    for i in shapes:
+        here = blocks.layer_X == i
+        start_X = blocks.place_X[here] * plan.quantum
+        rich_X = plan.width[i][richer][blocks.expert_X[here]]
+        poor_X = plan.width[i][poorer][blocks.expert_X[here]]
+        pace_X = (rich_X - start_X) / (rich_X - poor_X).clamp_min(1)
+        pace_X = torch.where(start_X >= rich_X, -1.0, pace_X)  # gone already
+        primary_X[here] = torch.where(start_X < poor_X, 2.0, pace_X).double()  # stays longest
+    width = blocks.cut(blocks.sequence(primary_X, primary_X), [pruned])
+    return {i: w[0] for i, w in width.items()}

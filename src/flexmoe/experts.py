@@ -1,0 +1,321 @@
+"""The seam: one view of every fused experts module, and the functions flexmoe registers there.
+
+transformers sends each fused experts module through one registry as
+``fn(module, hidden_TH, index_TK, weight_TK) -> TH``, with layout flags on the module. Everything
+in flexmoe that touches expert weights or activations goes through this file, so no architecture
+needs a table, a hook or a patched modelling file.
+
+Shape letters, here and everywhere: ``L`` MoE layers, ``E`` experts, ``I`` channels of an expert,
+``H`` hidden, ``T`` tokens, ``K`` experts per token, ``S = T*K`` routed pairs, ``V`` vocabulary,
+``B`` budgets, ``A`` actions, ``N`` blocks of an expert (a quantum of channels each), ``w`` a width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from flexmoe.errors import FlexmoeError
+
+LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Counts of one MoE layer. ``channel_parameters`` counts gate, up and down (and their biases)
+    of one channel; ``fixed_parameters`` what an expert keeps at every width (its down bias)."""
+
+    experts: int
+    channels: int
+    hidden: int
+    channel_parameters: int
+    fixed_parameters: int
+
+    @property
+    def parameters(self) -> int:
+        """Routed-expert parameters of the layer at full width."""
+        return self.experts * (self.channels * self.channel_parameters + self.fixed_parameters)
+
+
+class ExpertLayer:
+    """Uniform view of one fused experts module at full width: no copies, the flags decide.
+
+    ``index`` is the decoder layer's number, ``name`` the module's path in the model.
+    """
+
+    def __init__(self, index: int, name: str, module: nn.Module):
+        self.index, self.name, self.module = index, name, module
+        down = module.down_proj
+        if not isinstance(down, Tensor) or down.dim() != 3:
+            raise FlexmoeError(f"{name}.down_proj is not a 3-D tensor of experts: cannot be pruned")
+        self.E = down.shape[0]
+        self.I, self.H = down.shape[1:] if module.is_transposed else down.shape[:0:-1]
+
+    @property
+    def shape(self) -> LayerShape:
+        """Counts of this layer, see `LayerShape`."""
+        sides = 2 if self.module.has_gate else 1
+        bias = int(self.module.has_bias)
+        return LayerShape(
+            experts=self.E,
+            channels=self.I,
+            hidden=self.H,
+            channel_parameters=(sides + 1) * self.H + sides * bias,
+            fixed_parameters=self.H * bias,
+        )
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that hold channels, by name (``down_proj_bias`` holds none)."""
+        up = "gate_up_proj" if self.module.has_gate else "up_proj"
+        names = [up, "down_proj"] + ([f"{up}_bias"] if self.module.has_bias else [])
+        return {name: getattr(self.module, name) for name in names}
+
+    def channel_major(self, name: str, tensor: Tensor) -> list[Tensor]:
+        """A parameter (or its gradient) as views [E, I, ...] with one channel a row: gate and up
+        for ``gate_up_proj`` and its bias, one view for the others."""
+        if tensor.dim() == 3 and self.module.is_transposed == (name != "down_proj"):
+            tensor = tensor.mT
+        if not name.startswith("gate_up"):
+            return [tensor]
+        if self.module.is_concatenated:
+            return [tensor[:, : self.I], tensor[:, self.I :]]
+        return [tensor[:, 0::2], tensor[:, 1::2]]
+
+    def permute_(self, order_EI: Tensor) -> None:
+        """Put the channels of every expert into ``order_EI`` in place: the same function."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                for view in self.channel_major(name, parameter.data):
+                    index = order_EI.to(view.device, torch.long)
+                    if view.dim() == 3:
+                        index = index[:, :, None].expand_as(view)
+                    view.copy_(view.gather(1, index))
+
+
+def expert_layers(model: nn.Module) -> list[ExpertLayer]:
+    """Every MoE layer of ``model`` in order, or a `FlexmoeError` that says why there is none."""
+    layers: dict[int, ExpertLayer] = {}
+    for name, module in model.named_modules():
+        if not is_experts(module):
+            continue
+        number = re.search(r"\.(\d+)\.", name)
+        if number is None:
+            raise FlexmoeError(f"experts module '{name}' does not stand in a numbered layer")
+        index = int(number[1])
+        if index in layers:
+            raise FlexmoeError(
+                f"two experts modules in layer {index} ('{layers[index].name}' and '{name}'): "
+                "models with several groups of routed experts in a layer are not supported"
+            )
+        layers[index] = ExpertLayer(index, name, module)
+    if not layers:
+        raise FlexmoeError(_why_no_experts(model))
+    return [layers[i] for i in sorted(layers)]
+
+
+def routed_parameters(model: nn.Module) -> int:
+    """Parameters stored in the routed experts of ``model``, in stock or in ragged storage."""
+    names = ("gate_up_proj", "up_proj", "down_proj")
+    return sum(
+        parameter.numel()
+        for module in model.modules()
+        if is_experts(module)
+        for name, parameter in module.named_parameters(recurse=False)
+        if name.removesuffix("_bias") in names
+    )
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether ``module`` is a fused experts module on the transformers experts interface."""
+    return hasattr(module, "_apply_gate") and all(hasattr(module, flag) for flag in LAYOUT_FLAGS)
+
+
+def _why_no_experts(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    kind = f"{type(model).__name__} (model_type '{getattr(config, 'model_type', '?')}')"
+    own = sorted({type(m).__name__ for m in model.modules() if "Expert" in type(m).__name__})
+    if own:
+        return (
+            f"{kind} has experts of its own ({', '.join(own)}) that are not on the transformers "
+            "experts interface (use_experts_implementation), the one place where flexmoe can "
+            "observe and prune channels. Convert the model to an architecture that is, or ask "
+            "for an adapter."
+        )
+    return (
+        f"no routed experts found in {kind}: flexmoe prunes Mixture-of-Experts models only "
+        "(a dense model, or the MoE layers are switched off in its config)"
+    )
+
+
+# --- The functions registered at the seam -----------------------------------------------------
+
+
+@dataclass
+class Routing:
+    """Routed (token, expert) pairs sorted by expert; pairs of experts held elsewhere are left out.
+
+    ``segments`` lists (expert, start, stop) of the experts that got tokens.
+    """
+
+    position_S: Tensor
+    expert_S: Tensor
+    token_S: Tensor
+    weight_S: Tensor
+    segments: list[tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, index_TK: Tensor, weight_TK: Tensor, experts: int) -> Routing:
+        expert_S, position_S = torch.sort(index_TK.reshape(-1), stable=True)
+        count = torch.bincount(expert_S, minlength=experts)[:experts].tolist()
+        segments, start = [], 0
+        for e, n in enumerate(count):
+            if n:
+                segments.append((e, start, start + n))
+            start += n
+        position_S, expert_S = position_S[:start], expert_S[:start]
+        token_S = position_S // index_TK.shape[1]
+        return cls(position_S, expert_S, token_S, weight_TK.reshape(-1)[position_S], segments)
+
+    def combine(self, module: nn.Module, y_SH: Tensor, like_TH: Tensor, K: int) -> Tensor:
+        """Weigh the experts' outputs and add them up per token, in a fixed order."""
+        if module.has_post_expert_norm:
+            y_SH = module.post_expert_norm(y_SH)
+        weighted = y_SH * self.weight_S[:, None]
+        T, H = like_TH.shape[0], y_SH.shape[1]
+        pairs = weighted.new_zeros(T * K, H).index_copy(0, self.position_S, weighted)
+        return pairs.view(T, K, H).sum(1).to(like_TH.dtype)
+
+
+def full_width_forward(
+    module: nn.Module,
+    x_TH: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    edit: Callable[[Routing, Tensor], Tensor],
+) -> Tensor:
+    """The experts at full width; ``edit(routing, h_SI)`` sees the channel activations and returns
+    those to go on with."""
+    routing = Routing.of(index_TK, weight_TK, module.down_proj.shape[0])
+    x_SH = x_TH[routing.token_S]
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    # unbind, not indexing: its gradient is one stack instead of a full-size zero per expert
+    up_E, down_E = getattr(module, name).unbind(0), module.down_proj.unbind(0)
+    h = [_linear(module, x_SH[a:b], up_E[e]) for e, a, b in routing.segments]
+    pre_S = torch.cat(h) if h else x_SH.new_zeros(0, getattr(module, name).shape[1])
+    if module.has_bias:
+        pre_S = pre_S + getattr(module, f"{name}_bias")[routing.expert_S]
+    h_SI = edit(routing, module._apply_gate(pre_S) if module.has_gate else module.act_fn(pre_S))
+    y = [_linear(module, h_SI[a:b], down_E[e]) for e, a, b in routing.segments]
+    y_SH = torch.cat(y) if y else torch.zeros_like(x_SH)
+    if module.has_bias:
+        y_SH = y_SH + module.down_proj_bias[routing.expert_S]
+    return routing.combine(module, y_SH, x_TH, index_TK.shape[1])
+
+
+def _linear(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    x = x.to(weight.dtype)
+    return x @ weight if module.is_transposed else F.linear(x, weight)
+
+
+def observe_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """Registered as ``flexmoe_observe``: ``module.flexmoe_observer`` sees activations go by."""
+    return full_width_forward(module, x_TH, index_TK, weight_TK, module.flexmoe_observer)
+
+
+def mask_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """Registered as ``flexmoe_mask``: channel activations times ``module.flexmoe_mask_EI``,
+    through which gradients flow; ``module.flexmoe_load_E`` tells how many pairs each expert got.
+    The oracle for every other way to prune."""
+    mask_EI = module.flexmoe_mask_EI
+
+    def edit(routing: Routing, h_SI: Tensor) -> Tensor:
+        module.flexmoe_load_E = torch.bincount(routing.expert_S, minlength=mask_EI.shape[0])
+        return h_SI * mask_EI.to(h_SI.dtype)[routing.expert_S]
+
+    return full_width_forward(module, x_TH, index_TK, weight_TK, edit)
+
+
+def prefix_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """Registered as ``flexmoe``: expert e computes its first ``module.flexmoe_width_E[e]``
+    channels and no more. At full width of stock storage this is the stock function itself."""
+    width_E: list[int] | None = module.flexmoe_width_E
+    if width_E is None:
+        return stock_forward(module, x_TH, index_TK, weight_TK)
+    routing = Routing.of(index_TK, weight_TK, len(width_E))
+    y_SH = x_TH.new_zeros(routing.token_S.shape[0], x_TH.shape[1])
+    for e, a, b in routing.segments:
+        if w := width_E[e]:
+            y_SH[a:b] = prefix_expert(module, e, w, x_TH[routing.token_S[a:b]])
+    if module.has_bias:  # of the expert, not of a channel: stays at every width, also at 0
+        y_SH = y_SH + module.down_proj_bias[routing.expert_S]
+    return routing.combine(module, y_SH, x_TH, index_TK.shape[1])
+
+
+def prefix_expert(module: nn.Module, e: int, w: int, x_nH: Tensor) -> Tensor:
+    """Expert ``e`` cut to its first ``w`` channels, without down bias and routing weight."""
+    up, bias, down_wH = prefix_weights(module, e, w)
+    x_nH = x_nH.to(down_wH.dtype)
+    pre = [F.linear(x_nH, weight, b) for weight, b in zip(up, bias, strict=True)]
+    if not module.has_gate:
+        h = module.act_fn(pre[0])
+    elif module.is_concatenated:
+        h = module._apply_gate(torch.cat(pre, -1))
+    else:
+        h = module._apply_gate(torch.stack(pre, -1).flatten(-2))
+    return h @ down_wH
+
+
+def prefix_weights(
+    module: nn.Module, e: int, w: int
+) -> tuple[list[Tensor], list[Tensor | None], Tensor]:
+    """Views on the first ``w`` channels of expert ``e``: [gate, up] (or [up]) each [w, H], their
+    biases [w], and down [w, H]; from stock storage or from ragged storage."""
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    sides = 2 if module.has_gate else 1
+    if offset_E := getattr(module, "flexmoe_offset_E", None):  # ragged: channels of all experts
+        rows = slice(offset_E[e], offset_E[e] + w)
+        up = list(getattr(module, name)[rows].unbind(1)) if sides == 2 else [module.up_proj[rows]]
+        bias: list[Tensor | None] = [None] * sides
+        if module.has_bias:
+            stored = getattr(module, f"{name}_bias")[rows]
+            bias = list(stored.unbind(1)) if sides == 2 else [stored]
+        return up, bias, module.down_proj[rows]
+    layer = ExpertLayer(-1, "", module)
+    up = [v[0, :w] for v in layer.channel_major(name, getattr(module, name)[e : e + 1])]
+    bias = [None] * sides
+    if module.has_bias:
+        stored = getattr(module, f"{name}_bias")[e : e + 1]
+        bias = [v[0, :w] for v in layer.channel_major(f"{name}_bias", stored)]
+    return up, bias, layer.channel_major("down_proj", module.down_proj[e : e + 1])[0][0, :w]
+
+
+def stock_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """What transformers itself would run on this module (``module.flexmoe_stock``)."""
+    name = module.flexmoe_stock
+    if name in (None, "eager"):
+        return type(module).forward.__wrapped__(module, x_TH, index_TK, weight_TK)
+    return ALL_EXPERTS_FUNCTIONS[name](module, x_TH, index_TK, weight_TK)
+
+
+ALL_EXPERTS_FUNCTIONS.register("flexmoe_observe", observe_forward)
+ALL_EXPERTS_FUNCTIONS.register("flexmoe_mask", mask_forward)
+ALL_EXPERTS_FUNCTIONS.register("flexmoe", prefix_forward)
+
+
+@contextmanager
+def experts_function(model: nn.Module, name: str) -> Iterator[None]:
+    """Run the model's experts through the registered function ``name`` inside the block."""
+    before = model.get_experts_implementation()
+    model.set_experts_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)

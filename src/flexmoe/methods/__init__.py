@@ -1,0 +1,112 @@
+"""Methods: one file per published way to score channels, one decorated pure function in each.
+
+A method maps the statistics of one layer to a score [E, I], higher = keep. A file of your own
+works without touching the package: ``--method ./mine.py:score``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flexmoe.errors import FlexmoeError, did_you_mean
+from flexmoe.experts import ExpertLayer
+from flexmoe.statistics import LayerStatistics
+
+Score = Callable[[ExpertLayer, LayerStatistics], Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A scoring method: its ``score`` function, the statistics it ``needs``, the unit it scores,
+    and where it was published."""
+
+    name: str
+    paper: str
+    needs: tuple[str, ...]
+    score: Score
+    unit: str = "channel"
+
+    @property
+    def summary(self) -> str:
+        """First line of the score function's docstring."""
+        return (self.score.__doc__ or "").strip().split("\n")[0]
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(name: str, *, paper: str, needs: tuple[str, ...] = ()) -> Callable[[Score], Score]:
+    """Declare a scoring method; see any file in this folder."""
+
+    def register(score: Score) -> Score:
+        METHODS[name] = Method(name, paper, needs, score)
+        return score
+
+    return register
+
+
+def all_methods() -> dict[str, Method]:
+    """Every method that comes with flexmoe, by name."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return METHODS
+
+
+def find_method(name: str) -> Method:
+    """A method by its name, or from a file as ``path/to/file.py:function``."""
+    path, colon, function = name.rpartition(":")
+    if not (colon and path.endswith(".py")):
+        known = all_methods()
+        if name.endswith(".py"):
+            raise FlexmoeError(f"'{name}' names a file but no function: write {name}:score")
+        if name not in known:
+            raise did_you_mean(name, known, "method")
+        return known[name]
+    if not Path(path).is_file():
+        raise FlexmoeError(f"method file '{path}' does not exist")
+    all_methods()  # a file of yours may use the statistics that come with flexmoe
+    module_name = f"flexmoe_method_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+    found = getattr(module, function, None)
+    for candidate in METHODS.values():
+        if found is not None and candidate.score is found:
+            return candidate
+    raise FlexmoeError(
+        f"'{path}' has no method function '{function}': decorate it with "
+        '@flexmoe.method("name", paper="...", needs=(...))'
+    )
+
+
+def score_layers(
+    method: Method, layers: list[ExpertLayer], statistics: Mapping[int, LayerStatistics]
+) -> dict[int, Tensor]:
+    """Scores float64 [E, I] of every layer, checked: shape, finite."""
+    scores = {}
+    for layer in layers:
+        with torch.no_grad():
+            score = method.score(layer, statistics[layer.index]).double().cpu()
+        if score.shape != (layer.E, layer.I):
+            raise FlexmoeError(
+                f"method '{method.name}' gave shape {tuple(score.shape)} for layer {layer.index}, "
+                f"expected [{layer.E}, {layer.I}] (experts, channels)"
+            )
+        if not torch.isfinite(score).all():
+            raise FlexmoeError(
+                f"method '{method.name}' gave values that are not finite for layer {layer.index}: "
+                "divide by counts with .clamp_min(1)"
+            )
+        scores[layer.index] = score
+    return scores

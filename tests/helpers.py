@@ -1,0 +1,107 @@
+"""Shared by the tests of files: random plans, the masking oracle, checkpoints on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flexmoe.checkpoint import Checkpoint
+from flexmoe.experts import expert_layers, experts_function
+from flexmoe.plan import LayerRecord, Plan, Recipe
+
+BUDGETS = (0.0, 0.2, 0.4, 0.6)
+# The same float32 products summed in another order or grouping, two layers deep.
+LOGIT_TOLERANCE = 1e-5
+
+
+def random_plan(
+    model: PreTrainedModel,
+    source: Path,
+    budgets: tuple[float, ...] = BUDGETS,
+    seed: int = 0,
+    quantum: int = 2,
+) -> Plan:
+    """A valid plan with random orders and random nested widths. In the first layer expert 0 is
+    the first to go, to width 0, and expert 1 the last."""
+    generator = torch.Generator().manual_seed(seed)
+    layers, order = {}, {}
+    blocks: list[tuple[float, int, int]] = []  # when to go, layer, expert
+    for layer in expert_layers(model):
+        i, shape = layer.index, layer.shape
+        layers[i] = LayerRecord(**vars(shape), experts_per_token=2)
+        ranks = [torch.randperm(shape.channels, generator=generator) for _ in range(shape.experts)]
+        order[i] = torch.stack(ranks).int()
+        assert shape.channels % quantum == 0
+        for e in range(shape.experts):
+            when = torch.rand(shape.channels // quantum, generator=generator).tolist()
+            special = {0: -1.0, 1: 2.0}.get(e) if not blocks or blocks[0][1] == i else None
+            blocks += [(t if special is None else special, i, e) for t in when]
+    blocks.sort()
+    total = sum(record.shape.parameters for record in layers.values())
+    width = {i: torch.empty(0, record.experts, dtype=torch.int32) for i, record in layers.items()}
+    now = {i: torch.full((r.experts,), r.channels, dtype=torch.int32) for i, r in layers.items()}
+    removed, at = 0, 0
+    for share in budgets:
+        while removed < share * total - 1e-6:
+            _, i, e = blocks[at]
+            now[i][e] -= quantum
+            removed, at = removed + quantum * layers[i].channel_parameters, at + 1
+        width = {i: torch.cat([width[i], now[i][None]]) for i in layers}
+    return Plan(
+        layers=layers,
+        order=order,
+        width=width,
+        budgets=budgets,
+        quantum=quantum,
+        recipe=Recipe(
+            base_model=str(source),
+            model_type=model.config.model_type,
+            method="random",
+            allocate="random",
+            data="none",
+            data_sha256="0" * 64,
+            samples=1,
+            seq_len=8,
+            seed=seed,
+        ),
+        bytes_full=Checkpoint(source).bytes,
+        bytes_per_parameter=4,
+    )
+
+
+def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def masked_logits(
+    model: PreTrainedModel,
+    widths: Plan | dict[int, Tensor],
+    pruned: float,
+    ids: Tensor,
+    order: dict[int, Tensor] | None = None,
+) -> Tensor:
+    """Logits of the unranked model with the pruned channels' activations set to zero."""
+    if isinstance(widths, Plan):
+        widths, order = widths.widths(pruned), widths.order
+    for layer in expert_layers(model):
+        kept_EI = torch.arange(layer.I) < widths[layer.index][:, None]
+        mask_EI = torch.zeros(layer.E, layer.I)
+        mask_EI.scatter_(1, order[layer.index].long(), kept_EI.float())
+        layer.module.flexmoe_mask_EI = mask_EI
+    with experts_function(model, "flexmoe_mask"):
+        return logits(model, ids)
+
+
+def ids_of(model: PreTrainedModel, seed: int = 0) -> Tensor:
+    """Two random sequences of ordinary tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 60, (2, 12), generator=generator)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference, relative to the largest logit."""
+    return float((a - b).abs().max() / b.abs().max())

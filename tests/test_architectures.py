@@ -1,0 +1,119 @@
+"""Every architecture on the transformers experts interface goes through the one seam."""
+
+import pytest
+import torch
+from helpers import difference, ids_of, logits
+from zoo import (
+    DECODERS,
+    OFF_INTERFACE,
+    UNBUILDABLE,
+    folder_of,
+    interface_files,
+    tiny_model,
+    tiny_off_interface,
+)
+
+from flexmoe.errors import FlexmoeError
+from flexmoe.experts import expert_layers, experts_function, routed_parameters
+from flexmoe.statistics import observe
+
+# The same float32 products in another order or grouping, a few layers deep; seen: up to 8e-6.
+TOLERANCE = 3e-5
+SEVERAL_GROUPS = {"ernie4_5_vl_moe"}  # text and vision experts in one layer: refused
+SUPPORTED = [name for name in DECODERS if name not in SEVERAL_GROUPS]
+
+
+def test_every_modelling_file_is_covered():
+    assert {folder_of(name) for name in DECODERS} | set(UNBUILDABLE) == set(interface_files())
+    assert len(SUPPORTED) >= 45
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_observe_equals_eager_and_sees_every_pair(name):
+    model = tiny_model(name)
+    ids = ids_of(model)
+    with experts_function(model, "eager"):
+        want = logits(model, ids)
+    seen = []
+
+    def count(routing, h_SI):
+        seen.append(len(routing.expert_S))
+        return h_SI
+
+    for layer in expert_layers(model):
+        layer.module.flexmoe_observer = count
+    with experts_function(model, "flexmoe_observe"):
+        got = logits(model, ids)
+    assert difference(got, want) < TOLERANCE
+    assert len(seen) == len(expert_layers(model))
+    assert all(pairs % ids.numel() == 0 and pairs for pairs in seen)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_masked_equals_sliced_and_ranked_equals_original(name):
+    model = tiny_model(name)
+    ids = ids_of(model)
+    layers = expert_layers(model)
+    with experts_function(model, "eager"):
+        original = logits(model, ids)
+    generator = torch.Generator().manual_seed(0)
+    width, order = {}, {}
+    for layer in layers:
+        drawn = torch.randint(0, layer.I + 1, (layer.E,), generator=generator)
+        drawn[0], drawn[1] = 0, layer.I
+        width[layer.index] = drawn
+        rank = [torch.randperm(layer.I, generator=generator) for _ in range(layer.E)]
+        order[layer.index] = torch.stack(rank)
+        kept = (torch.arange(layer.I) < drawn[:, None]).float()
+        layer.module.flexmoe_mask_EI = torch.zeros_like(kept).scatter_(1, order[layer.index], kept)
+    with experts_function(model, "flexmoe_mask"):
+        masked = logits(model, ids)
+    assert difference(masked, original) > 1e-3  # the cut can be seen
+    for layer in layers:
+        layer.permute_(order[layer.index])
+    with experts_function(model, "eager"):
+        ranked = logits(model, ids)
+    assert difference(ranked, original) < TOLERANCE
+    for layer in layers:
+        layer.module.flexmoe_width_E = width[layer.index].tolist()
+    with experts_function(model, "flexmoe"):
+        sliced = logits(model, ids)
+    assert difference(sliced, masked) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_gradients_of_channels_and_weights_arrive(name):
+    model = tiny_model(name)
+    statistics = observe(model, ids_of(model), ["fisher_EI", "taylor_EI"], batch_size=1)
+    for stats in statistics.values():
+        # the last token of each of the two windows predicts nothing, so it may have no gradient
+        routed, cold = stats["count_E"] > 2, stats["count_E"] == 0
+        assert routed.any()
+        assert (stats["fisher_EI"][routed].sum(1) > 0).all()
+        assert (stats["taylor_EI"][routed].sum(1) > 0).all()
+        assert (stats["fisher_EI"][cold] == 0).all() and (stats["taylor_EI"][cold] == 0).all()
+        assert stats.batches == 2 and stats.tokens == 24
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_counts_of_a_layer_are_those_of_its_parameters():
+    for name in ("gpt_oss", "nemotron_h", "qwen3_moe"):
+        model = tiny_model(name)
+        counted = sum(layer.shape.parameters for layer in expert_layers(model))
+        assert counted == routed_parameters(model)
+
+
+@pytest.mark.parametrize("name", sorted(OFF_INTERFACE))
+def test_models_off_the_interface_are_refused(name):
+    try:
+        model = tiny_off_interface(name)
+    except ValueError:
+        pytest.skip(f"not a causal decoder: {OFF_INTERFACE[name]}")
+    with pytest.raises(FlexmoeError, match=r"experts interface|no routed experts") as error:
+        expert_layers(model)
+    assert type(model).__name__ in str(error.value)
+
+
+def test_several_groups_of_experts_in_a_layer_are_refused():
+    with pytest.raises(FlexmoeError, match="two experts modules in layer"):
+        expert_layers(tiny_model("ernie4_5_vl_moe"))

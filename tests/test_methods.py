@@ -1,0 +1,209 @@
+"""Scores equal those of the methods' official code; statistics merge; bad methods are refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from flexmoe.allocate import order_of
+from flexmoe.errors import FlexmoeError
+from flexmoe.experts import expert_layers
+from flexmoe.methods import METHODS, Method, all_methods, find_method, score_layers
+from flexmoe.methods.camera import energy
+from flexmoe.statistics import THIN, observe, thin_experts
+
+GOLDEN = Path(__file__).parent / "golden"
+TOLERANCE = 1e-4  # relative, as recommended for scores from gradients or float32 squares
+
+
+def golden(model_name, score_name):
+    model = AutoModelForCausalLM.from_pretrained(
+        GOLDEN / "models" / model_name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids = load_file(GOLDEN / "tokens" / f"{model_name}.safetensors")["input_ids"]
+    return model, ids, load_file(GOLDEN / "scores" / f"{score_name}.{model_name}.safetensors")
+
+
+def scores(model, ids, name):
+    method = all_methods()[name]
+    statistics = observe(model, ids, method.needs, batch_size=4)
+    return score_layers(method, expert_layers(model), statistics), statistics
+
+
+def relative(got, want):
+    return float(((got - want).abs() / want.abs().clamp_min(1e-30)).max().detach())
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "mixtral", "olmoe"])
+def test_taylor_equals_flexmoe_ranking(name):
+    model, ids, want = golden(name, "flexmoe_rank")
+    got, _ = scores(model, ids, "taylor")
+    for i, score in got.items():
+        assert relative(score, want[f"layer.{i}.score"].double()) < TOLERANCE
+        order = order_of(score).long()
+        assert torch.equal(order, want[f"layer.{i}.perm"])
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "qwen3moe_cold"])
+def test_heapr_equals_official_code(name):
+    """The official code drops the factor 1/2, takes the mean loss of a batch (4 x 31 predicted
+    tokens) where ours is a sum, and marks experts without tokens by -1 where ours are 0."""
+    model, ids, want = golden(name, "heapr")
+    got, statistics = scores(model, ids, "heapr")
+    flat_got, flat_want = [], []
+    for i, score in got.items():
+        official = want[f"layer.{i}.score"].double()
+        ours = 2 * score / (4 * 31) ** 2
+        cold = statistics[i]["count_E"] == 0
+        assert (official[cold] == -1).all() and (ours[cold] == 0).all()
+        assert relative(ours[~cold], official[~cold]) < TOLERANCE
+        flat_got.append(ours)
+        flat_want.append(torch.stack([want[f"layer.{i}.keep.r25"], want[f"layer.{i}.keep.r50"]]))
+    for share, kept in zip((0.25, 0.5), torch.stack(flat_want).unbind(1), strict=True):
+        ours = torch.stack(flat_got).flatten()
+        keep = int(len(ours) * (1 - share))
+        best = torch.zeros_like(ours, dtype=torch.bool)
+        best[ours.argsort(descending=True)[:keep]] = True
+        assert torch.equal(best, kept.flatten())
+
+
+def test_camera_equals_official_code():
+    model, ids, want = golden("qwen3moe_top8", "camera")
+    statistics = observe(model, ids, all_methods()["camera"].needs, batch_size=4)
+    for layer in expert_layers(model):
+        for alpha, key in ((0.9, "a90"), (1.0, "a100")):
+            got = energy(layer, statistics[layer.index], alpha)
+            official = want[f"layer.{layer.index}.score.{key}"].double()
+            assert relative(got, official) < TOLERANCE
+
+
+def test_fisher_is_the_squared_derivative_by_a_mask():
+    """For an expert with one token, Fisher's score is (d loss / d mask)^2 of a mask at 1."""
+    model, ids, _ = golden("qwen3moe", "heapr")
+    ids = ids[:1, :4]
+    got = observe(model, ids, ["fisher_EI"])
+    model.requires_grad_(False)
+    masks = {}
+    for layer in expert_layers(model):
+        masks[layer.index] = torch.ones(layer.E, layer.I, requires_grad=True)
+        layer.module.flexmoe_mask_EI = masks[layer.index]
+    model.set_experts_implementation("flexmoe_mask")
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
+    for i, mask in masks.items():
+        once = got[i]["count_E"] == 1
+        assert once.any()
+        want = mask.grad.double().square()[once]
+        assert torch.allclose(got[i]["fisher_EI"][once], want, rtol=1e-4, atol=1e-12)
+
+
+def test_halves_of_a_pass_merge_to_the_whole():
+    model, ids, _ = golden("qwen3moe", "heapr")
+    needs = sorted({name for m in all_methods().values() for name in m.needs})
+    whole = observe(model, ids, needs, batch_size=4)
+    first = observe(model, ids[:8], needs, batch_size=4)
+    for i, stats in observe(model, ids[8:], needs, batch_size=4).items():
+        first[i].merge(stats)
+        for name, value in whole[i].values.items():
+            assert torch.allclose(first[i][name], value, rtol=1e-6), name
+        assert first[i].tokens == whole[i].tokens and first[i].batches == whole[i].batches
+
+
+def test_a_token_counts_the_same_in_any_batch():
+    model, ids, _ = golden("olmoe", "flexmoe_rank")
+    needs = ["fisher_EI", "activation2_EI", "energy_max_EI"]
+    one, four = observe(model, ids, needs, batch_size=1), observe(model, ids, needs, batch_size=4)
+    for i in one:
+        for name in needs:
+            assert torch.allclose(one[i][name], four[i][name], rtol=1e-4, atol=1e-9), name
+
+
+@pytest.mark.parametrize("name", sorted(all_methods()))
+def test_contract_of_every_method(name):
+    """Shape, finite, deterministic, and permuting the experts' channels permutes the scores."""
+    model, ids, _ = golden("qwen3moe_cold", "heapr")
+    first, statistics = scores(model, ids, name)
+    again, _ = scores(model, ids, name)
+    assert all(torch.equal(first[i], again[i]) for i in first)
+    cold = [(stats["count_E"] == 0).any() for stats in statistics.values()]
+    assert any(cold)  # the model has experts without a token: no NaN, no exception
+    if name == "random":
+        return
+    reverse = torch.arange(15, -1, -1).expand(16, 16)
+    for layer in expert_layers(model):
+        layer.permute_(reverse)
+    permuted, _ = scores(model, ids, name)
+    for i, score in first.items():
+        assert torch.allclose(permuted[i], score.flip(1), rtol=1e-3, atol=float(score.max()) * 1e-6)
+
+
+def test_thin_experts_are_named():
+    model, ids, _ = golden("qwen3moe_cold", "heapr")
+    statistics = observe(model, ids, [])
+    thin = thin_experts(statistics)
+    for i, stats in statistics.items():
+        assert thin[i] == [e for e, n in enumerate(stats["count_E"].tolist()) if n < THIN]
+    assert thin_experts(statistics, 0) == {}
+
+
+MINE = '''
+import flexmoe
+@flexmoe.statistic("mine_EI", when="forward")
+def mine(pairs):
+    return pairs.h_SI.abs().float()
+@flexmoe.method("mine", paper="none", needs=("mine_EI",))
+def score(layer, stats):
+    """Sum of absolute activations."""
+    return stats["mine_EI"]
+def undecorated(layer, stats):
+    return 0
+'''
+
+
+def test_a_method_of_your_own_needs_no_change_of_the_package(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MINE)
+    try:
+        method = find_method(f"{file}:score")
+        model, ids, _ = golden("mixtral", "flexmoe_rank")
+        got = score_layers(method, expert_layers(model), observe(model, ids, method.needs))
+        assert all((score >= 0).all() and score.sum() > 0 for score in got.values())
+        with pytest.raises(FlexmoeError, match="no method function 'undecorated'"):
+            find_method(f"{file}:undecorated")
+    finally:
+        METHODS.pop("mine", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fischer", "Did you mean 'fisher'"),
+        ("./mine.py", "write ./mine.py:score"),
+        ("./nowhere.py:score", "does not exist"),
+    ],
+)
+def test_unknown_methods_are_refused(name, message):
+    with pytest.raises(FlexmoeError, match=message):
+        find_method(name)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda layer, stats: torch.ones(2, 3), "expected \\[6, 40\\]"),
+        (lambda layer, stats: torch.full((6, 40), torch.nan), "not finite"),
+    ],
+)
+def test_wrong_scores_are_refused(score, message):
+    model, ids, _ = golden("mixtral", "flexmoe_rank")
+    statistics = observe(model, ids[:1], [])
+    with pytest.raises(FlexmoeError, match=message):
+        score_layers(Method("bad", "none", (), score), expert_layers(model), statistics)
+
+
+def test_unknown_statistic_is_refused():
+    model, ids, _ = golden("mixtral", "flexmoe_rank")
+    with pytest.raises(FlexmoeError, match="Did you mean 'fisher_EI'"):
+        observe(model, ids[:1], ["fisher_E"])
