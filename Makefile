@@ -16,7 +16,7 @@ demo: .venv/ready          ## compress, export and evaluate the shipped model, a
 	.venv/bin/flexmoe demo
 
 test: .venv/ready          ## the whole suite on CPU
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto
 
 lint: .venv/ready          ## style and types
 	.venv/bin/ruff check .

@@ -15,6 +15,8 @@ logging.disable_progress_bar()
 settings.register_profile("flexmoe", deadline=None, max_examples=60)
 settings.load_profile("flexmoe")
 
+torch.set_num_threads(1)  # the suite runs in one process a core
+
 
 def pytest_collection_modifyitems(items):
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -73,6 +74,7 @@ def random_plan(
 
 
 def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits without gradients."""
     with torch.no_grad():
         return model(input_ids=ids).logits
 
@@ -105,3 +107,17 @@ def ids_of(model: PreTrainedModel, seed: int = 0) -> Tensor:
 def difference(a: Tensor, b: Tensor) -> float:
     """Largest difference, relative to the largest logit."""
     return float((a - b).abs().max() / b.abs().max())
+
+
+def load(path: Path, model: PreTrainedModel) -> PreTrainedModel:
+    """What transformers loads from ``path`` under the class of ``model``, in float32."""
+    return type(model).from_pretrained(path, dtype=torch.float32).eval()
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """All weights in a checkpoint's folder."""
+    found: dict[str, Tensor] = {}
+    for file in path.glob("*.safetensors"):
+        if file.name != "flexmoe.safetensors":
+            found |= load_file(file)
+    return found

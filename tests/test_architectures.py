@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+
+from flexmoe.errors import FlexmoeError
+from flexmoe.experts import expert_layers, experts_function, routed_parameters
+from flexmoe.statistics import observe
 from helpers import difference, ids_of, logits
 from zoo import (
     DECODERS,
@@ -12,10 +16,6 @@ from zoo import (
     tiny_model,
     tiny_off_interface,
 )
-
-from flexmoe.errors import FlexmoeError
-from flexmoe.experts import expert_layers, experts_function, routed_parameters
-from flexmoe.statistics import observe
 
 # The same float32 products in another order or grouping, a few layers deep; seen: up to 8e-6.
 TOLERANCE = 3e-5

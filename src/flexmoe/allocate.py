@@ -112,10 +112,12 @@ def allocate(
     if name == "global":
         primary_X = score_X
     elif name == "layer":
+        sequence_X = blocks.sequence(score_X, score_X)
         primary_X = torch.empty_like(score_X)
-        for i in layers:
-            here = blocks.layer_X == i
-            primary_X[here] = _share_gone(score_X[here], blocks.parameters_X[here])
+        for i in layers:  # the share of the layer gone once the block and all weaker ones are cut
+            here = sequence_X[blocks.layer_X[sequence_X] == i]
+            parameters = blocks.parameters_X[here].double()
+            primary_X[here] = parameters.cumsum(0) / parameters.sum()
     elif name == "uniform":
         count = {i: -(-shape.channels // quantum) for i, shape in layers.items()}
         N_X = torch.tensor([count[int(i)] for i in blocks.layer_X])
@@ -123,14 +125,6 @@ def allocate(
     else:
         raise FlexmoeError(f"'{name}' does not follow from scores alone")
     return blocks.cut(blocks.sequence(primary_X, score_X), budgets)
-
-
-def _share_gone(score_X: Tensor, parameters_X: Tensor) -> Tensor:
-    """For each block, the share of the layer gone once it and all weaker blocks are cut."""
-    sequence = score_X.argsort(stable=True)
-    gone = torch.empty_like(score_X)
-    gone[sequence] = parameters_X[sequence].double().cumsum(0) / parameters_X.sum()
-    return gone
 
 
 def widths_from_path(

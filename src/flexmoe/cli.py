@@ -1,0 +1,286 @@
+"""The command line: ``flexmoe compress | export | eval | methods | demo``.
+
+Heavy imports happen inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flexmoe import __version__
+from flexmoe.errors import FlexmoeError
+
+app = typer.Typer(
+    name="flexmoe",
+    help="Rank once, cut anywhere, switch live: one Mixture-of-Experts model, every size.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto: cuda where there is one")]
+Base = Annotated[str | None, typer.Option(help="weights for a plan alone: folder or hub id")]
+
+COMPRESS_EXAMPLES = """\
+[bold]Examples[/bold]
+
+  flexmoe compress tiny -o families/tiny
+
+  flexmoe compress allenai/OLMoE-1B-7B-0924 -o families/olmoe --data code.jsonl.gz:3,web.txt:1
+
+  flexmoe compress ./Qwen3-30B-A3B -o families/qwen3 --method taylor --allocate learned
+
+  flexmoe compress ./model -o family --method ./mine.py:score
+"""
+EXPORT_EXAMPLES = """\
+[bold]Examples[/bold]
+
+  flexmoe export families/tiny --pruned 0.4 --layout uniform -o tiny-40       loads everywhere
+
+  flexmoe export families/tiny --pruned 0.35 --layout ragged -o tiny-35       smaller loss, needs flexmoe
+"""  # noqa: E501
+EVAL_EXAMPLES = """\
+[bold]Examples[/bold]
+
+  flexmoe eval families/tiny --json tiny.json
+
+  flexmoe eval families/tiny --pruned 0,0.4 --data books.valid,my.jsonl
+
+  flexmoe eval tiny-40
+"""
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"flexmoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Set up what all commands share."""
+
+
+@app.command(epilog=COMPRESS_EXAMPLES)
+def compress(
+    model: Annotated[str, typer.Argument(help="folder, hub id, or 'tiny' (comes with flexmoe)")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="family folder to make")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="calibration text: FILE[:WEIGHT],... (.jsonl, .txt, .gz); default: tiny"),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="windows of calibration text")] = 128,
+    seq_len: Annotated[
+        int | None, typer.Option(help="tokens a window; default: a quarter of the context, <= 2048")
+    ] = None,
+    pruned: Annotated[
+        str, typer.Option(help="budgets: shares of routed-expert parameters to remove")
+    ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
+    method: Annotated[str, typer.Option(help="NAME or FILE.py:FUNCTION; see: methods")] = "fisher",
+    allocate: Annotated[str, typer.Option(help="uniform, layer, global or learned")] = "global",
+    quantum: Annotated[
+        int | None, typer.Option(help="widths are multiples of this; default: 32, less when tiny")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="windows a step")] = 8,
+    learn_steps: Annotated[
+        int | None, typer.Option(help="steps of --allocate learned; default: 150")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="draws windows, random scores and actions")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Turn a MoE checkpoint into a family: the ranked model and a plan for every budget."""
+    from flexmoe.files import refuse_existing
+    from flexmoe.learn import LearnConfig
+    from flexmoe.pipeline import (
+        CompressConfig,
+        budget_list,
+        check_config,
+        make_plan,
+        rank_channels,
+        write_family,
+    )
+    from flexmoe.progress import bar
+    from flexmoe.statistics import thin_experts
+
+    _quiet()
+    learn = LearnConfig(batch_size=batch_size)
+    if learn_steps is not None:
+        if allocate != "learned":
+            raise FlexmoeError("--learn-steps has no effect without --allocate learned")
+        learn = LearnConfig(steps=learn_steps, batch_size=batch_size)
+    config = CompressConfig(
+        data=data,
+        samples=samples,
+        seq_len=seq_len,
+        pruned=budget_list(pruned),
+        method=method,
+        allocate=allocate,
+        quantum=quantum,
+        batch_size=batch_size,
+        learn=learn,
+        seed=seed,
+        device=device,
+    )
+    check_config(config)
+    refuse_existing(out)
+    ranked = rank_channels(model, config, bar)
+    thin = thin_experts(ranked.statistics) if ranked.windows is not None else {}
+    if thin:
+        number = sum(map(len, thin.values()))
+        where = ", ".join(f"layer {i}: {len(e)}" for i, e in list(thin.items())[:8])
+        _say(
+            f"[yellow]{number} experts saw fewer than 100 tokens ({where}): their order is a guess."
+            " Give more or broader text with --data and --samples.[/yellow]"
+        )
+    plan = make_plan(ranked, allocate, bar)
+    write_family(ranked, plan, out, bar)
+    _say(_plan_table(plan, f"{out}: {model} ranked by {method}, widths {allocate}"))
+    _say(f"next: flexmoe eval {out}, or flexmoe export {out} --pruned 0.4 --layout uniform -o DIR")
+
+
+def _plan_table(plan: Any, title: str) -> Any:
+    from rich.table import Table
+
+    from flexmoe.report import count, size
+
+    table = Table(title=title, title_justify="left")
+    for name in ("pruned", "exactly", "routed parameters", "active routed", "size (ragged)"):
+        table.add_column(name, justify="right")
+    for member in map(plan.member, plan.budgets):
+        table.add_row(
+            f"{member.pruned:.0%}",
+            f"{member.achieved:.2%}",
+            count(member.routed_parameters),
+            count(member.active_parameters),
+            size(member.bytes),
+        )
+    return table
+
+
+@app.command(epilog=EXPORT_EXAMPLES)
+def export(
+    family: Annotated[Path, typer.Argument(help="family folder, or a plan alone")],
+    pruned: Annotated[float, typer.Option(help="share to remove: any the family reaches")],
+    layout: Annotated[str, typer.Option(help="uniform, ragged or masked")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder to make")],
+    base: Base = None,
+) -> None:
+    """Write one member of a family as a checkpoint of its own, at its real size."""
+    from flexmoe.exporter import export as write
+    from flexmoe.progress import bar
+    from flexmoe.report import count, size
+
+    _quiet()
+    done = write(family, out, pruned=pruned, layout=layout, base=base, track=bar)
+    _say(
+        f"{done.path}: {done.layout}, {done.pruned:.2%} pruned, {count(done.routed_parameters)} "
+        f"routed parameters, {size(done.bytes)}\n{done.checked} experts read back and compared "
+        f"with the masked model: largest difference {done.max_difference:.1e} of the output"
+    )
+
+
+@app.command("eval", epilog=EVAL_EXAMPLES)
+def evaluate(
+    path: Annotated[str, typer.Argument(help="family, plan, export, or any MoE checkpoint")],
+    pruned: Annotated[str, typer.Option(help="budgets of a family: 0,0.4 or all")] = "all",
+    data: Annotated[
+        str,
+        typer.Option(help="held-out text: FILE,... ('tiny': four domains, books.valid: one)"),
+    ] = "tiny",
+    samples: Annotated[int | None, typer.Option(help="windows a file; default: all")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="tokens a window; default: a quarter of the context, <= 2048")
+    ] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="write the rows here")] = None,
+    base: Base = None,
+    device: Device = "auto",
+) -> None:
+    """Loss and perplexity on held-out text, for every budget and data file."""
+    from flexmoe.evaluate import evaluate_path
+    from flexmoe.pipeline import budget_list
+    from flexmoe.progress import bar
+    from flexmoe.report import budget_table, merge_rows
+
+    _quiet()
+    rows = evaluate_path(
+        path,
+        data=data,
+        pruned=None if pruned == "all" else budget_list(pruned),
+        samples=samples,
+        seq_len=seq_len,
+        base=base,
+        device=device,
+        track=bar,
+    )
+    files = list(dict.fromkeys(row["data"] for row in rows))
+    _say(budget_table(merge_rows(rows), f"{path} on {', '.join(files)}"))
+    if json_out is not None:
+        json_out.parent.mkdir(parents=True, exist_ok=True)
+        json_out.write_text(json.dumps({"model": path, "rows": rows}, indent=1) + "\n")
+
+
+@app.command()
+def methods() -> None:
+    """List the scoring methods with their paper and unit."""
+    from rich.table import Table
+
+    from flexmoe.methods import all_methods
+
+    table = Table()
+    for name in ("method", "unit", "paper", "score"):
+        table.add_column(name, overflow="fold")
+    for found in sorted(all_methods().values(), key=lambda m: m.name):
+        table.add_row(found.name, found.unit, found.paper, found.summary)
+    _say(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder for all results")] = Path("demo"),
+) -> None:
+    """The whole job on the small model that comes with flexmoe: about two minutes on two cores."""
+    from rich.console import Console
+
+    from flexmoe.demo import demo as run
+    from flexmoe.progress import bar
+
+    _quiet()
+    run(out, Console(), bar)
+
+
+def _quiet() -> None:
+    """Progress bars and warnings of libraries say nothing that ours do not."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _say(what: Any) -> None:
+    from rich.console import Console
+
+    Console().print(what, highlight=False)
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends in one message and exit code 2."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app()
+    except FlexmoeError as error:
+        print(f"flexmoe: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("flexmoe: stopped; nothing half-written is left", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,270 @@
+"""Plan: the order of the channels of every expert and the widths of every budget, and its files.
+
+A plan is all that the rest of flexmoe reads: ranking, masking, exporting and serving follow from
+it. On disk it is two small files, ``flexmoe.json`` and ``flexmoe.safetensors``; beside a ranked
+checkpoint they make a *family*, alone they apply to the untouched base model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from flexmoe.errors import FlexmoeError
+from flexmoe.experts import LayerShape
+
+FORMAT = 1
+JSON_NAME, TENSORS_NAME = "flexmoe.json", "flexmoe.safetensors"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LayerRecord(_Record):
+    """Counts of one MoE layer (see `LayerShape`) and how many experts a token is sent to."""
+
+    experts: int
+    channels: int
+    hidden: int
+    channel_parameters: int
+    fixed_parameters: int
+    experts_per_token: int
+
+    @property
+    def shape(self) -> LayerShape:
+        fields = self.model_dump(exclude={"experts_per_token"})
+        return LayerShape(**fields)
+
+
+class Member(_Record):
+    """Figures of one budget. ``pruned`` is what was asked for, ``achieved`` what the widths give;
+    ``bytes`` is the size of a ragged export's tensors, ``active_parameters`` counts routed
+    parameters a token meets when every expert is as likely as the next."""
+
+    pruned: float
+    achieved: float
+    routed_parameters: int
+    active_parameters: int
+    bytes: int
+
+
+class Recipe(_Record):
+    """How a plan was made: what it takes to make it again."""
+
+    base_model: str
+    model_type: str
+    revision: str | None = None
+    method: str
+    allocate: str
+    settings: dict[str, float | int | str] = {}
+    data: str
+    data_sha256: str
+    samples: int
+    seq_len: int
+    seed: int
+    versions: dict[str, str] = {}
+
+
+class Manifest(_Record):
+    """``flexmoe.json``. ``ranked`` says whether the weights in the same folder are in the plan's
+    order already (a family); false for a plan alone."""
+
+    format: int
+    ranked: bool
+    quantum: int
+    recipe: Recipe
+    layers: dict[int, LayerRecord]
+    budgets: list[Member]
+    bytes_per_parameter: int
+    tensors_sha256: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Order and widths of every MoE layer.
+
+    ``layers[i]`` counts of decoder layer i; ``order[i]`` int32 [E, I], the original index of the
+    channel at each rank, best first; ``width[i]`` int32 [B, E], channels kept; ``budgets`` the B
+    pruned shares, rising from 0.0. Widths never grow with the budget, so every member keeps a
+    prefix of the one order.
+    """
+
+    layers: dict[int, LayerRecord]
+    order: dict[int, Tensor]
+    width: dict[int, Tensor]
+    budgets: tuple[float, ...]
+    quantum: int
+    recipe: Recipe
+    bytes_full: int
+    bytes_per_parameter: int
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    # --- figures -------------------------------------------------------------------------------
+
+    @property
+    def routed_parameters(self) -> int:
+        """Routed-expert parameters at full width."""
+        return sum(layer.shape.parameters for layer in self.layers.values())
+
+    def member(self, pruned: float) -> Member:
+        """The figures of the member at ``pruned`` (any share the plan reaches)."""
+        width, routed, active = self.widths(pruned), 0, 0.0
+        for i, layer in self.layers.items():
+            fixed = layer.experts * layer.fixed_parameters
+            here = int(width[i].sum()) * layer.channel_parameters + fixed
+            routed += here
+            active += here * layer.experts_per_token / layer.experts
+        removed = self.routed_parameters - routed
+        return Member(
+            pruned=pruned,
+            achieved=removed / self.routed_parameters,
+            routed_parameters=routed,
+            active_parameters=round(active),
+            bytes=self.bytes_full - removed * self.bytes_per_parameter,
+        )
+
+    def widths(self, pruned: float) -> dict[int, Tensor]:
+        """Widths [E] of every layer at ``pruned``. Between two budgets of the plan the cut runs
+        from the richer to the poorer one, exact to one quantum and nested like the rest."""
+        from flexmoe.allocate import cut_between
+
+        if any(abs(pruned - b) < 1e-9 for b in self.budgets):
+            at = min(range(len(self.budgets)), key=lambda b: abs(self.budgets[b] - pruned))
+            return {i: width[at] for i, width in self.width.items()}
+        if not 0.0 <= pruned <= self.budgets[-1]:
+            raise FlexmoeError(
+                f"pruned {pruned:g} is outside this plan, which reaches from 0 to "
+                f"{self.budgets[-1]:g}; the nearest is {min(max(pruned, 0.0), self.budgets[-1]):g}"
+            )
+        poorer = next(b for b, share in enumerate(self.budgets) if share > pruned)
+        return cut_between(self, poorer - 1, poorer, pruned)
+
+    # --- checks --------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Shapes, permutations, nesting, exact budgets; a `FlexmoeError` names what is wrong."""
+        B = len(self.budgets)
+        if (
+            not B
+            or self.budgets[0] != 0.0
+            or any(a >= b for a, b in zip(self.budgets, self.budgets[1:], strict=False))
+        ):
+            raise FlexmoeError(f"budgets must rise from 0, found {list(self.budgets)}")
+        if not set(self.layers) == set(self.order) == set(self.width):
+            raise FlexmoeError("layers, order and width of the plan name different layers")
+        for i, layer in self.layers.items():
+            order, width, full = self.order[i], self.width[i], layer.channels
+            if order.shape != (layer.experts, full) or width.shape != (B, layer.experts):
+                raise FlexmoeError(
+                    f"layer {i}: order {tuple(order.shape)} and width {tuple(width.shape)} do not "
+                    f"fit {layer.experts} experts of {full} channels and {B} budgets"
+                )
+            if not torch.equal(order.long().sort(1).values, torch.arange(full).expand_as(order)):
+                raise FlexmoeError(f"layer {i}: order is not a permutation of the channels")
+            if (width[0] != full).any():
+                raise FlexmoeError(f"layer {i}: budget 0 must keep all {full} channels")
+            if (width.diff(dim=0) > 0).any() or (width < 0).any():
+                raise FlexmoeError(f"layer {i}: widths grow with the budget: members not nested")
+            if ((width % self.quantum != 0) & (width != full)).any():
+                raise FlexmoeError(f"layer {i}: widths are not multiples of {self.quantum}")
+        for share in self.budgets:
+            achieved = self.member(share).achieved
+            if abs(achieved - share) > self.tolerance:
+                raise FlexmoeError(
+                    f"budget {share:g} is missed: its widths prune {achieved:.4f} "
+                    f"(allowed {self.tolerance:.4f} beside it)"
+                )
+
+    @property
+    def tolerance(self) -> float:
+        """How far a budget may lie beside the share asked for: 0.25 % or one quantum."""
+        largest = max(layer.channel_parameters for layer in self.layers.values())
+        return max(0.0025, self.quantum * largest / self.routed_parameters)
+
+    # --- files ---------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, *, ranked: bool = False) -> Manifest:
+        """Write the two files into ``folder``; returns what went into ``flexmoe.json``."""
+        from safetensors.torch import save_file
+
+        self.check()
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"layers.{i}.order": t.int().contiguous() for i, t in self.order.items()}
+        tensors |= {f"layers.{i}.width": t.int().contiguous() for i, t in self.width.items()}
+        partial = folder / f"{TENSORS_NAME}.partial"
+        save_file(tensors, partial)
+        manifest = Manifest(
+            format=FORMAT,
+            ranked=ranked,
+            quantum=self.quantum,
+            recipe=self.recipe,
+            layers=self.layers,
+            budgets=[self.member(share) for share in self.budgets],
+            bytes_per_parameter=self.bytes_per_parameter,
+            tensors_sha256=hashlib.sha256(partial.read_bytes()).hexdigest(),
+        )
+        os.replace(partial, folder / TENSORS_NAME)
+        text = json.dumps(manifest.model_dump(), indent=1) + "\n"
+        partial = folder / f"{JSON_NAME}.partial"
+        partial.write_text(text)
+        os.replace(partial, folder / JSON_NAME)
+        return manifest
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Plan:
+        """Read and check the two files in ``folder``."""
+        from safetensors.torch import load_file
+
+        manifest = read_manifest(folder)
+        path = Path(folder) / TENSORS_NAME
+        if not path.is_file():
+            raise FlexmoeError(f"{path} is missing: {JSON_NAME} stands there without its tensors")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != manifest.tensors_sha256:
+            raise FlexmoeError(f"{path} is damaged or of another plan: its sha256 does not fit")
+        tensors = load_file(path)
+        return cls(
+            layers=manifest.layers,
+            order={i: tensors[f"layers.{i}.order"] for i in manifest.layers},
+            width={i: tensors[f"layers.{i}.width"] for i in manifest.layers},
+            budgets=tuple(member.pruned for member in manifest.budgets),
+            quantum=manifest.quantum,
+            recipe=manifest.recipe,
+            bytes_full=manifest.budgets[0].bytes,
+            bytes_per_parameter=manifest.bytes_per_parameter,
+        )
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read ``flexmoe.json`` of a family or plan; a `FlexmoeError` says what is wrong with it."""
+    path = Path(folder) / JSON_NAME
+    if not path.is_file():
+        raise FlexmoeError(
+            f"{folder} is not a flexmoe family or plan: it has no {JSON_NAME} "
+            "(make one with: flexmoe compress MODEL -o FAMILY)"
+        )
+    try:
+        found = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise FlexmoeError(f"{path} is not valid JSON: {error}") from None
+    if found.get("format") != FORMAT:
+        raise FlexmoeError(
+            f"{path} has format {found.get('format')}, this flexmoe reads format {FORMAT}: "
+            "use the version that wrote it, or compress again"
+        )
+    try:
+        return Manifest.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise FlexmoeError(f"{path}: {where}: {first['msg']}") from None

@@ -1,0 +1,209 @@
+"""Checkpoint shards with the channels of experts reordered and cut, written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from flexmoe.checkpoint import INDEX_NAME, Checkpoint, meta_model
+from flexmoe.errors import FlexmoeError
+from flexmoe.hf import LEAVES
+from flexmoe.plan import Plan
+from flexmoe.progress import Track, silent
+from flexmoe.trace import Piece, TracedLayer, trace
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What to keep of one layer: ``order_EI`` long, the stored channel at each rank; ``width_E``
+    channels kept; ``size_E`` channels written (the rest of them zeros)."""
+
+    order_EI: Tensor
+    width_E: list[int]
+    size_E: list[int]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to write, made only when its turn comes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    itemsize: int
+    make: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.itemsize
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to cut, its model without weights, and where its experts' channels are."""
+
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    layers: dict[int, TracedLayer]
+
+    @classmethod
+    def open(cls, path: Path, plan: Plan) -> Source:
+        checkpoint = Checkpoint(path)
+        if "quantization_config" in checkpoint.config:
+            meta_model(path)  # refuses methods other than ours
+            raise FlexmoeError(f"{path} is a ragged export: export from its family instead")
+        model = meta_model(path)
+        layers = trace(checkpoint, model)
+        found = {i: (p.layer.E, p.layer.I, p.layer.H) for i, p in layers.items()}
+        wanted = {i: (r.experts, r.channels, r.hidden) for i, r in plan.layers.items()}
+        if found != wanted:
+            i = min(i for i in found | wanted if found.get(i) != wanted.get(i))
+            raise FlexmoeError(
+                f"the plan is of another model than {path}: (experts, channels, hidden) of layer "
+                f"{i} are {wanted.get(i)} in the plan and {found.get(i)} in the checkpoint"
+            )
+        return cls(checkpoint, model, layers)
+
+
+Shards = dict[str, list[Entry]]
+
+
+def _all_shards(source: Source, of_piece: Callable[[int, Piece], list[Entry]]) -> Shards:
+    """Entries by shard file: those of every tensor with channels, all others as they are."""
+    pieces = {
+        piece.name: (i, piece)
+        for i, traced in source.layers.items()
+        for piece in traced.stored
+        if piece.axis is not None
+    }
+    shards: Shards = {file: [] for file in source.checkpoint.files}
+    for name, info in source.checkpoint.tensors.items():
+        if name in pieces:
+            shards[info.file] += of_piece(*pieces[name])
+        else:
+            size = torch.Size(info.shape).numel()
+            make = partial(source.checkpoint.tensor, name)
+            shards[info.file].append(
+                Entry(name, info.dtype, info.shape, info.bytes // max(size, 1), make)
+            )
+    return shards
+
+
+def same_names(source: Source, cuts: dict[int, Cut]) -> Shards:
+    """Every tensor under its own name, channels reordered and cut along its own axis."""
+
+    def of_piece(i: int, piece: Piece) -> list[Entry]:
+        info, cut = source.checkpoint.tensors[piece.name], cuts[i]
+        size = cut.size_E[piece.expert or 0]  # of a tensor for all experts: the same for each
+        assert piece.axis is not None
+        shape = list(info.shape)
+        shape[piece.axis] = size * len(piece.sides)
+        make = partial(_rebuild, source.checkpoint, piece, cut, shape)
+        itemsize = info.bytes // torch.Size(info.shape).numel()
+        return [Entry(piece.name, info.dtype, tuple(shape), itemsize, make)]
+
+    return _all_shards(source, of_piece)
+
+
+def _rebuild(checkpoint: Checkpoint, piece: Piece, cut: Cut, shape: list[int]) -> Tensor:
+    tensor = checkpoint.tensor(piece.name)
+    new = tensor.new_zeros(shape)
+    experts = range(len(cut.width_E)) if piece.expert is None else [piece.expert]
+    for e in experts:
+        target, best = piece.views(new, e), cut.order_EI[e, : cut.width_E[e]]
+        for side, view in piece.views(tensor, e).items():
+            target[side][: len(best)] = view[best]
+    return new
+
+
+RaggedNames = dict[int, dict[tuple[int, str], str]]  # layer -> (expert, side) -> tensor name
+
+
+def ragged_names(source: Source) -> RaggedNames:
+    """Names of ragged experts: the hub's where it has a tensor for each side of each expert (as
+    stored, or as transformers would save it), else the experts module's path and our leaves."""
+    names: RaggedNames = {}
+    for i, traced in source.layers.items():
+        for pieces in (traced.stored, traced.standard):
+            if all(_is_plain(piece) for piece in pieces):
+                names[i] = {(p.expert, p.sides[0]): p.name for p in pieces if p.expert is not None}
+                break
+        else:
+            own = [
+                (e, side)
+                for e in range(traced.layer.E)
+                for piece in traced.stored
+                if piece.axis is not None and piece.expert in (None, e)
+                for side in piece.sides
+            ]
+            paths = [f"{traced.layer.name}.{e}.{LEAVES[side]}" for e, side in own]
+            # transformers renames parents of the module for the hub: each name carries its number
+            numbered = {path: torch.tensor(n) for n, path in enumerate(paths)}
+            renamed = revert_weight_conversion(source.model, numbered)
+            names[i] = {own[int(n)]: name for name, n in renamed.items()}
+    return names
+
+
+def _is_plain(piece: Piece) -> bool:
+    """[w, H] of gate or up, [H, w] of down, of one expert."""
+    axis = -1 if piece.sides == ("down",) else -2
+    return piece.expert is not None and len(piece.sides) == 1 and piece.axis == axis
+
+
+def ragged(source: Source, cuts: dict[int, Cut], names: RaggedNames) -> Shards:
+    """One tensor for each side of each expert, as long as the expert is wide."""
+
+    def of_piece(i: int, piece: Piece) -> list[Entry]:
+        info, cut, entries = source.checkpoint.tensors[piece.name], cuts[i], []
+        itemsize = info.bytes // torch.Size(info.shape).numel()
+        experts = range(len(cut.width_E)) if piece.expert is None else [piece.expert]
+        for e in experts:
+            for side in piece.sides:
+                w, H = cut.width_E[e], source.layers[i].layer.H
+                shape = (w,) if side.endswith("bias") else (H, w) if side == "down" else (w, H)
+                make = partial(_best, source.checkpoint, piece, cut, e, side)
+                entries.append(Entry(names[i][e, side], info.dtype, shape, itemsize, make))
+        return entries
+
+    return _all_shards(source, of_piece)
+
+
+def _best(checkpoint: Checkpoint, piece: Piece, cut: Cut, e: int, side: str) -> Tensor:
+    view = piece.views(checkpoint.tensor(piece.name), e)[side]
+    kept = view[cut.order_EI[e, : cut.width_E[e]]]
+    return kept.mT if side == "down" else kept
+
+
+def write(source: Source, out: Path, shards: Shards, track: Track = silent) -> None:
+    """Write all shards into ``out``, and their index if the source has one."""
+    for n, (file, entries) in enumerate(shards.items(), 1):
+        _write_shard(out / file, entries, track, f"write {n}/{len(shards)}")
+    if (source.checkpoint.path / INDEX_NAME).is_file():
+        names = {entry.name: file for file, entries in shards.items() for entry in entries}
+        size = sum(entry.bytes for entries in shards.values() for entry in entries)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
+        (out / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(path: Path, entries: list[Entry], track: Track, description: str) -> None:
+    # as the safetensors library does it: larger types first, so that all stay aligned
+    entries = sorted(entries, key=lambda entry: (-entry.itemsize, entry.name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        span = [end, end := end + entry.bytes]
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": span}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for entry in track(entries, description):
+            stream.write(entry.make().contiguous().flatten().view(torch.uint8).numpy())

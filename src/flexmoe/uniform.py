@@ -1,0 +1,101 @@
+"""One width for all experts, and the config key that sets it.
+
+The key is found by trying: models without weights are built from config.json with one number
+changed, and the shapes say what that number sets.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from flexmoe.checkpoint import Checkpoint, meta_model, read_config
+from flexmoe.errors import FlexmoeError
+from flexmoe.plan import Plan
+from flexmoe.trace import TracedLayer
+
+Path = tuple[str, ...]
+# Grouped matrix products, the default of transformers and others, need rows of 16 bytes: bf16.
+ALIGNED = 8
+
+
+def uniform_width(plan: Plan, pruned: float) -> int:
+    """The multiple of the plan's quantum (and of ``ALIGNED``) nearest to ``1 - pruned`` of the
+    channels, at least one and at most all."""
+    channels = {record.channels for record in plan.layers.values()}
+    if len(channels) > 1:
+        raise FlexmoeError(
+            f"the layers' experts have different widths ({sorted(channels)}), which no single "
+            "config value can set: use the layouts ragged or masked"
+        )
+    if not 0.0 <= pruned < 1.0:
+        raise FlexmoeError(f"pruned must be at least 0 and less than 1, found {pruned:g}")
+    full = channels.pop()
+    step = math.lcm(plan.quantum, ALIGNED)
+    return min(full, max(1, round(full * (1 - pruned) / step)) * step)
+
+
+def uniform_config(
+    checkpoint: Checkpoint, layers: dict[int, TracedLayer], width: int
+) -> dict[str, Any]:
+    """config.json with the experts' width set to ``width`` and nothing else changed. Raises
+    `FlexmoeError` if no value does that, naming the other tensors it would change."""
+    full = next(iter(layers.values())).layer.I
+    config = read_config(checkpoint.path)
+    before = _shapes(checkpoint, config)
+    experts = {
+        f"{traced.layer.name}.{name}"
+        for traced in layers.values()
+        for name in traced.layer.parameters
+    }
+    trial = width if width != full else max(1, full // 2)
+    coupled: dict[Path, set[str]] = {}
+    for path in sorted(_paths(config, full), key=lambda path: "intermediate" not in path[-1]):
+        try:
+            after = _shapes(checkpoint, _changed(config, path, trial))
+        except (ValueError, RuntimeError, AssertionError, StrictDataclassError):
+            continue  # a model that cannot be built like that: another number than the width
+        changed = {name for name in before if before[name] != after.get(name)}
+        if changed == experts:
+            return _changed(checkpoint.config, path, width)
+        if changed >= experts:
+            coupled[path] = changed - experts
+    if not coupled:
+        raise FlexmoeError(
+            f"no value in {checkpoint.path / 'config.json'} sets the width {full} of the experts: "
+            "use the layouts ragged or masked"
+        )
+    path, others = min(coupled.items(), key=lambda item: len(item[1]))
+    kinds = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in others})
+    raise FlexmoeError(
+        f"uniform cannot be exported for this architecture: '{'.'.join(path)}' sets the width of "
+        f"the routed experts and also of {', '.join(kinds)}. Use the layouts ragged or masked."
+    )
+
+
+def _shapes(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    model = meta_model(checkpoint.path, config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _paths(config: dict[str, Any], value: int, prefix: Path = ()) -> Iterator[Path]:
+    """Where ``value`` stands in a nested config."""
+    for key, found in config.items():
+        if isinstance(found, dict):
+            yield from _paths(found, value, (*prefix, key))
+        elif type(found) is int and found == value:
+            yield (*prefix, key)
+
+
+def _changed(config: dict[str, Any], path: Path, value: int) -> dict[str, Any]:
+    config = deepcopy(config)
+    inner = config
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return config

@@ -1,0 +1,119 @@
+"""Checkpoints on disk: what is read, what is refused, and names other than the usual ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from flexmoe.checkpoint import Checkpoint, meta_model, resolve
+from flexmoe.errors import FlexmoeError
+from flexmoe.exporter import export
+from flexmoe.trace import trace
+from helpers import (
+    LOGIT_TOLERANCE,
+    difference,
+    ids_of,
+    load,
+    logits,
+    masked_logits,
+    random_plan,
+    tensors,
+)
+from zoo import tiny_model
+
+
+@pytest.mark.parametrize("prefix", ["fused", "no prefix"])
+def test_other_names_for_the_same_weights(prefix: str, tmp_path: Path) -> None:
+    """The layout of the model in memory, and a base model's names without their prefix."""
+    model, source = tiny_model("mixtral"), tmp_path / "source"
+    model.save_pretrained(source, save_original_format=prefix != "fused")
+    if prefix == "no prefix":
+        found = tensors(source)
+        save_file(
+            {k.removeprefix("model."): v for k, v in found.items()}, source / "model.safetensors"
+        )
+    plan, ids = random_plan(model, source), ids_of(model)
+    plan.save(tmp_path / "plan")
+    want = masked_logits(model, plan, 0.4, ids)
+    for layout in ("ragged", "masked"):
+        export(tmp_path / "plan", tmp_path / layout, pruned=0.4, layout=layout)
+        got = logits(load(tmp_path / layout, model), ids)
+        assert difference(got, want) < LOGIT_TOLERANCE
+
+
+def test_transposed_hub_layout(tmp_path: Path) -> None:
+    """The hub has this family's experts transposed; saved again they are not. Both load."""
+    model, source = tiny_model("qwen3_vl_moe"), tmp_path / "source"
+    # I != H / 2, or the shapes would not tell (nor would they tell transformers)
+    config = json.loads(model.config.to_json_string())
+    config["text_config"]["moe_intermediate_size"] = 24
+    model = type(model)(type(model.config).from_dict(config)).eval()
+    model.save_pretrained(source)
+    found = {k: v.mT.contiguous() if "experts" in k else v for k, v in tensors(source).items()}
+    save_file(found, source / "model.safetensors", metadata={"format": "pt"})
+    pieces = trace(Checkpoint(source), meta_model(source))[0].stored
+    assert {(piece.sides, piece.axis) for piece in pieces} == {
+        (("gate", "up"), -1),
+        (("down",), -2),
+    }
+    plan, ids = random_plan(model, source), ids_of(model)
+    plan.save(tmp_path / "plan")
+    for layout in ("ragged", "masked"):
+        export(tmp_path / "plan", tmp_path / layout, pruned=0.4, layout=layout)
+        got = logits(load(tmp_path / layout, model), ids)
+        assert difference(got, masked_logits(model, plan, 0.4, ids)) < LOGIT_TOLERANCE
+
+
+def test_resolve_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(FlexmoeError, match="no folder"):
+        resolve(tmp_path / "nowhere")
+    with pytest.raises(FlexmoeError, match="could not be downloaded"):
+        resolve("nobody/no-such-model")  # the suite runs offline
+    with pytest.raises(FlexmoeError, match=r"no config\.json"):
+        resolve(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FlexmoeError, match="weights are missing"):
+        resolve(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(FlexmoeError, match="pickles"):
+        resolve(tmp_path)
+
+
+def test_tiny_is_in_the_package() -> None:
+    checkpoint = Checkpoint(resolve("tiny"))
+    assert trace(checkpoint, meta_model(checkpoint.path))
+
+
+def test_cut_short_and_missing_shards(tmp_path: Path) -> None:
+    model, source = tiny_model("olmoe"), tmp_path / "source"
+    model.save_pretrained(source, max_shard_size="50KB")
+    shard = sorted(source.glob("*.safetensors"))[0]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-4])
+    with pytest.raises(FlexmoeError, match="cut short"):
+        Checkpoint(source)
+    shard.unlink()
+    with pytest.raises(FlexmoeError, match="is missing"):
+        Checkpoint(source)
+
+
+def test_config_of_another_size_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny_model("mixtral").save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    config["num_local_experts"] = 6
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FlexmoeError, match="do not belong together"):
+        trace(Checkpoint(source), meta_model(source))
+
+
+def test_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
+    config = tiny_model("mixtral").config.to_dict() | {
+        "quantization_config": {"quant_method": "fp8"}
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FlexmoeError, match=r"quantized \(fp8\)"):
+        meta_model(tmp_path)
