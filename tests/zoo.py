@@ -233,9 +233,10 @@ def _fill(model: PreTrainedModel) -> None:
             buffer.add_(0.02 * torch.randn_like(buffer) * (buffer == 0))
 
 
-def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(model_type: str, seed: int = 0, vocab_size: int = 64) -> PreTrainedModel:
     """A random model in float32 and eval mode, the same for the same seed."""
     config = tiny_config(model_type)
+    config.get_text_config().vocab_size = vocab_size
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = model_class(model_type)(config).float().eval()

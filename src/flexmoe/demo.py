@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from flexmoe.data import calibration_windows, evaluation_windows
 from flexmoe.errors import FlexmoeError
-from flexmoe.evaluate import budget_rows, evaluate, mean_nll
-from flexmoe.exporter import export
+from flexmoe.evaluate import Row, budget_rows, evaluate, mean_nll, perplexity
+from flexmoe.exporter import ExportReport, export
 from flexmoe.family import attach, load, set_budget
 from flexmoe.learn import LearnConfig
 from flexmoe.pipeline import (
@@ -33,7 +34,7 @@ MARK = ".flexmoe-demo"  # a folder with this file may be replaced
 SHARES = (0.2, 0.4, 0.6, 0.8)
 PROMPT = "The captain looked at the sea and"
 CONFIG = CompressConfig(
-    data="tiny", samples=256, seq_len=256, allocate="learned", learn=LearnConfig(steps=100)
+    data="tiny", samples=192, seq_len=256, allocate="learned", learn=LearnConfig(steps=80)
 )
 
 
@@ -51,24 +52,21 @@ def demo(out: Path, console: Console, track: Track) -> None:
     chosen = _compare(ranked, plans, console, track)
 
     console.rule("3. Write the family and export members")
-    family = write_family(ranked, plans[chosen], out / "family")
+    family = write_family(ranked, plans[chosen], out / "family", track)
+    made = []
     for layout in ("uniform", "ragged"):
         done = export(family, out / f"{layout}-40", pruned=0.4, layout=layout, track=track)
+        made.append(done)
         console.print(
-            f"{done.path}: {done.pruned:.2%} pruned, {size(done.bytes)}; "
-            f"{done.checked} experts read back and equal to the masked model's"
+            f"{done.path}: {done.pruned:.2%} pruned, {size(done.bytes)}; {done.checked} experts "
+            "read back, equal to the masked model's"
         )
 
     console.rule("4. Every budget on held-out text")
     windows = evaluation_windows("tiny", ranked.tokenizer, samples=24, seq_len=256)
     model = load(family, dtype=torch.float32)
-    rows = budget_rows(model, windows, model.flexmoe_plan.budgets, track=track)
-    exports = {
-        layout: evaluate(load(out / f"{layout}-40", dtype=torch.float32), windows, track=track)
-        for layout in ("uniform", "ragged")
-    }
-    merged = merge_rows(rows)
-    curves = {f"{chosen} (the family)": merged}
+    rows = merge_rows(budget_rows(model, windows, model.flexmoe_plan.budgets, track=track))
+    curves = {f"{chosen} (the family)": rows}
     for name in ALLOCATORS:
         if name != chosen:
             attach(ranked.model, plans[name], ranked=True)
@@ -81,11 +79,25 @@ def demo(out: Path, console: Console, track: Track) -> None:
     for pruned in (0.0, 0.4, 0.6):
         set_budget(model, pruned)
         console.print(f"[bold]{pruned:.0%} pruned:[/bold] {_sample(model, ranked)}\n")
-    console.print(budget_table(merged, f"family ({chosen}), four held-out domains"))
-    for layout, result in exports.items():
-        console.print(f"exported {layout}-40: loss {mean_nll(result):.3f}")
+
+    members = [{"name": "family", **row} for row in rows]
+    members += [_export_row(done, windows, track) for done in made]
+    console.print(budget_table(members, "one family and two exports on four held-out domains"))
     console.print(f"plots: {out}/quality.png, {out}/widths-40.png")
     console.print(f"done in {time.monotonic() - start:.0f} s; next: flexmoe --help")
+
+
+def _export_row(done: ExportReport, windows: dict[str, Tensor], track: Track) -> Row:
+    """The export, loaded again from its folder, as a row of the table."""
+    nll = mean_nll(evaluate(load(done.path, dtype=torch.float32), windows, track=track))
+    return {
+        "name": f"{done.layout} export",
+        "pruned": done.pruned,
+        "routed_parameters": done.routed_parameters,
+        "bytes": done.bytes,
+        "nll": nll,
+        "perplexity": perplexity(nll),
+    }
 
 
 def _fresh(out: Path) -> None:
@@ -104,15 +116,12 @@ def _compare(ranked: Ranked, plans: dict[str, Plan], console: Console, track: Tr
     does not look at the text of the final table.
     """
     assert ranked.windows is not None
-    held_out = calibration_windows("tiny", ranked.tokenizer, samples=48, seq_len=256, seed=10_001)
+    held_out = calibration_windows("tiny", ranked.tokenizer, samples=32, seq_len=256, seed=10_001)
     loss: dict[str, list[float]] = {}
     for name, plan in plans.items():
         attach(ranked.model, plan, ranked=True)
-        results = []
-        for share in SHARES:
-            set_budget(ranked.model, share)
-            results.append(evaluate(ranked.model, {"": held_out.ids}, track=track)[""]["nll"])
-        loss[name] = results
+        rows = budget_rows(ranked.model, {"": held_out.ids}, SHARES, track=track)
+        loss[name] = [row["nll"] for row in rows]
     table = Table(title="loss on calibration-split text", title_justify="left")
     table.add_column("allocate")
     for share in SHARES:

@@ -81,28 +81,16 @@ def _check_single(folder: Path, pruned: float | None) -> None:
 def attach(model: PreTrainedModel, plan: Plan, *, ranked: bool) -> None:
     """Give a loaded model its plan; with ``ranked`` false its channels are put in order first."""
     layers = {layer.index: layer for layer in expert_layers(model)}
-    if set(layers) != set(plan.layers) or any(
-        layers[i].shape != record.shape for i, record in plan.layers.items()
-    ):
-        raise FlexmoeError(
-            f"the plan was made for another model ({plan.recipe.base_model}): its MoE layers are "
-            f"{_shapes(plan.layers)}, this model's are {_shapes(layers)}"
-        )
+    plan.check_fits(model.config.model_type, {i: layer.shape for i, layer in layers.items()})
     for i, layer in layers.items():
         if not ranked:
             layer.permute_(plan.order[i])
-        layer.module.flexmoe_stock = layer.module.config._experts_implementation
+        stock = layer.module.config._experts_implementation
+        if stock != "flexmoe":  # else a plan was attached before: what is beneath stays
+            layer.module.flexmoe_stock = stock
         layer.module.flexmoe_width_E = None
     model.flexmoe_plan = plan
     model.set_experts_implementation("flexmoe")
-
-
-def _shapes(layers: dict) -> str:
-    first = next(iter(layers.values()))
-    return (
-        f"{len(layers)} x {first.shape.experts} experts of {first.shape.channels} channels "
-        f"({first.shape.hidden} hidden)"
-    )
 
 
 def set_budget(model: nn.Module, pruned: float) -> Member:

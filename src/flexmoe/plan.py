@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,6 +184,21 @@ class Plan:
                 raise FlexmoeError(
                     f"budget {share:g} is missed: its widths prune {achieved:.4f} "
                     f"(allowed {self.tolerance:.4f} beside it)"
+                )
+
+    def check_fits(self, model_type: str, shapes: Mapping[int, LayerShape]) -> None:
+        """Raise `FlexmoeError` unless a model of these MoE layers is what the plan is for."""
+        if model_type != self.recipe.model_type:
+            raise FlexmoeError(
+                f"the plan is of another model: it was made for {self.recipe.base_model} of "
+                f"model_type '{self.recipe.model_type}', this one's is '{model_type}'"
+            )
+        for i in sorted(shapes.keys() | self.layers.keys()):
+            wanted = self.layers[i].shape if i in self.layers else None
+            if shapes.get(i) != wanted:
+                raise FlexmoeError(
+                    f"the plan is of another model: layer {i} of {self.recipe.base_model} is "
+                    f"{wanted}, here it is {shapes.get(i)}"
                 )
 
     @property

@@ -37,9 +37,13 @@ def count(number: float) -> str:
     return f"{number:.3g} B"
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g}%"
+
+
 def merge_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One row a budget from rows of several data files: loss and perplexity of the mean over
-    files, each file counting the same."""
+    """One row a budget from rows of several data files: the mean of their losses (each file counts
+    the same) and its perplexity."""
     merged = []
     for pruned in dict.fromkeys(row["pruned"] for row in rows):
         same = [row for row in rows if row["pruned"] == pruned]
@@ -49,14 +53,19 @@ def merge_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def budget_table(rows: Sequence[Row], title: str) -> Table:
-    """Pruned share, routed parameters, bytes, loss, perplexity and its change to the first row."""
+    """Pruned share, routed parameters, bytes, loss, perplexity and its change to the first row;
+    a column more for the rows' ``name`` where they have one."""
+    named = any("name" in row for row in rows)
     table = Table(title=title, title_justify="left")
+    if named:
+        table.add_column("")
     for name in ("pruned", "routed parameters", "size", "loss", "perplexity", "change"):
         table.add_column(name, justify="right")
     for row in rows:
         change = row["perplexity"] / rows[0]["perplexity"] - 1
         table.add_row(
-            f"{row['pruned']:.0%}",
+            *([row.get("name", "")] if named else []),
+            _percent(row["pruned"]),
             count(row["routed_parameters"]),
             size(row["bytes"]),
             f"{row['nll']:.3f}",
@@ -72,8 +81,8 @@ def plot_quality(curves: Mapping[str, Sequence[Row]], path: Path, title: str) ->
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for number, (name, rows) in enumerate(curves.items()):
         x, y = [row["bytes"] / 1e6 for row in rows], [row["nll"] for row in rows]
-        line: dict[str, Any] = {"linewidth": 2.2, "zorder": 3} if number == 0 else {"linewidth": 1.2, "alpha": 0.7}
-        axes.plot(x, y, marker="o", markersize=4, label=name, **line)
+        width, alpha = (2.2, 1.0) if number == 0 else (1.2, 0.7)
+        axes.plot(x, y, marker="o", markersize=4, label=name, linewidth=width, alpha=alpha)
         for row, a, b in zip(rows, x, y, strict=True) if number == 0 else ():
             share = f"{row['pruned']:.0%}"
             axes.annotate(share, (a, b), (0, -13), textcoords="offset points", ha="center", size=8)

@@ -62,14 +62,7 @@ class Source:
             raise FlexmoeError(f"{path} is a ragged export: export from its family instead")
         model = meta_model(path)
         layers = trace(checkpoint, model)
-        found = {i: (p.layer.E, p.layer.I, p.layer.H) for i, p in layers.items()}
-        wanted = {i: (r.experts, r.channels, r.hidden) for i, r in plan.layers.items()}
-        if found != wanted:
-            i = min(i for i in found | wanted if found.get(i) != wanted.get(i))
-            raise FlexmoeError(
-                f"the plan is of another model than {path}: (experts, channels, hidden) of layer "
-                f"{i} are {wanted.get(i)} in the plan and {found.get(i)} in the checkpoint"
-            )
+        plan.check_fits(model.config.model_type, {i: p.layer.shape for i, p in layers.items()})
         return cls(checkpoint, model, layers)
 
 

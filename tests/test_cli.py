@@ -1,0 +1,133 @@
+"""The command line: what it prints, what it writes, how it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from flexmoe.cli import app, main
+from flexmoe.evaluate import evaluate_path
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "family"
+    command = f"compress tiny -o {out} --samples 8 --seq-len 64 --pruned 0.2,0.4"
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 0, result.output
+    assert "40%" in result.output and "flexmoe eval" in result.output
+    return out
+
+
+def test_eval_writes_rows_of_every_budget_and_file(family, tmp_path):
+    out = tmp_path / "rows.json"
+    command = f"eval {family} --data books.valid,math.valid --samples 2 --seq-len 64 --json {out}"
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert found["model"] == str(family)
+    rows = found["rows"]
+    assert [(row["pruned"], row["data"]) for row in rows] == [
+        (share, name) for share in (0.0, 0.2, 0.4) for name in ("books.valid", "math.valid")
+    ]
+    assert set(rows[0]) == {
+        "pruned", "data", "tokens", "nll", "perplexity", "routed_parameters", "bytes",
+    }  # fmt: skip
+    assert all(row["tokens"] == 2 * 63 for row in rows)
+    assert rows[0]["nll"] < rows[-2]["nll"] and rows[0]["bytes"] > rows[-1]["bytes"]
+
+
+@pytest.mark.parametrize("layout", ["uniform", "ragged", "masked"])
+def test_export_then_eval_of_the_export(family, tmp_path, layout):
+    out = tmp_path / "member"
+    command = f"export {family} --pruned 0.4 --layout {layout} -o {out}"
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 0, result.output
+    assert "64 experts read back" in result.output
+    settings = {"data": "math.valid", "samples": 2, "seq_len": 64}
+    (row,) = evaluate_path(out, **settings)
+    (member,) = evaluate_path(family, pruned=(0.4,), **settings)
+    assert row["pruned"] == 0.4
+    full = 1_572_864
+    if layout == "uniform":  # 40 of 64 channels: the multiple of 8 nearest to 38.4
+        assert row["routed_parameters"] == full * 40 // 64
+    else:
+        assert row["nll"] == pytest.approx(member["nll"], rel=1e-6)
+        stored = member["routed_parameters"] if layout == "ragged" else full
+        assert row["routed_parameters"] == stored
+    if layout == "ragged":
+        assert row["bytes"] == member["bytes"]
+
+
+def test_eval_of_a_plain_checkpoint():
+    (row,) = evaluate_path("tiny", data="math.valid", samples=2, seq_len=64)
+    assert row["pruned"] == 0.0 and row["routed_parameters"] == 1_572_864
+
+
+def test_methods_lists_all_with_paper_and_unit():
+    output = CliRunner().invoke(app, ["methods"]).output
+    for name in ("taylor", "fisher", "heapr", "camera", "magnitude", "random", "2606.27866"):
+        assert name in output
+    assert "channel" in output
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("compress ./nowhere -o out", "there is no folder './nowhere'"),
+        ("compress tiny -o out --method fischer", "Did you mean 'fisher'"),
+        ("compress tiny -o out --allocate globl", "Did you mean 'global'"),
+        ("compress tiny -o out --pruned 40%", "is no list of pruned shares"),
+        ("compress tiny -o out --pruned 40", "40 % of the routed-expert parameters"),
+        ("compress tiny -o out --learn-steps 5", "no effect without --allocate learned"),
+        ("compress tiny -o out --data missing.jsonl", "does not exist"),
+        ("compress tiny -o out --samples 100000", "lower --samples"),
+        ("export nowhere --pruned 0.4 --layout ragged -o out", "nowhere"),
+        ("eval tiny --pruned 0,0.4", "--pruned has no effect"),
+        ("eval tiny --pruned 0.4", "cannot be opened at 0.4"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(command, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["flexmoe", *command.split()])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert len(error.splitlines()) < 10
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_commands_and_layouts_get_suggestions(family, tmp_path):
+    output = CliRunner().invoke(app, ["comprss", "tiny"]).output
+    assert "compress" in output
+    from flexmoe import FlexmoeError, export
+
+    with pytest.raises(FlexmoeError, match="Did you mean 'ragged'"):
+        export(family, tmp_path / "x", pruned=0.4, layout="raged")
+
+
+def test_import_is_quick_and_loads_neither_torch_nor_transformers():
+    code = (
+        "import sys, time; start = time.perf_counter(); import flexmoe;"
+        "print(time.perf_counter() - start);"
+        "print(sorted({'torch', 'transformers', 'matplotlib', 'pydantic'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, loaded = run.stdout.splitlines()
+    assert loaded == "[]"
+    assert float(seconds) < 0.3
+
+
+def test_public_names_stay_what_they_are():
+    """Functions named like what they do must not turn into modules once those are imported."""
+    import flexmoe
+
+    for _ in range(2):
+        for name in flexmoe.__all__:
+            assert callable(getattr(flexmoe, name)), name
+    with pytest.raises(AttributeError):
+        _ = flexmoe.nothing
