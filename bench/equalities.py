@@ -16,13 +16,14 @@ from common import save
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 import flexmoe
-from flexmoe.checkpoint import resolve
+from flexmoe.checkpoint import meta_model, resolve
 from flexmoe.data import TINY
-from flexmoe.experts import experts_function
+from flexmoe.experts import expert_layers, experts_function
 from helpers import difference, ids_of, logits, masked_logits, tensors
 from zoo import tiny_model
 
@@ -41,7 +42,7 @@ def main() -> None:
     save("equalities", {"rows": rows})
 
 
-def stock(path: Path) -> torch.nn.Module:
+def stock(path: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
@@ -65,20 +66,15 @@ def walk(name: str, root: Path) -> dict:
         print(f"{name:12} {key:58} {shown}", flush=True)
 
     with experts_function(original, "eager"):
-        tell(
-            "ranked checkpoint, stock class, vs original eager",
-            difference(full, logits(original, ids)),
-        )
-    tell(
-        "budget 0 equals the stock class bit for bit",
-        torch.equal(full, logits(stock(root / "family"), ids)),
-    )
+        eager = logits(original, ids)
+    tell("ranked checkpoint, stock class, vs original eager", difference(full, eager))
+    ranked = stock(root / "family")
+    tell("budget 0 equals the stock class bit for bit", torch.equal(full, logits(ranked, ids)))
     worst = 0.0
     for share in SHARES:
         row["budgets"][share] = flexmoe.set_budget(model, share).achieved
-        worst = max(
-            worst, difference(logits(model, ids), masked_logits(original, plan, share, ids))
-        )
+        masked = masked_logits(original, plan, share, ids)
+        worst = max(worst, difference(logits(model, ids), masked))
     tell("switched to 20, 40, 60, 80 %, vs masked (worst)", worst)
     beside = max(abs(achieved - share) for share, achieved in row["budgets"].items())
     tell("budgets hit, worst deviation (share of routed parameters)", beside)
@@ -88,10 +84,7 @@ def walk(name: str, root: Path) -> dict:
     flexmoe.set_budget(model, 0.4)
     at_40 = logits(model, ids)
     alone = flexmoe.load(root / "plan", 0.4, base=base, dtype=torch.float32, device="cpu")
-    tell(
-        "plan alone on the untouched base at 40 %: bit for bit",
-        torch.equal(logits(alone, ids), at_40),
-    )
+    tell("plan alone on the base at 40 %: bit for bit", torch.equal(logits(alone, ids), at_40))
     for layout in ("masked", "ragged", "uniform"):
         try:
             done = flexmoe.export(root / "family", root / layout, pruned=0.4, layout=layout)
@@ -99,31 +92,27 @@ def walk(name: str, root: Path) -> dict:
             tell(f"{layout} export", f"refused: {error}")
             continue
         row["exports"][layout] = {"pruned": done.pruned, "bytes": done.bytes}
-        exported = stock(done.path)
-        if layout == "uniform":
-            order = {
-                i: torch.arange(r.channels).expand(r.experts, -1) for i, r in plan.layers.items()
-            }
-            width = {
-                i: torch.full((r.experts,), round((1 - done.pruned) * r.channels))
-                for i, r in plan.layers.items()
-            }
-            want = masked_logits(stock(root / "family"), width, 0.4, ids, order)
-        else:
-            want = masked_logits(original, plan, 0.4, ids)
-        tell(
-            f"{layout} export at {done.pruned:.1%}, vs masked",
-            difference(logits(exported, ids), want),
-        )
+        got = logits(stock(done.path), ids)
+        want = uniformly_masked(ranked, done.path, ids) if layout == "uniform" else at_40
+        tell(f"{layout} export at {done.pruned:.1%}, vs masked", difference(got, want))
         if layout == "ragged":
             stored = AutoModelForCausalLM.from_pretrained(done.path, dtype="auto")
             stored.save_pretrained(root / "again")
             first, again = tensors(done.path), tensors(root / "again")
-            same = first.keys() == again.keys() and all(
-                torch.equal(first[k], again[k]) for k in first
-            )
+            same = first.keys() == again.keys()
+            same = same and all(torch.equal(first[key], again[key]) for key in first)
             tell("ragged export loaded and saved: bit-equal tensors", same)
     return row
+
+
+def uniformly_masked(ranked: PreTrainedModel, exported: Path, ids: Tensor) -> Tensor:
+    """Logits of the ranked model with every expert masked to the exported model's width."""
+    order, width = {}, {}
+    cut = expert_layers(meta_model(exported))
+    for narrow, layer in zip(cut, expert_layers(ranked), strict=True):
+        order[layer.index] = torch.arange(layer.I).expand(layer.E, -1)
+        width[layer.index] = torch.full((layer.E,), narrow.I)
+    return masked_logits(ranked, width, 0.4, ids, order)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from flexmoe.statistics import observe
 VARIANTS = ("plain", "fisher", "heapr", "taylor", "camera")
 MODELS = {
     "tiny (4 layers, 16 experts of 64, hidden 128)": None,
-    "random (4 layers, 64 experts of 256, hidden 512, top-8)": (4, 64, 256, 512, 8),
+    "random (2 layers, 64 experts of 256, hidden 512, top-8)": (2, 64, 256, 512, 8),
 }
-BATCHES, BATCH, SEQ_LEN, ROUNDS = 4, 8, 256, 5
+BATCHES, BATCH, SEQ_LEN, ROUNDS = 2, 8, 256, 7
 
 
 def run(shape: tuple[int, ...] | None, variant: str) -> None:

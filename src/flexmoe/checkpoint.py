@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -21,6 +20,14 @@ from flexmoe.plan import JSON_NAME, TENSORS_NAME
 INDEX_NAME = "model.safetensors.index.json"
 # Weights of other formats would be stale beside new ones, so they are never copied.
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+# Names of the safetensors format.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
 
 
 def resolve(model: str | Path) -> Path:
@@ -69,12 +76,14 @@ def _download(model: str) -> Path:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint as its header describes it; ``file`` is the shard's name."""
+    """One tensor of a checkpoint as its header describes it; ``file`` is the shard's name and
+    ``start`` where its bytes begin there."""
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    start: int
 
 
 class Checkpoint:
@@ -96,19 +105,33 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.files:
             self.tensors |= _read_header(self.path / file)
-        self._open: dict[str, Any] = {}
 
     @property
     def bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.bytes for info in self.tensors.values())
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, mapped from its file: only the parts that are used get read."""
-        file = self.tensors[name].file
-        if file not in self._open:
-            self._open[file] = safe_open(self.path / file, framework="pt")
-        return self._open[file].get_tensor(name)
+    def tensor(self, name: str, row: int | None = None) -> Tensor:
+        """One tensor, or one row of its first axis, and no other bytes.
+
+        It is read, not mapped: mapped pages would count as memory of this process until the
+        system wants them back, and add up to the whole checkpoint.
+        """
+        info = self.tensors[name]
+        if info.dtype not in DTYPES:
+            raise FlexmoeError(f"{name} has dtype {info.dtype}, known are {', '.join(DTYPES)}")
+        shape, size, start = info.shape, info.bytes, info.start
+        if row is not None:
+            shape, size = shape[1:], size // shape[0]
+            start += row * size
+        if not size:
+            return torch.empty(shape, dtype=DTYPES[info.dtype])
+        buffer = bytearray(size)
+        with (self.path / info.file).open("rb") as file:
+            file.seek(start)
+            if file.readinto(buffer) != size:
+                raise FlexmoeError(f"{self.path / info.file} ends within {name}: it is damaged")
+        return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).view(shape)
 
     def other_files(self) -> list[Path]:
         """Everything beside weights, their index and flexmoe's own two files, relative to the
@@ -140,7 +163,9 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             "cut short or damaged, download it again"
         )
     return {
-        name: TensorInfo(path.name, entry["dtype"], tuple(entry["shape"]), stop - start)
+        name: TensorInfo(
+            path.name, entry["dtype"], tuple(entry["shape"]), stop - start, 8 + size + start
+        )
         for name, entry in header.items()
         for start, stop in [entry["data_offsets"]]
     }

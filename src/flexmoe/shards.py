@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from flexmoe.checkpoint import INDEX_NAME, Checkpoint, meta_model
+from flexmoe.checkpoint import DTYPES, INDEX_NAME, Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError
 from flexmoe.hf import LEAVES
 from flexmoe.plan import Plan
@@ -107,12 +107,12 @@ def same_names(source: Source, cuts: dict[int, Cut]) -> Shards:
 
 
 def _rebuild(checkpoint: Checkpoint, piece: Piece, cut: Cut, shape: list[int]) -> Tensor:
-    tensor = checkpoint.tensor(piece.name)
-    new = tensor.new_zeros(shape)
+    new = torch.zeros(shape, dtype=DTYPES[checkpoint.tensors[piece.name].dtype])
     experts = range(len(cut.width_E)) if piece.expert is None else [piece.expert]
     for e in experts:
-        target, best = piece.views(new, e), cut.order_EI[e, : cut.width_E[e]]
-        for side, view in piece.views(tensor, e).items():
+        target = piece.views(new[e] if piece.expert is None else new)
+        best = cut.order_EI[e, : cut.width_E[e]]
+        for side, view in piece.read(checkpoint, e).items():
             target[side][: len(best)] = view[best]
     return new
 
@@ -170,7 +170,7 @@ def ragged(source: Source, cuts: dict[int, Cut], names: RaggedNames) -> Shards:
 
 
 def _best(checkpoint: Checkpoint, piece: Piece, cut: Cut, e: int, side: str) -> Tensor:
-    view = piece.views(checkpoint.tensor(piece.name), e)[side]
+    view = piece.read(checkpoint, e)[side]
     kept = view[cut.order_EI[e, : cut.width_E[e]]]
     return kept.mT if side == "down" else kept
 

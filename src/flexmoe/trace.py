@@ -54,10 +54,13 @@ class Piece:
         k, n = self.sides.index(side), len(self.sides)
         return slice(k, None, n) if self.interleaved else slice(k * width, (k + 1) * width)
 
-    def views(self, tensor: Tensor, expert: int) -> dict[str, Tensor]:
-        """One expert's part as views, side -> [w, H] (biases [w]; a down bias [H])."""
-        if self.expert is None:
-            tensor = tensor[expert]
+    def read(self, checkpoint: Checkpoint, expert: int) -> dict[str, Tensor]:
+        """One expert's part as stored, see `views`; the other experts' parts are not read."""
+        row = expert if self.expert is None else None
+        return self.views(checkpoint.tensor(self.name, row))
+
+    def views(self, tensor: Tensor) -> dict[str, Tensor]:
+        """One expert's tensor as views, side -> [w, H] (biases [w]; a down bias [H])."""
         if self.axis is None:
             return {side: tensor for side in self.sides}
         tensor = tensor.movedim(self.axis, 0)
@@ -79,7 +82,7 @@ class TracedLayer:
         views: dict[str, Tensor] = {}
         for piece in self.stored:
             if piece.expert in (None, expert):
-                views |= piece.views(checkpoint.tensor(piece.name), expert)
+                views |= piece.read(checkpoint, expert)
         return views
 
 
