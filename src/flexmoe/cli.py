@@ -21,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto: cuda where there is one")]

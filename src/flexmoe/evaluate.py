@@ -134,14 +134,21 @@ def evaluate_path(
     model = load(path, first, base=base, device=device, dtype=dtype)
     if plan is not None:
         return budget_rows(model, windows, budgets, track=track)
-    about = folder / EXPORT_NAME
     figures = {
-        "pruned": json.loads(about.read_text())["pruned"] if about.is_file() else 0.0,
+        "pruned": _exported_share(folder),
         "routed_parameters": routed_parameters(model),
         "bytes": Checkpoint(weights).bytes,
     }
     results = evaluate(model, windows, track=track)
     return [{**figures, "data": name, **result} for name, result in results.items()]
+
+
+def _exported_share(folder: Path) -> float:
+    """The share an export was asked for; what it came to where one width cannot be as exact."""
+    if not (folder / EXPORT_NAME).is_file():
+        return 0.0
+    about = json.loads((folder / EXPORT_NAME).read_text())
+    return about["achieved" if about["layout"] == "uniform" else "pruned"]
 
 
 def _weights(folder: Path, plan: Plan, base: str | Path | None) -> str | Path:

@@ -1,0 +1,104 @@
+"""Tables of README.md from the committed results.
+
+python bench/tables.py             # rewrites the blocks between <!-- table: NAME --> and end
+python bench/tables.py --check     # exit code 1 if they are not what the results say
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+SHARES = ("0.2", "0.4", "0.6", "0.8")
+
+
+def results(name: str) -> dict:
+    return json.loads((HERE / "results" / f"{name}.json").read_text())
+
+
+def measured_on(found: dict, command: str) -> str:
+    where = found["environment"]
+    return (
+        f"`{command}`; {where['cores']} cores of {where['cpu']}, torch {where['torch']}, "
+        f"transformers {where['transformers']}, {where['date']}, commit {where['commit']}."
+    )
+
+
+def quality() -> str:
+    found = results("quality")
+    lines = ["| method | allocate | 20 % | 40 % | 60 % | 80 % |", "|---|---|---|---|---|---|"]
+    rows = [row for row in found["rows"] if not row["allocate"].startswith("learned")]
+    rows += [row for row in found["rows"] if "paper's form" in row["allocate"]]
+    best = {s: min(row["nll_increase"][s] for row in found["rows"]) for s in SHARES}
+    for row in rows:
+        values = [
+            f"**{row['nll_increase'][s]:.3f}**"
+            if row["nll_increase"][s] == best[s]
+            else f"{row['nll_increase'][s]:.3f}"
+            for s in SHARES
+        ]
+        lines.append(f"| {row['method']} | {row['allocate']} | " + " | ".join(values) + " |")
+    note = (
+        f"Base loss {found['base_nll']:.3f}; {found['held_out_tokens']:,} held-out tokens; "
+        "calibration 128 windows of 256 tokens (learned: 512). "
+    )
+    return "\n".join([*lines, "", note + measured_on(found, "python bench/quality.py")])
+
+
+def costs() -> str:
+    found = results("observe")
+    lines = [
+        f"Observing {found['tokens']:,} tokens against a plain forward and backward of stock",
+        "transformers over the same tokens (median of interleaved rounds; extra peak memory of the",
+        "process beyond the loaded model):",
+        "",
+        "| model | " + " | ".join(next(iter(found["models"].values()))) + " |",
+        "|---" * (1 + len(next(iter(found["models"].values())))) + "|",
+    ]
+    for name, variants in found["models"].items():
+        cells = [
+            f"x{v['ratio_to_plain']:.2f}, {v['extra_peak_bytes'] / 1e6:.0f} MB"
+            for v in variants.values()
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", measured_on(found, "python bench/observe.py"), ""]
+    found = results("export")
+    peak = max(job["anonymous"] + job["mapped"] for job in found["jobs"].values())
+    seconds = ", ".join(f"{name} {job['seconds']:.0f} s" for name, job in found["jobs"].items())
+    lines += [
+        f"Writing, reading back and comparing a checkpoint of "
+        f"{found['checkpoint_bytes'] / 1e9:.2f} GB (largest shard "
+        f"{found['largest_shard_bytes'] / 1e6:.0f} MB, a layer's experts "
+        f"{found['layer_bytes'] / 1e6:.0f} MB): peak memory {peak / 1e6:.0f} MB beyond imports; "
+        f"{seconds}.",
+        "",
+        measured_on(found, "python bench/export.py"),
+    ]
+    return "\n".join(lines)
+
+
+def filled(text: str) -> str:
+    for name, table in (("quality", quality), ("costs", costs)):
+        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        body = table()
+        text, count = re.subn(
+            pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL
+        )
+        assert count == 1, f"README.md has no block for the table {name}"
+    return text
+
+
+def main() -> None:
+    before = README.read_text()
+    after = filled(before)
+    if "--check" in sys.argv:
+        sys.exit(before != after and "README.md is not what the results say: run bench/tables.py")
+    README.write_text(after)
+
+
+if __name__ == "__main__":
+    main()
