@@ -15,7 +15,7 @@ import torch
 from transformers.utils import logging
 
 from common import save
-from flexmoe.data import evaluation_windows
+from flexmoe.data import evaluation_windows, load_tokenizer
 from flexmoe.evaluate import budget_rows, evaluate, mean_nll
 from flexmoe.family import attach
 from flexmoe.learn import LearnConfig
@@ -27,14 +27,15 @@ from flexmoe.report import merge_rows
 SHARES = (0.2, 0.4, 0.6, 0.8)
 SCORED = ("uniform", "layer", "global")
 LEARNED = {
-    "paper's form, 150 steps": {},
-    "300 steps": {"steps": 300},
-    "load floor 0.3": {"load_floor": 0.3},
-    "lr 0.2": {"lr": 0.2},
-    "lr 0.05": {"lr": 0.05},
-    "margin 1.5": {"margin": 1.5},
-    "no entropy term": {"beta": (0.0, 0.0)},
-    "17 actions": {"actions": tuple(i / 16 for i in range(17)), "margin": 5.0},
+    "300 steps": {},
+    "150 steps": {"steps": 150},
+    "150 steps, load floor 0.3": {"steps": 150, "load_floor": 0.3},
+    "150 steps, no entropy term": {"steps": 150, "beta": (0.0, 0.0)},
+    "150 steps, 17 actions": {
+        "steps": 150,
+        "actions": tuple(i / 16 for i in range(17)),
+        "margin": 5.0,
+    },
 }
 CONFIG = CompressConfig(data="tiny", samples=128, seq_len=256, pruned=SHARES)
 
@@ -42,33 +43,31 @@ CONFIG = CompressConfig(data="tiny", samples=128, seq_len=256, pruned=SHARES)
 def main() -> None:
     logging.disable_progress_bar()
     only = sys.argv[1:]
-    rows, base = [], 0.0
+    rows: list[dict] = []
     for name in [n for n in sorted(all_methods()) if not only or n in only]:
-        data = CONFIG.data if all_methods()[name].needs else None
-        ranked = rank_channels("tiny", dataclasses.replace(CONFIG, method=name, data=data), bar)
-        windows = held_out(ranked)
-        base = mean_nll(evaluate(ranked.model, windows))
-        for allocator in SCORED:
-            rows.append(measure(ranked, name, allocator, allocator, base, windows))
+        config = dataclasses.replace(CONFIG, method=name)
+        if not config.needs_data:
+            config = dataclasses.replace(config, data=None, samples=None, seq_len=None)
+        ranked = rank_channels("tiny", config, bar)
+        windows, base = held_out(ranked)
+        rows += [measure(ranked, name, a, a, base, windows) for a in SCORED]
     if not only or "learned" in only:
-        config = dataclasses.replace(CONFIG, samples=512, allocate="learned")
+        ranked = rank_channels("tiny", dataclasses.replace(CONFIG, samples=512), bar)
+        windows, base = held_out(ranked)
         for name, settings in LEARNED.items():
             learn = dataclasses.replace(LearnConfig(), **settings)
-            config = dataclasses.replace(config, learn=learn)
-            ranked = rank_channels("tiny", config, bar)
-            windows = held_out(ranked)
-            base = mean_nll(evaluate(ranked.model, windows))
+            ranked.config = dataclasses.replace(ranked.config, allocate="learned", learn=learn)
             rows.append(measure(ranked, "fisher", "learned", f"learned: {name}", base, windows))
     if not only:
         tokens = sum(ids.numel() for ids in windows.values())
         save("quality", {"base_nll": base, "held_out_tokens": tokens, "rows": rows})
 
 
-def held_out(ranked: Ranked) -> dict[str, torch.Tensor]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(ranked.source)
-    return evaluation_windows("tiny", tokenizer, samples=48, seq_len=256)
+def held_out(ranked: Ranked) -> tuple[dict[str, torch.Tensor], float]:
+    """Windows of four domains, and the loss of the model on them before anything is pruned."""
+    tokenizer = load_tokenizer(ranked.source, ranked.model.config)
+    windows = evaluation_windows("tiny", tokenizer, samples=48, seq_len=256)
+    return windows, mean_nll(evaluate(ranked.model, windows))
 
 
 def measure(

@@ -69,7 +69,7 @@ def random_plan(
             seed=seed,
         ),
         bytes_full=Checkpoint(source).bytes,
-        bytes_per_parameter=4,
+        bytes_per_parameter=model.dtype.itemsize,
     )
 
 

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.experts import expert_layers, experts_function, routed_parameters
+from flexmoe.experts import (
+    expert_layers,
+    experts_function,
+    mask_forward,
+    prefix_forward,
+    routed_parameters,
+)
 from flexmoe.statistics import observe
 from helpers import difference, ids_of, logits
 from zoo import (
@@ -94,6 +100,25 @@ def test_gradients_of_channels_and_weights_arrive(name):
         assert (stats["fisher_EI"][cold] == 0).all() and (stats["taylor_EI"][cold] == 0).all()
         assert stats.batches == 2 and stats.tokens == 24
     assert not any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_pairs_of_experts_held_elsewhere_are_left_out(name):
+    """Expert parallelism marks them by an index beyond the last expert and weight 0."""
+    layer = expert_layers(tiny_model(name))[0]
+    generator = torch.Generator().manual_seed(0)
+    x_TH = torch.randn(5, layer.H, generator=generator)
+    index_TK = torch.tensor([[0, 1], [2, 8], [8, 8], [8, 3], [7, 0]])
+    weight_TK = torch.rand(5, 2, generator=generator) * (index_TK < layer.E)
+    layer.module.flexmoe_mask_EI = torch.ones(layer.E, layer.I)
+    layer.module.flexmoe_width_E = [layer.I] * layer.E
+    want = mask_forward(layer.module, x_TH, index_TK.clamp_max(7), weight_TK)
+    for function in (mask_forward, prefix_forward):
+        got = function(layer.module, x_TH, index_TK, weight_TK)
+        assert torch.allclose(got, want, atol=1e-6)
+        none = function(layer.module, x_TH, torch.full_like(index_TK, 8), weight_TK * 0)
+        assert (none == 0).all() and none.shape == x_TH.shape
+    assert layer.module.flexmoe_load_E.sum() == 0
 
 
 def test_counts_of_a_layer_are_those_of_its_parameters():

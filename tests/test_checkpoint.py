@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
 from flexmoe.checkpoint import Checkpoint, meta_model, resolve
@@ -98,6 +100,82 @@ def test_cut_short_and_missing_shards(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(FlexmoeError, match="is missing"):
         Checkpoint(source)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", b"{", r"config\.json is not valid JSON"),
+        ("config.json", b"\xff\xfe\x00", r"config\.json is not valid JSON"),
+        ("config.json", b"[]", "holds a list"),
+        ("model.safetensors.index.json", b"oops", r"index\.json is not valid JSON"),
+        ("model.safetensors.index.json", b"{}", "has no 'weight_map'"),
+        ("model.safetensors", b"", "damaged safetensors header"),
+        ("model.safetensors", b"\x02" + bytes(7) + b"{x", "damaged safetensors header"),
+        ("model.safetensors", b"\x02" + bytes(7) + b"[]", "damaged safetensors header"),
+        ("model.safetensors", b"\x08" + bytes(7) + b'{"a":{}}', "damaged safetensors header"),
+        ("model.safetensors", b"\x09" + bytes(7) + b"{}", "cut short"),
+    ],
+)
+def test_damaged_files(file: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(FlexmoeError, match=message):
+        Checkpoint(tmp_path)
+    if file == "config.json":
+        with pytest.raises(FlexmoeError, match=message):
+            meta_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(hidden_size="wide"), dict(num_attention_heads=0), dict(num_local_experts=-1)]
+)
+def test_config_that_cannot_be_built(change: dict[str, object], tmp_path: Path) -> None:
+    config = tiny_model("mixtral").config.to_dict() | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FlexmoeError, match=r"cannot build the 'mixtral' model of .*config\.json"):
+        meta_model(tmp_path)
+
+
+class Hub:
+    """A hub that has one model, and what was asked of it."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder, self.asked = folder, []  # type: ignore[var-annotated]
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.file)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot)
+
+    def file(self, model: str, name: str) -> str:
+        self.asked.append(name)
+        return str(self.folder / name)
+
+    def snapshot(self, model: str, **patterns: list[str]) -> str:
+        self.asked.append(patterns)
+        return str(self.folder)
+
+
+def test_download_leaves_out_second_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("olmoe").save_pretrained(tmp_path)
+    hub = Hub(tmp_path, monkeypatch)
+    assert resolve("owner/model") == tmp_path
+    config, patterns = hub.asked
+    assert config == "config.json"
+    files = [
+        "config.json", "tokenizer.model", "chat_template.jinja", "model-00001-of-00002.safetensors",
+        "consolidated.safetensors", "original/model.safetensors", "original/params.json",
+        "pytorch_model.bin", "metal/model.safetensors",
+    ]  # fmt: skip
+    assert list(filter_repo_objects(files, **patterns)) == files[:4]
+
+
+def test_quantized_model_is_refused_before_its_weights_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "mxfp4"}}')
+    hub = Hub(tmp_path, monkeypatch)
+    with pytest.raises(FlexmoeError, match=r"owner/model is quantized \(mxfp4\)"):
+        resolve("owner/model")
+    assert hub.asked == ["config.json"]
 
 
 def test_config_of_another_size_is_refused(tmp_path: Path) -> None:

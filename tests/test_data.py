@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from transformers import AutoConfig, AutoTokenizer
 from flexmoe.data import (
     TINY,
     calibration_windows,
-    default_seq_len,
+    check_tokens,
     evaluation_windows,
+    load_tokenizer,
     parse_sources,
+    pick_batch_size,
+    pick_seq_len,
 )
 from flexmoe.errors import FlexmoeError
 
@@ -67,8 +71,58 @@ def test_documents_are_separated_and_evaluation_keeps_the_order(tmp_path, tokeni
     assert len(evaluation_windows(str(file), tokenizer, samples=1, seq_len=8)["x"]) == 1
 
 
-def test_default_window_is_a_quarter_of_the_context():
-    assert default_seq_len(AutoConfig.from_pretrained(TINY / "model")) == 256
+def test_default_sizes_and_their_limits():
+    config = AutoConfig.from_pretrained(TINY / "model")
+    assert pick_seq_len(None, config) == 256  # a quarter of the context
+    assert [pick_batch_size(None, t) for t in (256, 2048, 9000)] == [8, 2, 1]
+    for wrong in (1, 1025):
+        with pytest.raises(FlexmoeError, match="from 2 to the model's context of 1024"):
+            pick_seq_len(wrong, config)
+    with pytest.raises(FlexmoeError, match="batch size"):
+        pick_batch_size(0, 256)
+
+
+def test_the_seed_draws_from_all_of_one_long_text(tmp_path, tokenizer):
+    file = tmp_path / "long.txt"
+    file.write_text(" ".join(f"w{n}" for n in range(20_000)))
+
+    def make(seed):
+        return calibration_windows(str(file), tokenizer, samples=8, seq_len=16, seed=seed).ids
+
+    assert torch.equal(make(0), make(0))
+    assert len({tuple(row.tolist()) for row in torch.cat([make(0), make(1)])}) == 16
+
+
+def test_a_folder_without_tokenizer_files_is_refused(tmp_path):
+    shutil.copy(TINY / "model" / "config.json", tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(FlexmoeError, match="tokenizer"):
+        load_tokenizer(tmp_path, config)
+    assert len(load_tokenizer(TINY / "model", config)) == 4096
+
+
+def test_tokens_of_another_model_are_refused():
+    config = AutoConfig.from_pretrained(TINY / "model")
+    with pytest.raises(FlexmoeError, match="token 5000, the model knows 4096"):
+        check_tokens(torch.tensor([[1, 5000]]), config)
+
+
+@pytest.mark.parametrize(
+    ("content", "name"), [("caf\xe9".encode("latin-1"), "a.txt"), (b"no gzip", "b.txt.gz")]
+)
+def test_text_that_cannot_be_read_is_refused(tmp_path, tokenizer, content, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FlexmoeError, match="cannot be read as UTF-8 text"):
+        evaluation_windows(str(tmp_path / name), tokenizer, samples=1, seq_len=8)
+
+
+@pytest.mark.parametrize(
+    ("spec", "samples", "message"),
+    [("tiny", 0, "samples must be"), ("tiny:3", 1, "no effect"), ("tiny,tiny", 1, "two data")],
+)
+def test_evaluations_that_make_no_sense_are_refused(tokenizer, spec, samples, message):
+    with pytest.raises(FlexmoeError, match=message):
+        evaluation_windows(spec, tokenizer, samples=samples, seq_len=8)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """compress to a family, open it, switch budgets: on the shipped model's kind and four others."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -120,10 +121,10 @@ def test_exports_equal_the_switched_family(made, name, layout, tmp_path):
 
 def test_learned_widths_end_to_end(tmp_path):
     base = checkpoint(tmp_path / "base", "olmoe")
-    learn = LearnConfig(steps=12, batch_size=4)
+    learn = LearnConfig(steps=12)
     settings = config(method="taylor", allocate="learned", learn=learn, batch_size=4)
     plan = flexmoe.compress(base, tmp_path / "family", settings)
-    assert plan.recipe.settings["learn_steps"] == 12
+    assert plan.recipe.settings["learn_steps"] == "12"
     assert plan.recipe.method == "taylor" and plan.recipe.allocate == "learned"
     again = flexmoe.compress(base, tmp_path / "again", settings)
     for i in plan.layers:
@@ -133,9 +134,78 @@ def test_learned_widths_end_to_end(tmp_path):
 
 def test_methods_without_data_need_no_tokenizer(tmp_path):
     tiny_model("mixtral").save_pretrained(tmp_path / "base")
-    settings = config(method="magnitude", samples=128, seq_len=None)
+    settings = config(method="magnitude", samples=None, seq_len=None)
     plan = flexmoe.compress(tmp_path / "base", tmp_path / "family", settings)
     assert plan.recipe.data == "" and plan.layers[0].experts_per_token == 2
+
+
+def test_a_batch_size_of_your_own_changes_no_score_of_tokens(made, tmp_path):
+    base, _, plan = made("mixtral")
+    other = flexmoe.compress(base, tmp_path / "family", config(batch_size=3))
+    assert other.recipe.settings == {"batch_size": 3}
+    assert all(torch.equal(plan.order[i], other.order[i]) for i in plan.layers)
+
+
+def test_generation_at_a_budget_with_and_without_cache(made):
+    _, family, _ = made("qwen2_moe")
+    model = fp32(family, pruned=0.4)
+    ids = ids_of(model)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cached = model.generate(ids, use_cache=True, **settings)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+    flexmoe.set_budget(model, 0)
+    assert not torch.equal(cached, model.generate(ids, use_cache=True, **settings))
+
+
+def test_a_plan_knows_its_very_weights(made, tmp_path):
+    _, family, plan = made("olmoe")
+    assert len(plan.recipe.weights_sha256) == 64
+    plan.save(tmp_path / "plan")
+    other = checkpoint(tmp_path / "other", "olmoe")
+    model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj.add_(1e-3)
+    model.save_pretrained(other)
+    for wrong in (other, family):  # another fine-tune; channels that are in order already
+        with pytest.raises(FlexmoeError, match="not those that the plan was made for"):
+            flexmoe.load(tmp_path / "plan", base=wrong)
+        with pytest.raises(FlexmoeError, match="not those that the plan was made for"):
+            export = tmp_path / "export"
+            flexmoe.export(tmp_path / "plan", export, pruned=0.4, layout="masked", base=wrong)
+
+
+def test_what_was_computed_is_kept_when_the_family_cannot_be_written(made, tmp_path, monkeypatch):
+    base, family, _ = made("mixtral")
+
+    def full_disk(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("flexmoe.pipeline.rank_checkpoint", full_disk)
+    with pytest.raises(FlexmoeError, match=r"No space left on device. The plan is kept in"):
+        flexmoe.compress(base, tmp_path / "out", config())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.plan"]
+    kept = fp32(tmp_path / "out.plan", pruned=0.4)
+    ids = ids_of(kept)
+    assert torch.equal(logits(kept, ids), logits(fp32(family, pruned=0.4), ids))
+
+
+def test_the_whole_demo_in_small(tmp_path):
+    from rich.console import Console
+
+    from flexmoe.demo import CONFIG, demo
+    from flexmoe.progress import silent
+
+    small = dataclasses.replace(CONFIG, samples=16, learn=LearnConfig(steps=3))
+    with open(tmp_path / "screen", "w") as screen:
+        demo(tmp_path / "demo", Console(file=screen, width=120), silent, small, samples=1)
+    said = (tmp_path / "screen").read_text()
+    for words in ("uniform export", "ragged export", "60% pruned:", "perplexity", "80%"):
+        assert words in said
+    for name in ("quality.png", "widths-40.png"):
+        assert (tmp_path / "demo" / name).read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(FlexmoeError, match="not from an earlier demo"):
+        demo(tmp_path / "mine", Console(), silent, small)
 
 
 def test_same_seed_same_files(made, tmp_path):
@@ -155,12 +225,15 @@ def test_same_seed_same_files(made, tmp_path):
         ({"allocate": "globl"}, "Did you mean 'global'"),
         ({"samples": 0}, "samples must be at least 1"),
         ({"batch_size": 0}, "batch size must be at least 1"),
-        ({"seq_len": 1}, "seq_len must be at least 2"),
+        ({"seq_len": 1}, "seq_len must be from 2"),
         ({"quantum": 64}, "wider than an expert"),
         ({"data": "nowhere.txt"}, "does not exist"),
-        ({"data": "tiny", "method": "magnitude"}, "--data has no effect"),
-        ({"learn": LearnConfig(steps=3)}, "no effect without --allocate learned"),
-        ({"device": "cuda:9"}, "no CUDA device"),
+        ({"method": "magnitude"}, "samples, seq_len without effect"),
+        ({"learn": LearnConfig()}, "no effect with allocate 'global'"),
+        ({"device": "cuda:99"}, "CUDA devices"),
+        ({"device": "gpu"}, "no device 'gpu'"),
+        ({"quantum": 0}, "quantum must be at least 1"),
+        ({"seq_len": 65}, "context of 64 tokens"),
     ],
 )
 def test_what_cannot_work_is_refused_and_leaves_nothing(made, tmp_path, change, message):

@@ -12,12 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import flexmoe.hf  # noqa: F401  (what import flexmoe does when transformers is there)
+from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError
-from flexmoe.exporter import export
+from flexmoe.exporter import export, rank_checkpoint
+from flexmoe.trace import trace
 from helpers import LOGIT_TOLERANCE, difference, ids_of, logits, masked_logits, random_plan, tensors
 from zoo import tiny_model
 
 # per-expert hub names (two spellings), one tensor for all with biases, without gate, renamed
+BF16_TOLERANCE = 2**-5  # a few roundings of 2**-8 through two layers
 FAMILIES = ("olmoe", "mixtral", "gpt_oss", "nemotron_h", "hy_v4", "inkling2_text")
 IMPORTS = {
     "flexmoe first": "register(); register(); from transformers import AutoModelForCausalLM",
@@ -55,6 +58,58 @@ def test_loads_under_the_stock_class_and_saves_the_same(name: str, tmp_path: Pat
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
     assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "hy_v4", "aria_text", "olmoe"])
+def test_without_flexmoe_it_is_refused(name: str, tmp_path: Path) -> None:
+    """transformers skips a quantization_config that it does not know: the weights must stop it."""
+    program = (
+        "import sys; from transformers import AutoModelForCausalLM as Auto\n"
+        f"try: Auto.from_pretrained({str(ragged(name, tmp_path))!r})\n"
+        "except RuntimeError as error: print('refused:', error)\n"
+        "assert 'flexmoe' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True)
+    assert done.stdout.startswith("refused:")
+    empty = {key for key, tensor in tensors(tmp_path / "ragged").items() if tensor.shape == (0,)}
+    source = set(Checkpoint(tmp_path / "source").tensors)
+    assert len(empty & source) == (0 if name == "olmoe" else 6 if name == "gpt_oss" else 4)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
+def test_bfloat16(name: str, tmp_path: Path) -> None:
+    model, source = tiny_model(name).bfloat16(), tmp_path / "source"
+    model.save_pretrained(source, max_shard_size="50KB")
+    plan, ids = random_plan(model, source), ids_of(model)
+    (family := tmp_path / "family").mkdir()
+    rank_checkpoint(source, plan, family)
+    plan.save(family, ranked=True)
+    layers, ranked = [trace(Checkpoint(p), meta_model(p)) for p in (source, family)]
+    report = export(family, tmp_path / "ragged", pruned=0.4, layout="ragged")
+    assert report.bytes == plan.member(0.4).bytes
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ragged").eval()
+    assert loaded.dtype == torch.bfloat16
+    for i, width in plan.widths(0.4).items():
+        module = loaded.model.layers[i].mlp.experts
+        downs = module.down_proj.split(width.tolist())
+        for e, w in enumerate(width.tolist()):
+            before = layers[i].expert(Checkpoint(source), e)
+            after = ranked[i].expert(Checkpoint(family), e)
+            best = plan.order[i][e].long()
+            for side in before:
+                moved = before[side] if side == "down_bias" else before[side][best]
+                assert torch.equal(after[side], moved)
+            assert torch.equal(downs[e], after["down"][:w])
+    loaded.save_pretrained(tmp_path / "again", max_shard_size="50KB")
+    kept, again = tensors(tmp_path / "ragged"), tensors(tmp_path / "again")
+    assert kept.keys() == again.keys()
+    assert all(torch.equal(kept[k], again[k]) and kept[k].dtype == again[k].dtype for k in kept)
+    # the same bf16 weights in float32 arithmetic, then in bf16, which rounds every product
+    want = masked_logits(model, plan, 0.4, ids)
+    assert difference(logits(loaded, ids).float(), want.float()) < BF16_TOLERANCE
+    want = masked_logits(model.float(), plan, 0.4, ids)
+    assert difference(logits(loaded.float(), ids), want) < LOGIT_TOLERANCE
 
 
 def test_storage_is_ragged_and_keeps_its_dtype(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.learn import Actions, LearnConfig, batches, learn_widths, quality_loss
 from zoo import tiny_model
@@ -79,8 +80,8 @@ def test_one_run_walks_to_the_poorest_budget_and_leaves_the_weights_alone():
     model = tiny_model("olmoe")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     ids = torch.randint(3, 60, (16, 12), generator=torch.Generator().manual_seed(0))
-    config = LearnConfig(steps=60, batch_size=4, load_floor=0.5)
-    path = learn_widths(model, ids, config)
+    config = LearnConfig(steps=60, load_floor=0.5)
+    path = learn_widths(model, ids, config, batch_size=4)
     shares = [share for share, _ in path]
     assert shares == sorted(shares) and shares[0] < 0.3 and shares[-1] > 0.75
     for share, width in path:
@@ -88,5 +89,13 @@ def test_one_run_walks_to_the_poorest_budget_and_leaves_the_weights_alone():
         assert share == pytest.approx(1 - total / (2 * 8 * 16))
         assert all(set(w.tolist()) <= {2, 7, 12, 16} for w in width.values())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    again = learn_widths(model, ids, config)
+    again = learn_widths(model, ids, config, batch_size=4)
     assert [share for share, _ in again] == shares
+    other = learn_widths(model, ids, config, batch_size=4, seed=1)
+    assert [share for share, _ in other] != shares
+    assert not any(hasattr(layer.module, "flexmoe_mask_EI") for layer in expert_layers(model))
+
+
+def test_no_steps_are_refused():
+    with pytest.raises(FlexmoeError, match="at least 1 step"):
+        LearnConfig(steps=0)

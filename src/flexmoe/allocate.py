@@ -39,7 +39,7 @@ class Blocks:
 
     def __init__(self, layers: Mapping[int, LayerShape], quantum: int):
         self.layers, self.quantum = dict(layers), quantum
-        layer, expert, place, size = [], [], [], []
+        layer, expert, place, size, parameters = [], [], [], [], []
         for i, shape in self.layers.items():
             start = torch.arange(0, shape.channels, quantum)
             N, E = len(start), shape.experts
@@ -47,10 +47,10 @@ class Blocks:
             expert.append(torch.arange(E).repeat_interleave(N))
             place.append(torch.arange(N).repeat(E))
             size.append((shape.channels - start).clamp_max(quantum).repeat(E))
+            parameters.append(size[-1] * shape.channel_parameters)
         self.layer_X, self.expert_X = torch.cat(layer), torch.cat(expert)
         self.place_X, self.size_X = torch.cat(place), torch.cat(size)
-        per_channel = {i: shape.channel_parameters for i, shape in self.layers.items()}
-        self.parameters_X = self.size_X * torch.tensor([per_channel[int(i)] for i in self.layer_X])
+        self.parameters_X = torch.cat(parameters)
         self.total = sum(shape.parameters for shape in self.layers.values())
 
     def scores(self, score: Score) -> Tensor:
@@ -119,9 +119,11 @@ def allocate(
             parameters = blocks.parameters_X[here].double()
             primary_X[here] = parameters.cumsum(0) / parameters.sum()
     elif name == "uniform":
-        count = {i: -(-shape.channels // quantum) for i, shape in layers.items()}
-        N_X = torch.tensor([count[int(i)] for i in blocks.layer_X])
-        primary_X = -blocks.place_X / N_X
+        primary_X = torch.empty_like(score_X)
+        for i in layers:
+            here = blocks.layer_X == i
+            place_X = blocks.place_X[here].double()
+            primary_X[here] = -place_X / (place_X.max() + 1)
     else:
         raise FlexmoeError(f"'{name}' does not follow from scores alone")
     return blocks.cut(blocks.sequence(primary_X, score_X), budgets)

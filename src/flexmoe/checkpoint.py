@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -18,6 +19,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.plan import JSON_NAME, TENSORS_NAME
 
 INDEX_NAME = "model.safetensors.index.json"
+EXPORT_NAME = "flexmoe_export.json"  # what an export says about itself
 # Weights of other formats would be stale beside new ones, so they are never copied.
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 # Names of the safetensors format.
@@ -28,6 +30,11 @@ DTYPES = {
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+# What the classes of transformers raise for a config.json that they cannot make a model of.
+UNBUILDABLE = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ValueError, StrictDataclassError,
+)  # fmt: skip
 
 
 def resolve(model: str | Path) -> Path:
@@ -55,23 +62,51 @@ def resolve(model: str | Path) -> Path:
 
 
 def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    others = ["*/*.safetensors", "original/*", "consolidated*"]  # the same weights once more
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise FlexmoeError(
             f"there is no folder '{model}', and it is no hub id either (those look like "
             "'allenai/OLMoE-1B-7B-0924'; 'tiny' is the model inside the package)"
         )
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
+        config = Path(hf_hub_download(model, "config.json"))
     except (HfHubHTTPError, OSError, ValueError) as error:
+        raise _no_download(model, error) from error
+    _refuse_quantized(model, read_json(config))  # before hundreds of gigabytes come down
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=others))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise _no_download(model, error) from error
+
+
+def _no_download(model: str, error: Exception) -> FlexmoeError:
+    return FlexmoeError(
+        f"'{model}' is no folder here and could not be downloaded from the hub: "
+        f"{_one_line(error)}. Check the name and the connection; a gated model "
+        "needs 'hf auth login'; without a network give the path of a local copy."
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or a `FlexmoeError` that says what is wrong with it."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:  # not JSON, or not text
+        raise FlexmoeError(f"{path} is not valid JSON ({error}): download it again") from None
+    if not isinstance(found, dict):
         raise FlexmoeError(
-            f"'{model}' is no folder here and could not be downloaded from the hub: "
-            f"{str(error).splitlines()[0]}. Check the name and the connection; a gated model "
-            "needs 'hf auth login'; without a network give the path of a local copy."
-        ) from error
+            f"{path} holds a {type(found).__name__} where an object {{...}} is expected: "
+            "download it again"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -90,16 +125,19 @@ class Checkpoint:
     """The safetensors files of one folder. Opening it reads headers only.
 
     ``config`` is config.json as it stands, ``tensors`` maps each tensor's name to its
-    `TensorInfo`, ``files`` the shards in order. Raises `FlexmoeError` if a file named by the index
-    is missing, damaged or cut short.
+    `TensorInfo`, ``files`` the shards in order. Raises `FlexmoeError` if one of these files is
+    missing, damaged or cut short.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
+        self.config: dict[str, Any] = read_json(self.path / "config.json")
         index = self.path / INDEX_NAME
         if index.is_file():
-            self.files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise FlexmoeError(f"{index} has no 'weight_map': damaged, download it again")
+            self.files = sorted(set(map(str, weight_map.values())))
         else:
             self.files = ["model.safetensors"]
         self.tensors: dict[str, TensorInfo] = {}
@@ -134,9 +172,9 @@ class Checkpoint:
         return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).view(shape)
 
     def other_files(self) -> list[Path]:
-        """Everything beside weights, their index and flexmoe's own two files, relative to the
+        """Everything beside weights, their index and flexmoe's own files, relative to the
         folder: configs, tokenizer, chat template, custom code."""
-        own = {INDEX_NAME, JSON_NAME, TENSORS_NAME}
+        own = {INDEX_NAME, JSON_NAME, TENSORS_NAME, EXPORT_NAME}
         found = []
         for file in sorted(self.path.rglob("*")):
             relative = file.relative_to(self.path)
@@ -153,27 +191,46 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > path.stat().st_size:
-            raise FlexmoeError(f"{path} is not a safetensors file or is cut short")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            raise FlexmoeError(
+                f"{path} is not a safetensors file or is cut short, download it again"
+            )
+        text = file.read(size)
+    try:
+        header = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        tensors = {
+            name: TensorInfo(
+                path.name, entry["dtype"], tuple(entry["shape"]), stop - start, 8 + size + start
+            )
+            for name, entry in header.items()
+            for start, stop in [entry["data_offsets"]]
+        }
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise FlexmoeError(
+            f"{path} has a damaged safetensors header ({_one_line(error)}): download it again"
+        ) from None
     if 8 + size + end != path.stat().st_size:
         raise FlexmoeError(
             f"{path} has {path.stat().st_size} bytes where its header says {8 + size + end}: "
             "cut short or damaged, download it again"
         )
-    return {
-        name: TensorInfo(
-            path.name, entry["dtype"], tuple(entry["shape"]), stop - start, 8 + size + start
-        )
-        for name, entry in header.items()
-        for start, stop in [entry["data_offsets"]]
-    }
+    return tensors
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """config.json with the values that JSON cannot hold (infinities) decoded."""
+    read_json(Path(path) / "config.json")  # says what is wrong with it
     return PreTrainedConfig.get_config_dict(path)[0]
+
+
+def _refuse_quantized(where: str | Path, config: dict[str, Any]) -> None:
+    found = config.get("quantization_config") or {}
+    method = found.get("quant_method", "flexmoe") if isinstance(found, dict) else found
+    if method != "flexmoe":
+        raise FlexmoeError(
+            f"{where} is quantized ({method}): channels of quantized experts cannot be reordered. "
+            "Start from the checkpoint in bf16 and quantize the export."
+        )
 
 
 def meta_model(path: str | Path, config: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -182,22 +239,25 @@ def meta_model(path: str | Path, config: dict[str, Any] | None = None) -> PreTra
     ``config`` replaces what `read_config` gives. A ragged export gives the model at full width.
     """
     found = deepcopy(read_config(path) if config is None else config)
-    method = (found.pop("quantization_config", None) or {}).get("quant_method", "flexmoe")
-    if method != "flexmoe":
-        raise FlexmoeError(
-            f"{path} is quantized ({method}): channels of quantized experts cannot be reordered. "
-            "Start from the checkpoint in bf16 and quantize the export."
-        )
+    _refuse_quantized(path, found)
+    found.pop("quantization_config", None)
     kind, names = found.get("model_type"), found.get("architectures") or []
     if kind not in CONFIG_MAPPING:
         raise FlexmoeError(f"transformers {transformers.__version__} has no model_type '{kind}'")
-    settings = CONFIG_MAPPING[kind].from_dict(found)
-    with torch.device("meta"):
-        if type(settings) in AutoModelForCausalLM._model_mapping:
-            return AutoModelForCausalLM.from_config(settings)
-        for name in names:
-            if hasattr(transformers, name):
-                return getattr(transformers, name)(settings)
+    try:
+        settings = CONFIG_MAPPING[kind].from_dict(found)
+        with torch.device("meta"):
+            if type(settings) in AutoModelForCausalLM._model_mapping:
+                return AutoModelForCausalLM.from_config(settings)
+            for name in names:
+                if hasattr(transformers, name):
+                    return getattr(transformers, name)(settings)
+    except UNBUILDABLE as error:
+        raise FlexmoeError(
+            f"transformers {transformers.__version__} cannot build the '{kind}' model of "
+            f"{Path(path) / 'config.json'} ({type(error).__name__}: {_one_line(error)}): compare "
+            "the file with that of the original checkpoint"
+        ) from error
     raise FlexmoeError(
         f"{path}: transformers has no causal language model for model_type '{kind}', and none of "
         f"the classes in config.json's 'architectures' ({names})"

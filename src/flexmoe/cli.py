@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that ``--help`` is quick.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +26,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto: cuda where there is one")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="windows a step; default: 4096 tokens, at most 8 windows")
+]
 Base = Annotated[str | None, typer.Option(help="weights for a plan alone: folder or hub id")]
 
 COMPRESS_EXAMPLES = """\
@@ -79,7 +83,9 @@ def compress(
         str | None,
         typer.Option(help="calibration text: FILE[:WEIGHT],... (.jsonl, .txt, .gz); default: tiny"),
     ] = None,
-    samples: Annotated[int, typer.Option(help="windows of calibration text")] = 128,
+    samples: Annotated[
+        int | None, typer.Option(help="windows of calibration text; default: 128")
+    ] = None,
     seq_len: Annotated[
         int | None, typer.Option(help="tokens a window; default: a quarter of the context, <= 2048")
     ] = None,
@@ -91,33 +97,20 @@ def compress(
     quantum: Annotated[
         int | None, typer.Option(help="widths are multiples of this; default: 32, less when tiny")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="windows a step")] = 8,
+    batch_size: BatchSize = None,
     learn_steps: Annotated[
-        int | None, typer.Option(help="steps of --allocate learned; default: 150")
+        int | None, typer.Option(help="steps of --allocate learned; default: 300")
     ] = None,
     seed: Annotated[int, typer.Option(help="draws windows, random scores and actions")] = 0,
     device: Device = "auto",
 ) -> None:
     """Turn a MoE checkpoint into a family: the ranked model and a plan for every budget."""
-    from flexmoe.files import refuse_existing
     from flexmoe.learn import LearnConfig
-    from flexmoe.pipeline import (
-        CompressConfig,
-        budget_list,
-        check_config,
-        make_plan,
-        rank_channels,
-        write_family,
-    )
+    from flexmoe.pipeline import CompressConfig, budget_list
+    from flexmoe.pipeline import compress as run
     from flexmoe.progress import bar
-    from flexmoe.statistics import thin_experts
 
     _quiet()
-    learn = LearnConfig(batch_size=batch_size)
-    if learn_steps is not None:
-        if allocate != "learned":
-            raise FlexmoeError("--learn-steps has no effect without --allocate learned")
-        learn = LearnConfig(steps=learn_steps, batch_size=batch_size)
     config = CompressConfig(
         data=data,
         samples=samples,
@@ -127,23 +120,19 @@ def compress(
         allocate=allocate,
         quantum=quantum,
         batch_size=batch_size,
-        learn=learn,
+        learn=None if learn_steps is None else LearnConfig(steps=learn_steps),
         seed=seed,
         device=device,
     )
-    check_config(config)
-    refuse_existing(out)
-    ranked = rank_channels(model, config, bar)
-    thin = thin_experts(ranked.statistics) if ranked.windows is not None else {}
-    if thin:
+    plan = run(model, out, config, track=bar)
+    if thin := plan.recipe.thin_experts:
         number = sum(map(len, thin.values()))
         where = ", ".join(f"layer {i}: {len(e)}" for i, e in list(thin.items())[:8])
         _say(
-            f"[yellow]{number} experts saw fewer than 100 tokens ({where}): their order is a guess."
-            " Give more or broader text with --data and --samples.[/yellow]"
+            f"{number} experts saw fewer than 100 tokens ({where}): their order is a guess. Give "
+            "more or broader text with --data and --samples.",
+            style="yellow",
         )
-    plan = make_plan(ranked, allocate, bar)
-    write_family(ranked, plan, out, bar)
     _say(_plan_table(plan, f"{out}: {model} ranked by {method}, widths {allocate}"))
     _say(f"next: flexmoe eval {out}, or flexmoe export {out} --pruned 0.4 --layout uniform -o DIR")
 
@@ -201,6 +190,7 @@ def evaluate(
     seq_len: Annotated[
         int | None, typer.Option(help="tokens a window; default: a quarter of the context, <= 2048")
     ] = None,
+    batch_size: BatchSize = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="write the rows here")] = None,
     base: Base = None,
     device: Device = "auto",
@@ -218,6 +208,7 @@ def evaluate(
         pruned=None if pruned == "all" else budget_list(pruned),
         samples=samples,
         seq_len=seq_len,
+        batch_size=batch_size,
         base=base,
         device=device,
         track=bar,
@@ -266,22 +257,28 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _say(what: Any) -> None:
+def _say(what: Any, style: str | None = None) -> None:
     from rich.console import Console
 
-    Console().print(what, highlight=False)
+    Console(markup=False, highlight=False).print(what, style=style)
 
 
 def main() -> None:
     """Entry point: a user's mistake ends in one message and exit code 2."""
-    import warnings
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    # end as on Ctrl-C, so that what is half-written goes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except FlexmoeError as error:
         print(f"flexmoe: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("flexmoe: stopped; nothing half-written is left", file=sys.stderr)
-        sys.exit(130)
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        reason = str(error).splitlines()[0]
+        print(
+            f"flexmoe: {reason}\nUse a smaller --batch-size (down to 1) or --seq-len, or a device "
+            "with more memory.",
+            file=sys.stderr,
+        )
+        sys.exit(2)

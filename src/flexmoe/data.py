@@ -6,9 +6,10 @@ import gzip
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Source:
 
     path: Path
     weight: float = 1.0
+    weighted: str = ""  # the weight as it was written, if it was
 
     @property
     def name(self) -> str:
@@ -51,8 +53,9 @@ def parse_sources(spec: str, split: str) -> list[Source]:
     sources = []
     for part in filter(None, (p.strip() for p in spec.split(","))):
         name, colon, number = part.rpartition(":")
+        weighted = f":{number}"
         if not colon or not number.replace(".", "", 1).isdigit():
-            name, number = part, "1"
+            name, number, weighted = part, "1", ""
         if float(number) <= 0:
             raise FlexmoeError(f"--data {part}: the weight must be above 0")
         paths = [Path(name)]
@@ -69,7 +72,7 @@ def parse_sources(spec: str, split: str) -> list[Source]:
                 )
             if not path.name.endswith(SUFFIXES):
                 raise FlexmoeError(f"'{path}': expected a file ending in {', '.join(SUFFIXES)}")
-        sources += [Source(path, float(number) / len(paths)) for path in paths]
+        sources += [Source(path, float(number) / len(paths), weighted) for path in paths]
     if not sources:
         raise FlexmoeError("--data is empty: give at least one text file")
     return sources
@@ -78,6 +81,13 @@ def parse_sources(spec: str, split: str) -> list[Source]:
 def documents(path: Path) -> Iterator[str]:
     """The texts of a file: one a line in JSON lines (field ``text``), else the whole file."""
     opener = gzip.open if path.name.endswith(".gz") else open
+    try:
+        yield from _documents(path, opener)
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise FlexmoeError(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
+def _documents(path: Path, opener: Callable[..., Any]) -> Iterator[str]:
     with opener(path, "rt", encoding="utf-8") as file:
         if ".jsonl" not in path.name:
             yield file.read()
@@ -98,18 +108,23 @@ def documents(path: Path) -> Iterator[str]:
 
 
 def token_windows(
-    source: Source, tokenizer, seq_len: int, most: int | None, seed: int | None
+    source: Source, tokenizer: Any, seq_len: int, most: int | None, seed: int | None
 ) -> Tensor:
-    """At most ``most`` windows [n, seq_len] of one source: documents in shuffled order (in file
-    order for seed None), each behind the tokenizer's end or begin token, joined and cut."""
-    texts = list(documents(source.path))
-    if seed is not None:
-        random.Random(f"{seed}/{source.name}").shuffle(texts)
+    """At most ``most`` windows [n, seq_len] of one source.
+
+    Documents stand in file order (seed None) or are cut into pieces of about four windows, which
+    are shuffled, so that few windows come from many documents. The tokenizer's begin or end token
+    stands before each document.
+    """
     mark = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    size = 16 * seq_len if seed is not None else None  # characters, about four to a token
+    pieces = [piece for text in documents(source.path) for piece in _pieces(text, size)]
+    if seed is not None:
+        random.Random(f"{seed}/{source.name}").shuffle(pieces)
     need = None if most is None else most * seq_len
     tokens: list[int] = []
-    for text in texts:
-        tokens += [] if mark is None else [mark]
+    for first, text in pieces:
+        tokens += [mark] if first and mark is not None else []
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if need is not None and len(tokens) >= need:
             break
@@ -117,8 +132,49 @@ def token_windows(
     return torch.tensor(tokens[: count * seq_len], dtype=torch.long).view(count, seq_len)
 
 
-def calibration_windows(spec: str, tokenizer, *, samples: int, seq_len: int, seed: int) -> Windows:
+def _pieces(text: str, size: int | None) -> list[tuple[bool, str]]:
+    """Parts of a document, and whether each is its beginning."""
+    if size is None:
+        return [(True, text)]
+    return [(at == 0, text[at : at + size]) for at in range(0, len(text), size)]
+
+
+def load_tokenizer(folder: Path, config: Any) -> Any:
+    """The tokenizer of a checkpoint; a `FlexmoeError` if its files are missing or of another
+    model (transformers makes an empty one up where there are no files)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise FlexmoeError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
+    known, vocabulary = len(tokenizer), config.get_text_config().vocab_size
+    if known < 100 or known > 2 * vocabulary:
+        raise FlexmoeError(
+            f"the tokenizer in {folder} knows {known} tokens, the model {vocabulary}: its files "
+            "(tokenizer.json, ...) are missing or of another model"
+        )
+    return tokenizer
+
+
+def check_tokens(ids: Tensor, config: Any) -> Tensor:
+    """``ids`` if the model knows them all; else a `FlexmoeError`."""
+    vocabulary = config.get_text_config().vocab_size
+    if len(ids) and int(ids.max()) >= vocabulary:
+        raise FlexmoeError(
+            f"the text has token {int(ids.max())}, the model knows {vocabulary}: the tokenizer in "
+            "the folder is of another model"
+        )
+    return ids
+
+
+def calibration_windows(
+    spec: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int
+) -> Windows:
     """``samples`` windows from a mixture of sources, each in proportion to its weight."""
+    if samples < 1:
+        raise FlexmoeError(f"samples must be at least 1, found {samples}")
     sources = parse_sources(spec, "train")
     total = sum(source.weight for source in sources)
     parts, drawn, weight = [], 0, 0.0
@@ -139,11 +195,15 @@ def calibration_windows(spec: str, tokenizer, *, samples: int, seq_len: int, see
 
 
 def evaluation_windows(
-    spec: str, tokenizer, *, samples: int | None, seq_len: int
+    spec: str, tokenizer: Any, *, samples: int | None, seq_len: int
 ) -> dict[str, Tensor]:
     """The first ``samples`` windows (None: all) of each source in file order, by its name."""
+    if samples is not None and samples < 1:
+        raise FlexmoeError(f"samples must be at least 1, found {samples}")
     windows = {}
     for source in parse_sources(spec, "valid"):
+        if weighted := source.weighted:
+            raise FlexmoeError(f"a weight has no effect in an evaluation: leave out '{weighted}'")
         ids = token_windows(source, tokenizer, seq_len, samples, None)
         if not len(ids):
             raise FlexmoeError(f"{source.path} is shorter than one window of {seq_len} tokens")
@@ -153,7 +213,20 @@ def evaluation_windows(
     return windows
 
 
-def default_seq_len(config) -> int:
-    """A quarter of the model's context, at most 2048 tokens."""
+def pick_seq_len(asked: int | None, config: Any) -> int:
+    """``asked``, or by default a quarter of the model's context and at most 2048 tokens."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 8192
-    return max(16, min(2048, context // 4))
+    if asked is None:
+        return max(16, min(2048, context // 4))
+    if not 2 <= asked <= context:
+        raise FlexmoeError(
+            f"seq_len must be from 2 to the model's context of {context} tokens, found {asked}"
+        )
+    return asked
+
+
+def pick_batch_size(asked: int | None, seq_len: int) -> int:
+    """``asked``, or by default 4096 tokens and at most 8 windows."""
+    if asked is not None and asked < 1:
+        raise FlexmoeError(f"batch size must be at least 1, found {asked}")
+    return asked or max(1, min(8, 4096 // seq_len))

@@ -38,14 +38,21 @@ CONFIG = CompressConfig(
 )
 
 
-def demo(out: Path, console: Console, track: Track) -> None:
-    """Compress, export, evaluate, plot and sample; everything made lies in ``out``."""
+def demo(
+    out: Path,
+    console: Console,
+    track: Track,
+    config: CompressConfig = CONFIG,
+    samples: int = 24,
+) -> None:
+    """Compress, export, evaluate on ``samples`` windows of each domain, plot and generate; all that
+    is made lies in ``out``."""
     _fresh(out)
     start = time.monotonic()
     console.rule("1. Observe and rank the channels of every expert")
-    ranked = rank_channels("tiny", CONFIG, track)
-    tokens = sum(int(s["count_E"].sum()) for s in ranked.statistics.values())
-    console.print(f"{tokens:,} routed pairs seen in {len(ranked.layers)} MoE layers")
+    ranked = rank_channels("tiny", config, track)
+    assert ranked.windows is not None
+    console.print(f"{ranked.windows.ids.numel():,} tokens seen by {len(ranked.layers)} MoE layers")
 
     console.rule("2. Widths for all budgets: learn, and compare the ways to allocate")
     plans = {name: make_plan(ranked, name, track) for name in ALLOCATORS}
@@ -63,7 +70,7 @@ def demo(out: Path, console: Console, track: Track) -> None:
         )
 
     console.rule("4. Every budget on held-out text")
-    windows = evaluation_windows("tiny", ranked.tokenizer, samples=24, seq_len=256)
+    windows = evaluation_windows("tiny", ranked.tokenizer, samples=samples, seq_len=256)
     model = load(family, dtype=torch.float32)
     rows = merge_rows(budget_rows(model, windows, model.flexmoe_plan.budgets, track=track))
     curves = {f"{chosen} (the family)": rows}

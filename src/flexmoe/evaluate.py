@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from flexmoe.checkpoint import Checkpoint, resolve
-from flexmoe.data import default_seq_len, evaluation_windows
+from flexmoe.checkpoint import Checkpoint, meta_model, resolve
+from flexmoe.data import (
+    check_tokens,
+    evaluation_windows,
+    load_tokenizer,
+    pick_batch_size,
+    pick_seq_len,
+)
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import routed_parameters
 from flexmoe.exporter import EXPORT_NAME
-from flexmoe.family import load, pick_device, set_budget
-from flexmoe.plan import JSON_NAME, Plan, read_manifest
+from flexmoe.family import find_folder, load, pick_device, set_budget
+from flexmoe.plan import JSON_NAME, Member, Plan, read_manifest
 from flexmoe.progress import Track, silent
 from flexmoe.statistics import token_loss
 
 Row = dict[str, Any]
+Key = TypeVar("Key", bound=Hashable)
 
 
 def evaluate(
@@ -31,34 +38,7 @@ def evaluate(
     """Loss of ``model`` as it is on windows [n, t] by name: ``tokens`` (predicted ones), ``nll``
     (nats a token) and ``perplexity`` of each."""
     work = [(name, batch) for name, ids in windows.items() for batch in ids.split(batch_size)]
-    tokens = dict.fromkeys(windows, 0)
-    nll = dict.fromkeys(windows, 0.0)
-    for name, batch in track(work, "evaluate"):
-        loss, predicted = _loss(model, batch)
-        nll[name] += loss
-        tokens[name] += predicted
-    return {name: _result(nll[name], tokens[name]) for name in windows}
-
-
-def _loss(model: nn.Module, batch: Tensor) -> tuple[float, int]:
-    batch = batch.to(next(model.parameters()).device)
-    with torch.no_grad():
-        logits = model(input_ids=batch, use_cache=False).logits
-    return float(token_loss(logits, batch)), batch[:, 1:].numel()
-
-
-def _result(nll: float, tokens: int) -> Row:
-    return {"tokens": tokens, "nll": nll / tokens, "perplexity": perplexity(nll / tokens)}
-
-
-def perplexity(nll: float) -> float:
-    """exp of a loss in nats; infinite where a float ends."""
-    return math.exp(nll) if nll < 700 else math.inf
-
-
-def mean_nll(results: Mapping[str, Mapping[str, float]]) -> float:
-    """Mean over data files (each counts the same) of the loss a token."""
-    return sum(row["nll"] for row in results.values()) / len(results)
+    return _losses(model, work, lambda name: None, track)
 
 
 def budget_rows(
@@ -71,30 +51,62 @@ def budget_rows(
 ) -> list[Row]:
     """A row for every budget and data file of a model that switches (see `flexmoe.load`)."""
     work = [
-        (pruned, name, batch)
+        ((pruned, name), batch)
         for pruned in budgets
         for name, ids in windows.items()
         for batch in ids.split(batch_size)
     ]
-    tokens = dict.fromkeys(((pruned, name) for pruned, name, _ in work), 0)
-    nll = dict.fromkeys(tokens, 0.0)
-    member = {}
-    for pruned, name, batch in track(work, "evaluate"):
-        if pruned not in member:
-            member[pruned] = set_budget(model, pruned)
-        loss, predicted = _loss(model, batch)
-        nll[pruned, name] += loss
-        tokens[pruned, name] += predicted
+    member: dict[float, Member] = {}
+
+    def switch(key: tuple[float, str]) -> None:
+        if key[0] not in member:
+            member[key[0]] = set_budget(model, key[0])
+
     return [
         {
             "pruned": pruned,
             "data": name,
-            **_result(nll[pruned, name], tokens[pruned, name]),
+            **result,
             "routed_parameters": member[pruned].routed_parameters,
             "bytes": member[pruned].bytes,
         }
-        for pruned, name in tokens
+        for (pruned, name), result in _losses(model, work, switch, track).items()
     ]
+
+
+def _losses(
+    model: nn.Module,
+    work: Sequence[tuple[Key, Tensor]],
+    before: Callable[[Key], None],
+    track: Track,
+) -> dict[Key, Row]:
+    """Loss over all batches of each key; ``before(key)`` is called before each of them."""
+    device = next(model.parameters()).device
+    nll, tokens = dict.fromkeys((key for key, _ in work), 0.0), dict.fromkeys(dict(work), 0)
+    for key, batch in track(work, "evaluate"):
+        before(key)
+        batch = batch.to(device)
+        with torch.no_grad():
+            nll[key] += float(token_loss(model(input_ids=batch, use_cache=False).logits, batch))
+        tokens[key] += batch[:, 1:].numel()
+    return {
+        key: {
+            "tokens": tokens[key],
+            "nll": nll[key] / tokens[key],
+            "perplexity": perplexity(nll[key] / tokens[key]),
+        }
+        for key in nll
+    }
+
+
+def perplexity(nll: float) -> float:
+    """exp of a loss in nats; infinite where a float ends."""
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+def mean_nll(results: Mapping[str, Mapping[str, float]]) -> float:
+    """Mean over data files (each counts the same) of the loss a token."""
+    return sum(row["nll"] for row in results.values()) / len(results)
 
 
 def evaluate_path(
@@ -104,6 +116,7 @@ def evaluate_path(
     pruned: Sequence[float] | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
+    batch_size: int | None = None,
     base: str | Path | None = None,
     device: str = "auto",
     track: Track = silent,
@@ -114,32 +127,36 @@ def evaluate_path(
     On the CPU the arithmetic is float32 whatever the checkpoint's dtype: as fast there, and
     differences between budgets are not lost in rounding.
     """
-    folder = Path(path)
-    switches = (folder / JSON_NAME).is_file()
-    plan = Plan.load(folder) if switches else None
+    folder = find_folder(path)
+    plan = Plan.load(folder) if (folder / JSON_NAME).is_file() else None
+    weights = folder
     if plan is not None:
         budgets = plan.budgets if pruned is None else tuple(pruned)
         for share in budgets:
             plan.widths(share)  # refuse a share out of reach before the slow part
+        if not read_manifest(folder).ranked:
+            weights = resolve(base or plan.recipe.base_model)
     elif pruned is not None and len(pruned) != 1:
         raise FlexmoeError(f"'{path}' is one member: --pruned has no effect on it, leave it out")
-    weights = resolve(path if plan is None else _weights(folder, plan, base))
-    tokenizer = AutoTokenizer.from_pretrained(weights)
-    config = AutoConfig.from_pretrained(weights)
+    config = meta_model(weights).config
+    length = pick_seq_len(seq_len, config)
+    size = pick_batch_size(batch_size, length)
     windows = evaluation_windows(
-        data, tokenizer, samples=samples, seq_len=seq_len or default_seq_len(config)
+        data, load_tokenizer(weights, config), samples=samples, seq_len=length
     )
-    dtype: torch.dtype | str = torch.float32 if pick_device(device).type == "cpu" else "auto"
+    for ids in windows.values():
+        check_tokens(ids, config)
+    dtype = torch.float32 if pick_device(device).type == "cpu" else "auto"
     first = pruned[0] if pruned and plan is None else None
     model = load(path, first, base=base, device=device, dtype=dtype)
     if plan is not None:
-        return budget_rows(model, windows, budgets, track=track)
+        return budget_rows(model, windows, budgets, batch_size=size, track=track)
     figures = {
         "pruned": _exported_share(folder),
         "routed_parameters": routed_parameters(model),
         "bytes": Checkpoint(weights).bytes,
     }
-    results = evaluate(model, windows, track=track)
+    results = evaluate(model, windows, batch_size=size, track=track)
     return [{**figures, "data": name, **result} for name, result in results.items()]
 
 
@@ -149,7 +166,3 @@ def _exported_share(folder: Path) -> float:
         return 0.0
     about = json.loads((folder / EXPORT_NAME).read_text())
     return about["achieved" if about["layout"] == "uniform" else "pruned"]
-
-
-def _weights(folder: Path, plan: Plan, base: str | Path | None) -> str | Path:
-    return folder if read_manifest(folder).ranked else (base or plan.recipe.base_model)

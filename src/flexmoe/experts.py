@@ -171,6 +171,11 @@ class Routing:
     weight_S: Tensor
     segments: list[tuple[int, int, int]]
 
+    def split(self, rows_S: Tensor) -> tuple[Tensor, ...]:
+        """Rows of each segment. Not slices: the gradient of a split is one concatenation, that of
+        a slice a full-size zero for every expert."""
+        return rows_S.split([b - a for _, a, b in self.segments])
+
     @classmethod
     def of(cls, index_TK: Tensor, weight_TK: Tensor, experts: int) -> Routing:
         expert_S, position_S = torch.sort(index_TK.reshape(-1), stable=True)
@@ -208,12 +213,14 @@ def full_width_forward(
     name = "gate_up_proj" if module.has_gate else "up_proj"
     # unbind, not indexing: its gradient is one stack instead of a full-size zero per expert
     up_E, down_E = getattr(module, name).unbind(0), module.down_proj.unbind(0)
-    h = [_linear(module, x_SH[a:b], up_E[e]) for e, a, b in routing.segments]
+    parts = zip(routing.segments, routing.split(x_SH), strict=True)
+    h = [_linear(module, x_nH, up_E[e]) for (e, _, _), x_nH in parts]
     pre_S = torch.cat(h) if h else x_SH.new_zeros(0, getattr(module, name).shape[1])
     if module.has_bias:
         pre_S = pre_S + getattr(module, f"{name}_bias")[routing.expert_S]
     h_SI = edit(routing, module._apply_gate(pre_S) if module.has_gate else module.act_fn(pre_S))
-    y = [_linear(module, h_SI[a:b], down_E[e]) for e, a, b in routing.segments]
+    parts = zip(routing.segments, routing.split(h_SI), strict=True)
+    y = [_linear(module, h_nI, down_E[e]) for (e, _, _), h_nI in parts]
     y_SH = torch.cat(y) if y else torch.zeros_like(x_SH)
     if module.has_bias:
         y_SH = y_SH + module.down_proj_bias[routing.expert_S]
@@ -238,22 +245,22 @@ def mask_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: T
 
     def edit(routing: Routing, h_SI: Tensor) -> Tensor:
         module.flexmoe_load_E = torch.bincount(routing.expert_S, minlength=mask_EI.shape[0])
-        return h_SI * mask_EI.to(h_SI.dtype)[routing.expert_S]
+        return h_SI * mask_EI[routing.expert_S].to(h_SI.dtype)
 
     return full_width_forward(module, x_TH, index_TK, weight_TK, edit)
 
 
 def prefix_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Registered as ``flexmoe``: expert e computes its first ``module.flexmoe_width_E[e]``
-    channels and no more. At full width of stock storage this is the stock function itself."""
-    width_E: list[int] | None = module.flexmoe_width_E
-    if width_E is None:
-        return stock_forward(module, x_TH, index_TK, weight_TK)
+    channels and no more."""
+    width_E: list[int] = module.flexmoe_width_E
     routing = Routing.of(index_TK, weight_TK, len(width_E))
-    y_SH = x_TH.new_zeros(routing.token_S.shape[0], x_TH.shape[1])
-    for e, a, b in routing.segments:
-        if w := width_E[e]:
-            y_SH[a:b] = prefix_expert(module, e, w, x_TH[routing.token_S[a:b]])
+    x_SH = x_TH[routing.token_S]
+    y = [
+        prefix_expert(module, e, width_E[e], x_nH) if width_E[e] else torch.zeros_like(x_nH)
+        for (e, _, _), x_nH in zip(routing.segments, routing.split(x_SH), strict=True)
+    ]
+    y_SH = torch.cat(y) if y else x_SH
     if module.has_bias:  # of the expert, not of a channel: stays at every width, also at 0
         y_SH = y_SH + module.down_proj_bias[routing.expert_S]
     return routing.combine(module, y_SH, x_TH, index_TK.shape[1])
@@ -262,15 +269,20 @@ def prefix_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK:
 def prefix_expert(module: nn.Module, e: int, w: int, x_nH: Tensor) -> Tensor:
     """Expert ``e`` cut to its first ``w`` channels, without down bias and routing weight."""
     up, bias, down_wH = prefix_weights(module, e, w)
-    x_nH = x_nH.to(down_wH.dtype)
+    return channel_activations(module, x_nH.to(down_wH.dtype), up, bias) @ down_wH
+
+
+def channel_activations(
+    module: nn.Module, x_nH: Tensor, up: list[Tensor], bias: list[Tensor | None]
+) -> Tensor:
+    """Activations [n, w] of an expert's channels from ``up``, its [gate, up] (or [up]) each
+    [w, H]. The module lends its activation function only: it may be on the meta device."""
     pre = [F.linear(x_nH, weight, b) for weight, b in zip(up, bias, strict=True)]
     if not module.has_gate:
-        h = module.act_fn(pre[0])
-    elif module.is_concatenated:
-        h = module._apply_gate(torch.cat(pre, -1))
-    else:
-        h = module._apply_gate(torch.stack(pre, -1).flatten(-2))
-    return h @ down_wH
+        return module.act_fn(pre[0])
+    if module.is_concatenated:
+        return module._apply_gate(torch.cat(pre, -1))
+    return module._apply_gate(torch.stack(pre, -1).flatten(-2))
 
 
 def prefix_weights(
@@ -295,14 +307,6 @@ def prefix_weights(
         stored = getattr(module, f"{name}_bias")[e : e + 1]
         bias = [v[0, :w] for v in layer.channel_major(f"{name}_bias", stored)]
     return up, bias, layer.channel_major("down_proj", module.down_proj[e : e + 1])[0][0, :w]
-
-
-def stock_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """What transformers itself would run on this module (``module.flexmoe_stock``)."""
-    name = module.flexmoe_stock
-    if name in (None, "eager"):
-        return type(module).forward.__wrapped__(module, x_TH, index_TK, weight_TK)
-    return ALL_EXPERTS_FUNCTIONS[name](module, x_TH, index_TK, weight_TK)
 
 
 ALL_EXPERTS_FUNCTIONS.register("flexmoe_observe", observe_forward)

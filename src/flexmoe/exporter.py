@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexmoe.checkpoint import Checkpoint, meta_model, resolve
+from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
 from flexmoe.errors import FlexmoeError, did_you_mean
+from flexmoe.experts import channel_activations
 from flexmoe.files import refuse_existing, written_beside
 from flexmoe.hf import FORMAT
 from flexmoe.plan import Plan, Recipe, read_manifest
@@ -31,11 +31,10 @@ from flexmoe.shards import (
     same_names,
     write,
 )
-from flexmoe.trace import trace
+from flexmoe.trace import check_weights, trace
 from flexmoe.uniform import uniform_config, uniform_width
 
 LAYOUTS = ("uniform", "ragged", "masked")
-EXPORT_NAME = "flexmoe_export.json"
 PROBES = 4  # random input vectors each expert is compared on
 # The same float32 products are summed in both experts, grouped differently by the matrix sizes.
 TOLERANCE = 1e-5
@@ -88,22 +87,23 @@ def export(
     """
     if layout not in LAYOUTS:
         raise did_you_mean(layout, LAYOUTS, "layout")
-    out = Path(out)
+    out, folder = Path(out).expanduser(), Path(family).expanduser()
     refuse_existing(out)
-    folder = Path(family) if Path(family).is_dir() else resolve(family)
+    folder = folder if folder.is_dir() else resolve(family)
     ranked, plan = read_manifest(folder).ranked, Plan.load(folder)
     if ranked and base is not None:
         raise FlexmoeError(f"{folder} holds its own weights: --base is for a plan alone")
     source = Source.open(folder if ranked else resolve(base or plan.recipe.base_model), plan)
+    if not ranked:
+        check_weights(plan, source.checkpoint, source.layers)
     cuts, config = _cuts(source, plan, ranked, pruned, layout)
     names = ragged_names(source) if layout == "ragged" else None
     entries = ragged(source, cuts, names) if names else same_names(source, cuts)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(entry.bytes for shard in entries.values() for entry in shard)
-    if needed > (free := shutil.disk_usage(out.parent).free):
-        raise FlexmoeError(f"{out.parent} has {free:,} bytes free, the export needs {needed:,}")
     with written_beside(out) as partial:
+        if needed > (free := shutil.disk_usage(partial).free):
+            raise FlexmoeError(f"{out.parent} has {free:,} bytes free, the export needs {needed:,}")
         _copy_others(source.checkpoint, partial)
         if config is not None:
             _write_config(source.checkpoint, partial, config)
@@ -249,20 +249,11 @@ def _read(
 def _output(
     module: nn.Module, expert: dict[str, Tensor], x_nH: Tensor, kept_I: Tensor | None
 ) -> Tensor:
-    """An expert's output for ``x_nH`` in float32, channels outside ``kept_I`` silenced. The module
-    lends its activation function only, so it can be on the meta device."""
+    """An expert's output for ``x_nH`` in float32, channels outside ``kept_I`` silenced."""
     part = {side: tensor.float() for side, tensor in expert.items()}
-    pre = [
-        F.linear(x_nH, part[side], part.get(f"{side}_bias"))
-        for side in ("gate", "up")
-        if side in part
-    ]
-    if not module.has_gate:
-        h_nI = module.act_fn(pre[0])
-    elif module.is_concatenated:
-        h_nI = module._apply_gate(torch.cat(pre, -1))
-    else:
-        h_nI = module._apply_gate(torch.stack(pre, -1).flatten(-2))
+    sides = [side for side in ("gate", "up") if side in part]
+    bias = [part.get(f"{side}_bias") for side in sides]
+    h_nI = channel_activations(module, x_nH, [part[side] for side in sides], bias)
     if kept_I is not None:
         h_nI = torch.where(kept_I, h_nI, 0.0)
     y_nH = h_nI @ part["down"]

@@ -6,22 +6,37 @@ import json
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from flexmoe.checkpoint import meta_model, resolve
+from flexmoe.checkpoint import Checkpoint, meta_model, resolve
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.plan import JSON_NAME, Member, Plan, read_manifest
+from flexmoe.trace import check_weights, trace
 
 
 def pick_device(device: str = "auto") -> torch.device:
     """``auto`` is CUDA where there is one, else the CPU."""
+    count = torch.cuda.device_count()
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise FlexmoeError(f"device '{device}' asked for, but this machine has no CUDA device")
-    return torch.device(device)
+        return torch.device("cuda" if count else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise FlexmoeError(
+            f"no device '{device}': expected auto, cpu, cuda or cuda:0 ..."
+        ) from None
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise FlexmoeError(
+            f"device '{device}' asked for, but this machine has {count} CUDA devices"
+        )
+    return found
+
+
+def find_folder(path: str | Path) -> Path:
+    """The folder of a family, plan, export or checkpoint: local, ``tiny`` or a hub id."""
+    local = Path(path).expanduser()
+    return local if local.is_dir() else resolve(path)
 
 
 def load_stock(
@@ -31,7 +46,8 @@ def load_stock(
     checkpoint's own."""
     folder = resolve(path)
     loader = type(meta_model(folder))
-    return loader.from_pretrained(folder, dtype=dtype).to(pick_device(device)).eval()
+    place = {"device_map": target} if (target := pick_device(device)).type != "cpu" else {}
+    return loader.from_pretrained(folder, dtype=dtype, **place).eval()
 
 
 def load(
@@ -50,54 +66,60 @@ def load(
     """
     import flexmoe.hf  # noqa: F401  ragged exports load through it
 
-    folder = Path(path)
+    folder = find_folder(path)
     if not (folder / JSON_NAME).is_file():
         if base is not None:
             raise FlexmoeError(f"base is given, but '{path}' is no plan: it has no {JSON_NAME}")
-        _check_single(resolve(path), pruned)
-        return load_stock(path, device=device, dtype=dtype)
+        _check_single(resolve(folder), pruned)
+        return load_stock(folder, device=device, dtype=dtype)
     plan, ranked = Plan.load(folder), read_manifest(folder).ranked
     if ranked and base is not None:
         raise FlexmoeError(f"'{path}' is a family with weights of its own: leave base out")
-    if pruned is not None:
-        plan.widths(pruned)  # refuse a share out of reach before the slow part
-    source = folder if ranked else (base or plan.recipe.base_model)
+    plan.widths(pruned or 0.0)  # refuse a share out of reach before the slow part
+    source = folder if ranked else resolve(base or plan.recipe.base_model)
+    if not ranked:
+        meta, checkpoint = meta_model(source), Checkpoint(source)
+        traced = trace(checkpoint, meta)
+        plan.check_fits(meta.config.model_type, {i: t.layer.shape for i, t in traced.items()})
+        check_weights(plan, checkpoint, traced)
     model = load_stock(source, device=device, dtype=dtype)
     attach(model, plan, ranked=ranked)
-    set_budget(model, pruned or 0.0)
+    if pruned:
+        set_budget(model, pruned)
     return model
 
 
 def _check_single(folder: Path, pruned: float | None) -> None:
     about = folder / "flexmoe_export.json"
-    member = json.loads(about.read_text())["pruned"] if about.is_file() else 0.0
-    if pruned is not None and abs(pruned - member) > 1e-9:
+    found = json.loads(about.read_text()) if about.is_file() else {"pruned": 0.0, "achieved": 0.0}
+    shares = (found["pruned"], found["achieved"])
+    if pruned is not None and all(abs(pruned - share) > 1e-9 for share in shares):
         raise FlexmoeError(
-            f"'{folder}' is one member, pruned {member:g}, and cannot be opened at {pruned:g}: "
+            f"'{folder}' is one member, pruned {shares[0]:g}, and cannot be opened at {pruned:g}: "
             "open the family it was exported from"
         )
 
 
 def attach(model: PreTrainedModel, plan: Plan, *, ranked: bool) -> None:
-    """Give a loaded model its plan; with ``ranked`` false its channels are put in order first."""
+    """Give a loaded model its plan, at budget 0; with ``ranked`` false its channels are put in
+    order first."""
     layers = {layer.index: layer for layer in expert_layers(model)}
     plan.check_fits(model.config.model_type, {i: layer.shape for i, layer in layers.items()})
     for i, layer in layers.items():
         if not ranked:
             layer.permute_(plan.order[i])
-        stock = layer.module.config._experts_implementation
-        if stock != "flexmoe":  # else a plan was attached before: what is beneath stays
-            layer.module.flexmoe_stock = stock
-        layer.module.flexmoe_width_E = None
+    if not hasattr(model, "flexmoe_stock"):  # else a plan was attached before
+        model.flexmoe_stock = model.get_experts_implementation()
     model.flexmoe_plan = plan
-    model.set_experts_implementation("flexmoe")
+    set_budget(model, 0.0)
 
 
-def set_budget(model: nn.Module, pruned: float) -> Member:
+def set_budget(model: PreTrainedModel, pruned: float) -> Member:
     """Make ``model`` (from `load`) compute the member at ``pruned``, any share the plan reaches.
 
-    Only the width tables change; no weight is touched, so going anywhere and back to 0 gives the
-    outputs of budget 0 bit for bit, which are those of the stock model. Returns the figures.
+    Only width tables change, no weight is touched. At 0 the experts run the stock function again,
+    so going anywhere and back gives the outputs of the stock model bit for bit. Returns the
+    figures of the member.
     """
     plan = getattr(model, "flexmoe_plan", None)
     if plan is None:
@@ -105,9 +127,9 @@ def set_budget(model: nn.Module, pruned: float) -> Member:
             "this model has no budgets: open a family or a plan with flexmoe.load(path) "
             "(an export is one member of it)"
         )
-    width = plan.widths(pruned)
+    width, full = plan.widths(pruned), True
     for layer in expert_layers(model):
-        table = width[layer.index].tolist()
-        full = all(w == layer.I for w in table)
-        layer.module.flexmoe_width_E = None if full else table
-    return plan.member(pruned)
+        table = layer.module.flexmoe_width_E = width[layer.index].tolist()
+        full = full and min(table) == layer.I
+    model.set_experts_implementation(model.flexmoe_stock if full else "flexmoe")
+    return plan.figures(pruned, width)

@@ -99,8 +99,10 @@ class FlexmoeQuantizer(HfQuantizer):
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel
     ) -> list[WeightTransform]:
         """Converters that stack tensors of single experts stack them ragged; where there is none,
-        one with our own names takes the place of what reads a tensor of all experts."""
+        one with our own names takes the place of what reads a tensor of all experts. That tensor
+        is there too, but empty: it makes engines without flexmoe refuse the export."""
         kept, served = [], set()
+        stock_names: dict[str, str] = {}
         for transform in weight_conversions:
             if not isinstance(transform, WeightConverter):
                 kept.append(transform)
@@ -111,11 +113,15 @@ class FlexmoeQuantizer(HfQuantizer):
             elif all("*" in pattern for pattern in transform._original_source_patterns):
                 kept.append(_ragged_converter(transform, names[0].rpartition(".")[2]))
                 served |= {name.rpartition(".")[2] for name in names}
+            else:
+                pattern = transform._original_source_patterns[0]
+                stock_names[names[0].rpartition(".")[2]] = f".{pattern.removeprefix('.')}"
         for leaf in sorted(self.leaves):
             for name, sides in SIDES_OF.items():
                 exists = any(p.endswith(f"{leaf}.{name}") for p in self.parameters)
                 if exists and name not in served:
                     patterns = [f".{leaf}.*.{LEAVES[side]}" for side in sides]
+                    patterns.append(stock_names.get(name, f".{leaf}.{name}"))
                     operations = [RaggedMerge(name)]
                     kept.append(WeightConverter(patterns, f".{leaf}.{name}", operations))
         return kept
@@ -155,7 +161,8 @@ def _ragged_converter(stock: WeightConverter, parameter: str) -> WeightConverter
 
 class RaggedMerge(ConversionOps):
     """Tensors of single experts, one list for each side in the order of the source patterns
-    ([w, H], down [H, w], biases [w]), to one ragged parameter ([S, 2, H], [S, H], [S, 2], [S])."""
+    ([w, H], down [H, w], biases [w]), to one ragged parameter ([S, 2, H], [S, H], [S, 2], [S]).
+    A source pattern without ``*`` is that of the empty tensor under the stock name."""
 
     def __init__(self, parameter: str):
         self.parameter = parameter
@@ -170,7 +177,7 @@ class RaggedMerge(ConversionOps):
         config: Any = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        sides = [input_dict.pop(pattern) for pattern in source_patterns]
+        sides = [input_dict.pop(pattern) for pattern in source_patterns if "*" in pattern]
         if self.parameter == "down_proj":
             sides = [[tensor.mT for tensor in side] for side in sides]
         width_E = _widths(config, full_layer_name)
@@ -208,12 +215,13 @@ class RaggedSplit(ConversionOps):
         (stored,) = input_dict.values()
         ragged = stored[0] if isinstance(stored, list) else stored
         sides = ragged.unbind(1) if self.parameter.startswith("gate_up") else (ragged,)
+        single = [pattern for pattern in target_patterns if "*" in pattern]
         split = {}
-        for pattern, side in zip(target_patterns, sides, strict=True):
+        for pattern, side in zip(single, sides, strict=True):
             for e, tensor in enumerate(side.split(_widths(config, full_layer_name))):
                 tensor = tensor.mT if self.parameter == "down_proj" else tensor
                 split[pattern.replace("*", str(e))] = tensor.contiguous()
-        return split
+        return split | {p: ragged.new_empty(0) for p in target_patterns if p not in single}
 
     @property
     def reverse_op(self) -> ConversionOps:

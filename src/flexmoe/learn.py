@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers, experts_function
 from flexmoe.progress import Track, silent
-from flexmoe.statistics import token_loss
 
 Path = list[tuple[float, dict[int, Tensor]]]
 
@@ -40,15 +40,17 @@ class LearnConfig:
     ``load_floor`` mixes the load shares with a uniform one (0: the paper's form)."""
 
     actions: tuple[float, ...] = (0.1, 0.4, 0.7, 1.0)
-    steps: int = 150
-    batch_size: int = 8
+    steps: int = 300
     lr: float = 0.1
     margin: float = 3.0
     tau: tuple[float, float] = (1.0, 0.3)
     beta: tuple[float, float] = (0.1, 0.0)
     target: float = 0.88
     load_floor: float = 0.0
-    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise FlexmoeError(f"learning takes at least 1 step, found {self.steps}")
 
 
 class Actions:
@@ -57,12 +59,12 @@ class Actions:
     def __init__(self, layer: ExpertLayer, config: LearnConfig):
         device = layer.module.down_proj.device
         self.layer = layer
-        self.ratio_A = torch.tensor(config.actions, device=device)
+        self.share_A = torch.tensor(config.actions, device=device)
         keep_A = torch.tensor([math.ceil(r * layer.I) for r in config.actions], device=device)
         self.keep_A = keep_A
         self.prefix_AI = (torch.arange(layer.I, device=device) < keep_A[:, None]).float()
         self.logits_EA = torch.zeros(layer.E, len(config.actions), device=device)
-        self.logits_EA[:, self.ratio_A.argmax()] = config.margin
+        self.logits_EA[:, self.share_A.argmax()] = config.margin
         self.logits_EA.requires_grad_(True)
 
     def sample(self, tau: float, generator: torch.Generator) -> Tensor:
@@ -83,7 +85,7 @@ class Actions:
         load_E = self.layer.module.flexmoe_load_E.float()
         load_E = load_E / load_E.sum().clamp_min(1)
         load_E = (1 - load_floor) * load_E + load_floor / len(load_E)
-        return (load_E * (self.clean_EA @ self.ratio_A)).sum()
+        return (load_E * (self.clean_EA @ self.share_A)).sum()
 
     def entropy(self) -> Tensor:
         """Mean entropy of the experts' action probabilities (eq. 10)."""
@@ -93,14 +95,20 @@ class Actions:
         """Channels kept by the most likely action of every expert [E]."""
         return self.keep_A[self.clean_EA.argmax(1)].cpu()
 
+    def parameters(self) -> int:
+        """Routed-expert parameters of the layer at these widths."""
+        shape = self.layer.shape
+        fixed = shape.experts * shape.fixed_parameters
+        return int(self.width().sum()) * shape.channel_parameters + fixed
+
 
 def quality_loss(student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
     """Cross-entropy plus KL(teacher || student), both a mean over the predicted tokens (eq. 8)."""
     tokens = ids[:, 1:].numel()
-    log_student = F.log_softmax(student[:, :-1].float(), dim=-1)
-    teacher_log = F.log_softmax(teacher[:, :-1].float(), dim=-1)
-    divergence = F.kl_div(log_student, teacher_log, reduction="sum", log_target=True)
-    return (token_loss(student, ids) + divergence) / tokens
+    log_student = F.log_softmax(student[:, :-1].flatten(0, 1).float(), dim=-1)
+    log_teacher = F.log_softmax(teacher[:, :-1].flatten(0, 1).float(), dim=-1)
+    divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    return (F.nll_loss(log_student, ids[:, 1:].flatten(), reduction="sum") + divergence) / tokens
 
 
 def batches(ids: Tensor, size: int, steps: int, seed: int) -> Iterator[Tensor]:
@@ -114,56 +122,60 @@ def batches(ids: Tensor, size: int, steps: int, seed: int) -> Iterator[Tensor]:
         queue = queue[size:]
 
 
-def learn_widths(model: nn.Module, ids: Tensor, config: LearnConfig, track: Track = silent) -> Path:
+def learn_widths(
+    model: nn.Module,
+    ids: Tensor,
+    config: LearnConfig,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    track: Track = silent,
+) -> Path:
     """Train the actions of a *ranked* model on windows ``ids`` [n, t].
 
     Returns the path: (pruned share, widths [E] of every layer), a point whenever the hardened
-    actions have pruned one percent more than at the last point.
+    actions have pruned one percent more than at the last point. All weights are left frozen.
     """
     layers = expert_layers(model)
     actions = [Actions(layer, config) for layer in layers]
     optimizer = torch.optim.Adam([a.logits_EA for a in actions], lr=config.lr)
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     size = sum(layer.shape.parameters for layer in layers)
     path: Path = []
     price, reached = 0.01, 0.0
     model.requires_grad_(False)
-    draw = list(batches(torch.arange(len(ids)), config.batch_size, config.steps, config.seed))
-    for step, index in enumerate(track(draw, "learn")):
-        batch = ids[index].to(device)
-        progress = (step + 1) / config.steps
-        tau = _between(config.tau, progress)
-        with torch.no_grad():
-            teacher = model(input_ids=batch, use_cache=False).logits
-        for a in actions:
-            a.layer.module.flexmoe_mask_EI = a.sample(tau, generator)
-        with experts_function(model, "flexmoe_mask"):
-            student = model(input_ids=batch, use_cache=False).logits
-        quality = quality_loss(student, teacher, batch)
-        cost = torch.stack([a.cost(config.load_floor) for a in actions]).mean()
-        entropy = torch.stack([a.entropy() for a in actions]).mean()
-        loss = quality + price * cost - _between(config.beta, progress) * entropy
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            expected = 1 - torch.stack([(a.clean_EA @ a.ratio_A).mean() for a in actions]).mean()
-        behind = progress * config.target - float(expected)
-        price = max(price * math.exp(max(-0.5, min(0.5, 10 * behind))), 1e-3)
-        width = {a.layer.index: a.width() for a in actions}
-        share = (
-            sum(
-                int((a.layer.I - width[a.layer.index]).sum()) * a.layer.shape.channel_parameters
-                for a in actions
-            )
-            / size
-        )
-        if share >= reached + 0.01:
-            path.append((share, width))
-            reached = share
-    for layer in layers:
-        del layer.module.flexmoe_mask_EI, layer.module.flexmoe_load_E
+    draw = list(batches(torch.arange(len(ids)), batch_size, config.steps, seed))
+    try:
+        for step, index in enumerate(track(draw, "learn")):
+            batch = ids[index].to(device)
+            progress = (step + 1) / config.steps
+            tau = _between(config.tau, progress)
+            with torch.no_grad():
+                teacher = model(input_ids=batch, use_cache=False).logits
+            for a in actions:
+                a.layer.module.flexmoe_mask_EI = a.sample(tau, generator)
+            with experts_function(model, "flexmoe_mask"):
+                student = model(input_ids=batch, use_cache=False).logits
+            quality = quality_loss(student, teacher, batch)
+            cost = torch.stack([a.cost(config.load_floor) for a in actions]).mean()
+            entropy = torch.stack([a.entropy() for a in actions]).mean()
+            loss = quality + price * cost - _between(config.beta, progress) * entropy
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            kept = torch.stack([(a.clean_EA.detach() @ a.share_A).mean() for a in actions]).mean()
+            behind = progress * config.target - (1 - float(kept))
+            price = max(price * math.exp(max(-0.5, min(0.5, 10 * behind))), 1e-3)
+            width = {a.layer.index: a.width() for a in actions}
+            share = 1 - sum(a.parameters() for a in actions) / size
+            if share >= reached + 0.01:
+                path.append((share, width))
+                reached = share
+    finally:
+        for layer in layers:
+            for name in ("flexmoe_mask_EI", "flexmoe_load_E"):
+                layer.module.__dict__.pop(name, None)
     return path
 
 

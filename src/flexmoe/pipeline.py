@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
 import flexmoe
 from flexmoe.allocate import allocate, default_quantum, order_of, widths_from_path
 from flexmoe.checkpoint import Checkpoint, meta_model, resolve
-from flexmoe.data import Windows, calibration_windows, default_seq_len
+from flexmoe.data import (
+    Windows,
+    calibration_windows,
+    check_tokens,
+    load_tokenizer,
+    pick_batch_size,
+    pick_seq_len,
+)
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import rank_checkpoint
@@ -25,9 +34,10 @@ from flexmoe.learn import LearnConfig, learn_widths
 from flexmoe.methods import find_method, score_layers
 from flexmoe.plan import LayerRecord, Plan, Recipe
 from flexmoe.progress import Track, silent
-from flexmoe.statistics import Statistics, observe
-from flexmoe.trace import trace
+from flexmoe.statistics import observe, thin_experts
+from flexmoe.trace import fingerprint, trace
 
+SAMPLES = 128  # windows of calibration text
 ALLOCATORS = ("uniform", "layer", "global", "learned")
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
@@ -38,38 +48,44 @@ class CompressConfig:
     those that measured best on held-out text (docs/log.md)."""
 
     data: str | None = None
-    samples: int = 128
+    samples: int | None = None
     seq_len: int | None = None
     pruned: tuple[float, ...] = BUDGETS
     method: str = "fisher"
     allocate: str = "global"
     quantum: int | None = None
-    batch_size: int = 8
-    learn: LearnConfig = field(default_factory=LearnConfig)
+    batch_size: int | None = None
+    learn: LearnConfig | None = None
     seed: int = 0
     device: str = "auto"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text is read at all."""
+        return bool(find_method(self.method).needs) or self.allocate == "learned"
 
 
 @dataclass
 class Ranked:
     """A model in memory with its channels in order, and what is known of them.
 
-    ``score`` [E, I] and ``order`` [E, I] of every layer; ``score`` is in the order already.
-    ``bytes_full`` counts the checkpoint's tensors, ``bytes_per_parameter`` those of the experts.
+    ``score`` and ``order`` [E, I] of every layer; ``score`` is in the order already. ``bytes_full``
+    counts the checkpoint's tensors, ``bytes_per_parameter`` those of the experts.
     """
 
     config: CompressConfig
     source: Path
-    name: str
     model: PreTrainedModel
     tokenizer: Any
+    windows: Windows | None
+    batch_size: int
+    quantum: int
     layers: dict[int, LayerRecord]
     score: dict[int, Tensor]
     order: dict[int, Tensor]
-    statistics: Statistics
-    windows: Windows | None
     bytes_full: int
     bytes_per_parameter: int
+    recipe: Recipe
 
 
 def check_config(config: CompressConfig) -> None:
@@ -81,19 +97,20 @@ def check_config(config: CompressConfig) -> None:
             f"pruned shares must lie between 0 and 1, found {list(config.pruned)}: "
             "0.4 means 40 % of the routed-expert parameters removed"
         )
-    for name, value in (("samples", config.samples), ("batch size", config.batch_size)):
-        if value < 1:
-            raise FlexmoeError(f"{name} must be at least 1, found {value}")
-    if config.seq_len is not None and config.seq_len < 2:
-        raise FlexmoeError(f"seq_len must be at least 2 tokens, found {config.seq_len}")
-    needs_data = find_method(config.method).needs or config.allocate == "learned"
-    if config.data is not None and not needs_data:
+    if config.quantum is not None and config.quantum < 1:
+        raise FlexmoeError(f"quantum must be at least 1 channel, found {config.quantum}")
+    pick_batch_size(config.batch_size, 1)
+    unread = ("data", "samples", "seq_len", "batch_size")
+    asked = [name for name in unread if getattr(config, name) is not None]
+    if asked and not config.needs_data:
         raise FlexmoeError(
-            f"--data has no effect: method '{config.method}' with allocate '{config.allocate}' "
-            "looks at the weights only; leave it out"
+            f"{', '.join(asked)} without effect: method '{config.method}' with allocate "
+            f"'{config.allocate}' looks at the weights only"
         )
-    if config.allocate != "learned" and config.learn != LearnConfig():
-        raise FlexmoeError("settings of learning have no effect without --allocate learned")
+    if config.learn is not None and config.allocate != "learned":
+        raise FlexmoeError(
+            f"settings of learning have no effect with allocate '{config.allocate}': use 'learned'"
+        )
     pick_device(config.device)
 
 
@@ -103,30 +120,29 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
     method = find_method(config.method)
     source = resolve(model)
     meta, checkpoint = meta_model(source), Checkpoint(source)
-    pieces = trace(checkpoint, meta)  # refuses weights it cannot find before the slow part
-    stored = checkpoint.tensors[next(iter(pieces.values())).stored[0].name]
-    shapes = {layer.index: layer.shape for layer in expert_layers(meta)}
-    quantum = config.quantum or default_quantum(min(s.channels for s in shapes.values()))
-    if quantum > min(s.channels for s in shapes.values()):
-        raise FlexmoeError(f"quantum {quantum} is wider than an expert of the model")
-    config = replace(config, quantum=quantum)
+    traced = trace(checkpoint, meta)  # refuses weights it cannot find before the slow part
+    narrowest = min(layer.shape.channels for layer in expert_layers(meta))
+    quantum = default_quantum(narrowest) if config.quantum is None else config.quantum
+    if quantum > narrowest:
+        raise FlexmoeError(f"quantum {quantum} is wider than an expert of {narrowest} channels")
     tokenizer, windows = None, None
-    if method.needs or config.allocate == "learned":
-        tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = torch.zeros(1, 2, dtype=torch.long)  # shows how many experts a token is sent to
+    if config.needs_data:
+        tokenizer = load_tokenizer(source, meta.config)
         windows = calibration_windows(
             config.data or "tiny",
             tokenizer,
-            samples=config.samples,
-            seq_len=config.seq_len or default_seq_len(meta.config),
+            samples=SAMPLES if config.samples is None else config.samples,
+            seq_len=pick_seq_len(config.seq_len, meta.config),
             seed=config.seed,
         )
-    device = pick_device(config.device)
+        ids = check_tokens(windows.ids, meta.config)
     # float32 on the CPU, where it is as fast; the checkpoint's own dtype on an accelerator
-    dtype: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
+    dtype = torch.float32 if pick_device(config.device).type == "cpu" else "auto"
     network = load_stock(source, device=config.device, dtype=dtype)
-    ids = windows.ids if windows is not None else torch.zeros(1, 2, dtype=torch.long)
+    batch_size = pick_batch_size(config.batch_size, ids.shape[1])
     statistics = observe(
-        network, ids, method.needs, batch_size=config.batch_size, seed=config.seed, track=track
+        network, ids, method.needs, batch_size=batch_size, seed=config.seed, track=track
     )
     layers = expert_layers(network)
     score = score_layers(method, layers, statistics)
@@ -139,78 +155,113 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
         )
         for layer in layers
     }
+    stored = checkpoint.tensors[next(iter(traced.values())).stored[0].name]
     return Ranked(
         config=config,
         source=source,
-        name=str(model),
         model=network,
         tokenizer=tokenizer,
+        windows=windows,
+        batch_size=batch_size,
+        quantum=quantum,
         layers=records,
         score={i: s.gather(1, order[i].long()) for i, s in score.items()},
         order=order,
-        statistics=statistics,
-        windows=windows,
         bytes_full=checkpoint.bytes,
         bytes_per_parameter=stored.bytes // math.prod(stored.shape),
-    )
-
-
-def make_plan(ranked: Ranked, allocator: str, track: Track = silent) -> Plan:
-    """Widths for all budgets by one allocator; ``learned`` trains on the calibration windows."""
-    config = ranked.config
-    assert config.quantum is not None
-    shapes = {i: record.shape for i, record in ranked.layers.items()}
-    budgets = (0.0, *sorted(set(config.pruned)))
-    settings: dict[str, float | int | str] = {"batch_size": config.batch_size}
-    if allocator == "learned":
-        assert ranked.windows is not None
-        learn = replace(config.learn, seed=config.seed)
-        path = learn_widths(ranked.model, ranked.windows.ids, learn, track)
-        width = widths_from_path(shapes, ranked.score, path, budgets, config.quantum)
-        settings |= {f"learn_{k}": v for k, v in vars(learn).items() if isinstance(v, int | float)}
-        settings["learn_actions"] = " ".join(map(str, learn.actions))
-    else:
-        width = allocate(allocator, shapes, ranked.score, budgets, config.quantum)
-    windows = ranked.windows
-    return Plan(
-        layers=ranked.layers,
-        order=ranked.order,
-        width=width,
-        budgets=budgets,
-        quantum=config.quantum,
         recipe=Recipe(
-            base_model=_portable(ranked.name),
-            model_type=str(ranked.model.config.model_type),
+            # a folder by its full path, so that the plan finds it again
+            base_model=str(Path(model).resolve()) if Path(model).is_dir() else str(model),
+            model_type=str(network.config.model_type),
+            revision=source.name if source.parent.name == "snapshots" else None,
+            weights_sha256=fingerprint(checkpoint, traced),
             method=config.method,
-            allocate=allocator,
-            settings=settings,
+            allocate=config.allocate,
+            settings={"batch_size": batch_size},
             data=windows.spec if windows else "",
             data_sha256=windows.sha256 if windows else "",
             samples=len(windows.ids) if windows else 0,
             seq_len=windows.ids.shape[1] if windows else 0,
             seed=config.seed,
+            thin_experts=thin_experts(statistics) if method.needs else {},
             versions={
                 "flexmoe": flexmoe.__version__,
                 "torch": torch.__version__,
                 "transformers": transformers_version,
             },
         ),
+    )
+
+
+def make_plan(ranked: Ranked, allocator: str, track: Track = silent) -> Plan:
+    """Widths for all budgets by one allocator; ``learned`` trains on the calibration windows."""
+    config = ranked.config
+    shapes = {i: record.shape for i, record in ranked.layers.items()}
+    budgets = (0.0, *sorted(set(config.pruned)))
+    settings = dict(ranked.recipe.settings)
+    if allocator == "learned":
+        assert ranked.windows is not None
+        learn = config.learn or LearnConfig()
+        path = learn_widths(
+            ranked.model,
+            ranked.windows.ids,
+            learn,
+            batch_size=ranked.batch_size,
+            seed=config.seed,
+            track=track,
+        )
+        width = widths_from_path(shapes, ranked.score, path, budgets, ranked.quantum)
+        settings |= {f"learn_{name}": str(value) for name, value in vars(learn).items()}
+    else:
+        width = allocate(allocator, shapes, ranked.score, budgets, ranked.quantum)
+    return Plan(
+        layers=ranked.layers,
+        order=ranked.order,
+        width=width,
+        budgets=budgets,
+        quantum=ranked.quantum,
+        recipe=ranked.recipe.model_copy(update={"allocate": allocator, "settings": settings}),
         bytes_full=ranked.bytes_full,
         bytes_per_parameter=ranked.bytes_per_parameter,
     )
 
 
-def _portable(name: str) -> str:
-    """A hub id or ``tiny`` as it is; a folder by its full path, so that the plan finds it again."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-
 def write_family(ranked: Ranked, plan: Plan, out: str | Path, track: Track = silent) -> Path:
-    """The ranked checkpoint with the plan beside it, compared with the source before it counts."""
-    with written_beside(out) as partial:
-        rank_checkpoint(ranked.source, plan, partial, track)
-        plan.save(partial, ranked=True)
-    return Path(out)
+    """The ranked checkpoint with the plan beside it, compared with the source before it counts.
+
+    The plan alone, which holds all that was computed, is written first; it stays in
+    ``OUT.plan`` if the checkpoint cannot be written.
+    """
+    out = Path(out).expanduser()
+    kept = out.with_name(f"{out.name}.plan")
+    plan.save(kept)
+    try:
+        with written_beside(out) as partial:
+            rank_checkpoint(ranked.source, plan, partial, track)
+            plan.save(partial, ranked=True)
+    except OSError as error:
+        raise FlexmoeError(
+            f"'{out}' could not be written: {error}. The plan is kept in '{kept}' and works with "
+            "the base model as it is"
+        ) from error
+    shutil.rmtree(kept)
+    return out
+
+
+def check_room(model: str | Path, out: str | Path) -> None:
+    """`FlexmoeError` unless ``out`` can be made and the family fits on its disk."""
+    refuse_existing(Path(out).expanduser())
+    parent = Path(out).expanduser().absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(parent).free
+    except OSError as error:
+        raise FlexmoeError(f"'{out}' cannot be made: {error}") from None
+    if not os.access(parent, os.W_OK):
+        raise FlexmoeError(f"'{out}' cannot be made: no permission to write to '{parent}'")
+    needed = Checkpoint(resolve(model)).bytes
+    if needed > free:
+        raise FlexmoeError(f"the family needs {needed:,} bytes, '{parent}' has {free:,} free")
 
 
 def compress(
@@ -222,10 +273,11 @@ def compress(
 ) -> Plan:
     """Turn a MoE checkpoint into a family folder ``out``; returns its plan.
 
-    ``model`` is a folder, a hub id or ``tiny``. Nothing is left behind when it fails.
+    ``model`` is a folder, a hub id or ``tiny``. Nothing half-written is left when it fails.
     """
     config = config or CompressConfig()
-    refuse_existing(out)
+    check_config(config)
+    check_room(model, out)
     ranked = rank_channels(model, config, track)
     plan = make_plan(ranked, config.allocate, track)
     write_family(ranked, plan, out, track)
@@ -233,10 +285,13 @@ def compress(
 
 
 def budget_list(text: str) -> tuple[float, ...]:
-    """``0.1,0.2`` as shares; a `FlexmoeError` names what is not one."""
+    """``0.1,0.2`` as shares; a `FlexmoeError` if there is none or one is no number."""
     try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
+        shares = tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
+        shares = ()
+    if not shares:
         raise FlexmoeError(
             f"'{text}' is no list of pruned shares: write 0.4 or 0.1,0.2,0.4 (40 % is 0.4)"
-        ) from None
+        )
+    return shares

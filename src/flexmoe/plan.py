@@ -62,7 +62,8 @@ class Recipe(_Record):
 
     base_model: str
     model_type: str
-    revision: str | None = None
+    revision: str | None = None  # commit on the hub
+    weights_sha256: str = ""  # of the very weights, see trace.fingerprint; "" where unknown
     method: str
     allocate: str
     settings: dict[str, float | int | str] = {}
@@ -71,6 +72,7 @@ class Recipe(_Record):
     samples: int
     seq_len: int
     seed: int
+    thin_experts: dict[int, list[int]] = {}  # by layer: saw too few tokens, their order is a guess
     versions: dict[str, str] = {}
 
 
@@ -119,7 +121,11 @@ class Plan:
 
     def member(self, pruned: float) -> Member:
         """The figures of the member at ``pruned`` (any share the plan reaches)."""
-        width, routed, active = self.widths(pruned), 0, 0.0
+        return self.figures(pruned, self.widths(pruned))
+
+    def figures(self, pruned: float, width: Mapping[int, Tensor]) -> Member:
+        """The figures of widths [E] of every layer that were asked for as ``pruned``."""
+        routed, active = 0, 0.0
         for i, layer in self.layers.items():
             fixed = layer.experts * layer.fixed_parameters
             here = int(width[i].sum()) * layer.channel_parameters + fixed
@@ -142,10 +148,10 @@ class Plan:
         if any(abs(pruned - b) < 1e-9 for b in self.budgets):
             at = min(range(len(self.budgets)), key=lambda b: abs(self.budgets[b] - pruned))
             return {i: width[at] for i, width in self.width.items()}
-        if not 0.0 <= pruned <= self.budgets[-1]:
+        if not 0.0 <= pruned <= self.budgets[-1]:  # also what is not a number
             raise FlexmoeError(
                 f"pruned {pruned:g} is outside this plan, which reaches from 0 to "
-                f"{self.budgets[-1]:g}; the nearest is {min(max(pruned, 0.0), self.budgets[-1]):g}"
+                f"{self.budgets[-1]:g}; the nearest is {0.0 if pruned < 0 else self.budgets[-1]:g}"
             )
         poorer = next(b for b, share in enumerate(self.budgets) if share > pruned)
         return cut_between(self, poorer - 1, poorer, pruned)
@@ -211,15 +217,16 @@ class Plan:
 
     def save(self, folder: str | Path, *, ranked: bool = False) -> Manifest:
         """Write the two files into ``folder``; returns what went into ``flexmoe.json``."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         self.check()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"layers.{i}.order": t.int().contiguous() for i, t in self.order.items()}
         tensors |= {f"layers.{i}.width": t.int().contiguous() for i, t in self.width.items()}
+        content = save(tensors)
         partial = folder / f"{TENSORS_NAME}.partial"
-        save_file(tensors, partial)
+        partial.write_bytes(content)
         manifest = Manifest(
             format=FORMAT,
             ranked=ranked,
@@ -228,7 +235,7 @@ class Plan:
             layers=self.layers,
             budgets=[self.member(share) for share in self.budgets],
             bytes_per_parameter=self.bytes_per_parameter,
-            tensors_sha256=hashlib.sha256(partial.read_bytes()).hexdigest(),
+            tensors_sha256=hashlib.sha256(content).hexdigest(),
         )
         os.replace(partial, folder / TENSORS_NAME)
         text = json.dumps(manifest.model_dump(), indent=1) + "\n"
@@ -273,9 +280,10 @@ def read_manifest(folder: str | Path) -> Manifest:
         found = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise FlexmoeError(f"{path} is not valid JSON: {error}") from None
-    if found.get("format") != FORMAT:
+    version = found.get("format") if isinstance(found, dict) else None
+    if version != FORMAT:
         raise FlexmoeError(
-            f"{path} has format {found.get('format')}, this flexmoe reads format {FORMAT}: "
+            f"{path} has format {version}, this flexmoe reads format {FORMAT}: "
             "use the version that wrote it, or compress again"
         )
     try:

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from flexmoe.checkpoint import DTYPES, INDEX_NAME, Checkpoint, meta_model
-from flexmoe.errors import FlexmoeError
 from flexmoe.hf import LEAVES
 from flexmoe.plan import Plan
 from flexmoe.progress import Track, silent
@@ -56,11 +55,7 @@ class Source:
 
     @classmethod
     def open(cls, path: Path, plan: Plan) -> Source:
-        checkpoint = Checkpoint(path)
-        if "quantization_config" in checkpoint.config:
-            meta_model(path)  # refuses methods other than ours
-            raise FlexmoeError(f"{path} is a ragged export: export from its family instead")
-        model = meta_model(path)
+        checkpoint, model = Checkpoint(path), meta_model(path)
         layers = trace(checkpoint, model)
         plan.check_fits(model.config.model_type, {i: p.layer.shape for i, p in layers.items()})
         return cls(checkpoint, model, layers)
@@ -125,10 +120,8 @@ def ragged_names(source: Source) -> RaggedNames:
     stored, or as transformers would save it), else the experts module's path and our leaves."""
     names: RaggedNames = {}
     for i, traced in source.layers.items():
-        for pieces in (traced.stored, traced.standard):
-            if all(_is_plain(piece) for piece in pieces):
-                names[i] = {(p.expert, p.sides[0]): p.name for p in pieces if p.expert is not None}
-                break
+        if plain := _plain(traced):
+            names[i] = {(p.expert, p.sides[0]): p.name for p in plain if p.expert is not None}
         else:
             own = [
                 (e, side)
@@ -145,6 +138,13 @@ def ragged_names(source: Source) -> RaggedNames:
     return names
 
 
+def _plain(traced: TracedLayer) -> list[Piece]:
+    """The hub's tensors if each is a side of an expert, as stored or else as transformers would
+    save them; [] if there is one for all experts."""
+    layouts = (traced.stored, traced.standard)
+    return next((pieces for pieces in layouts if all(map(_is_plain, pieces))), [])
+
+
 def _is_plain(piece: Piece) -> bool:
     """[w, H] of gate or up, [H, w] of down, of one expert."""
     axis = -1 if piece.sides == ("down",) else -2
@@ -152,7 +152,9 @@ def _is_plain(piece: Piece) -> bool:
 
 
 def ragged(source: Source, cuts: dict[int, Cut], names: RaggedNames) -> Shards:
-    """One tensor for each side of each expert, as long as the expert is wide."""
+    """One tensor for each side of each expert, as long as the expert is wide. Where the hub has
+    one for all experts, it stays with the shape [0]: engines without flexmoe, which know no other
+    name, would else go on with random experts."""
 
     def of_piece(i: int, piece: Piece) -> list[Entry]:
         info, cut, entries = source.checkpoint.tensors[piece.name], cuts[i], []
@@ -166,7 +168,17 @@ def ragged(source: Source, cuts: dict[int, Cut], names: RaggedNames) -> Shards:
                 entries.append(Entry(names[i][e, side], info.dtype, shape, itemsize, make))
         return entries
 
-    return _all_shards(source, of_piece)
+    shards = _all_shards(source, of_piece)
+    for traced in source.layers.values():
+        if not _plain(traced):
+            info = source.checkpoint.tensors[traced.stored[0].name]
+            dtype = DTYPES[info.dtype]
+            make = partial(torch.empty, 0, dtype=dtype)
+            for piece in traced.standard:
+                if piece.axis is not None:
+                    entry = Entry(piece.name, info.dtype, (0,), dtype.itemsize, make)
+                    shards[info.file].append(entry)
+    return shards
 
 
 def _best(checkpoint: Checkpoint, piece: Piece, cut: Cut, e: int, side: str) -> Tensor:

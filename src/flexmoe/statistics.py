@@ -66,8 +66,8 @@ def statistic(name: str, *, when: str, merge: str = "sum") -> Callable:
 
 @dataclass
 class LayerStatistics:
-    """Sums of one layer: ``stats["fisher_EI"]`` ... and always ``stats["count_E"]``, the routed
-    tokens of every expert; plus the tokens and batches of the pass and the seed of the run."""
+    """Sums of one layer, on the CPU: ``stats["fisher_EI"]`` ... and always ``stats["count_E"]``,
+    the routed tokens of every expert; plus the tokens and batches of the pass and its seed."""
 
     values: dict[str, Tensor]
     tokens: int = 0
@@ -94,6 +94,11 @@ Statistics = dict[int, LayerStatistics]
 
 def find_statistics(names: Iterable[str]) -> list[Statistic]:
     """The declared statistics of these names."""
+    names = list(names)
+    if not all(name in STATISTICS for name in names):
+        from flexmoe.methods import all_methods
+
+        all_methods()  # declares those that come with flexmoe
     for name in names:
         if name not in STATISTICS:
             raise did_you_mean(name, STATISTICS, "statistic")

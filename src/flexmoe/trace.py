@@ -8,6 +8,7 @@ own converter turns them into hub tensors, and the numbers found there say what 
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from transformers.core_model_loading import (
 from flexmoe.checkpoint import Checkpoint
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers
+from flexmoe.hf import SIDES_OF
+from flexmoe.plan import Plan
 
 SIDES = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 CODED_HIDDEN = 3  # hidden size of the coded parameters: enough to see which axis is hidden
@@ -92,6 +95,8 @@ def trace(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[int, TracedLay
     ``model`` is its `meta_model`. Raises `FlexmoeError` naming the tensors that are missing, do
     not fit config.json or hold channels in a way that cannot be read.
     """
+    if checkpoint.config.get("quantization_config"):  # `meta_model` refuses those of others
+        raise FlexmoeError(f"{checkpoint.path} is a ragged export: start from its family instead")
     names = _Names(model)
     stored = names.groups(checkpoint.tensors)
     found = {}
@@ -112,6 +117,28 @@ def trace(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[int, TracedLay
             raise _no_match(checkpoint, missing[0], stored[missing[0]], list(tried[0].values()))
         found[layer.index] = TracedLayer(layer, pieces, list(tried[0].values()))
     return found
+
+
+def fingerprint(checkpoint: Checkpoint, layers: dict[int, TracedLayer]) -> str:
+    """sha256 of the down channels of expert 0 of every layer, as stored: it tells these very
+    weights in this very order of channels from all others."""
+    digest = hashlib.sha256()
+    for _, traced in sorted(layers.items()):
+        down_IH = traced.expert(checkpoint, 0)["down"]
+        digest.update(down_IH.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_weights(plan: Plan, checkpoint: Checkpoint, layers: dict[int, TracedLayer]) -> None:
+    """Raise `FlexmoeError` unless a plan alone was made for exactly these weights."""
+    wanted = plan.recipe.weights_sha256
+    if wanted and (found := fingerprint(checkpoint, layers)) != wanted:
+        raise FlexmoeError(
+            f"the weights in {checkpoint.path} (sha256 {found[:12]}) are not those that the plan "
+            f"was made for (sha256 {wanted[:12]} of {plan.recipe.base_model}): they may be of "
+            "another revision, fine-tuned, or have their channels in order already. Give the "
+            "folder of those weights as base"
+        )
 
 
 def _layouts(model: PreTrainedModel, layer: ExpertLayer) -> Iterator[dict[str, Piece]]:
@@ -212,7 +239,7 @@ def _coded(layer: ExpertLayer) -> dict[str, Tensor]:
             shape[1 if layer.module.is_transposed == (name != "down_proj") else 2] = CODED_HIDDEN
         coded[name] = torch.empty(shape, dtype=torch.int64)
         views = layer.channel_major(name, coded[name])
-        first = SIDES.index(_SIDE_OF[name])
+        first = SIDES.index(SIDES_OF[name][0])
         for side, view in enumerate(views, first):
             place = expert[:, None] + channel + side * E * n * CODED_HIDDEN
             view.copy_(place if view.dim() == 2 else place[:, :, None] + hidden)
@@ -220,15 +247,6 @@ def _coded(layer: ExpertLayer) -> dict[str, Tensor]:
         side = SIDES.index("down_bias") * E * n * CODED_HIDDEN
         coded["down_proj_bias"] = side + expert[:, None] + hidden
     return coded
-
-
-_SIDE_OF = {
-    "gate_up_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-    "gate_up_proj_bias": "gate_bias",
-    "up_proj_bias": "up_bias",
-}
 
 
 class _Decoder:

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-
 from flexmoe.checkpoint import Checkpoint, meta_model, read_config
 from flexmoe.errors import FlexmoeError
 from flexmoe.plan import Plan
@@ -58,7 +56,7 @@ def uniform_config(
     for path in sorted(_paths(config, full), key=lambda path: "intermediate" not in path[-1]):
         try:
             after = _shapes(checkpoint, _changed(config, path, trial))
-        except (ValueError, RuntimeError, AssertionError, StrictDataclassError):
+        except FlexmoeError:
             continue  # a model that cannot be built like that: another number than the width
         changed = {name for name in before if before[name] != after.get(name)}
         if changed == experts:

@@ -79,7 +79,10 @@ def find_method(name: str) -> Method:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise FlexmoeError(f"'{path}', line {error.lineno}: {error.msg}") from error
     found = getattr(module, function, None)
     for candidate in METHODS.values():
         if found is not None and candidate.score is found:
