@@ -26,6 +26,7 @@ VARIANTS = ("plain", "fisher", "heapr", "taylor", "camera")
 MODELS = {
     "tiny (4 layers, 16 experts of 64, hidden 128)": None,
     "random (2 layers, 64 experts of 256, hidden 512, top-8)": (2, 64, 256, 512, 8),
+    "random (2 layers, 128 experts of 64, hidden 512, top-8)": (2, 128, 64, 512, 8),
 }
 BATCHES, BATCH, SEQ_LEN, ROUNDS = 2, 8, 256, 7
 

@@ -1,4 +1,4 @@
-"""Tables of README.md from the committed results.
+"""Tables of README.md and docs/log.md from the committed results.
 
 python bench/tables.py             # rewrites the blocks between <!-- table: NAME --> and end
 python bench/tables.py --check     # exit code 1 if they are not what the results say
@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
 SHARES = ("0.2", "0.4", "0.6", "0.8")
 
 
@@ -49,6 +49,18 @@ def quality() -> str:
     return "\n".join([*lines, "", note + measured_on(found, "python bench/quality.py")])
 
 
+def learned() -> str:
+    found = results("quality")
+    rows = [row for row in found["rows"] if row["allocate"].startswith("learned")]
+    rows += [r for r in found["rows"] if (r["method"], r["allocate"]) == ("fisher", "global")]
+    lines = ["| | 20 % | 40 % | 60 % | 80 % |", "|---|---|---|---|---|"]
+    for row in rows:
+        name = row["allocate"].removeprefix("learned: ").replace("global", "the global cut")
+        values = [f"{row['nll_increase'][s]:.3f}" for s in SHARES]
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
 def costs() -> str:
     found = results("observe")
     lines = [
@@ -81,24 +93,31 @@ def costs() -> str:
     return "\n".join(lines)
 
 
-def filled(text: str) -> str:
-    for name, table in (("quality", quality), ("costs", costs)):
+def filled(text: str, tables: dict[str, Callable[[], str]]) -> str:
+    for name, table in tables.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         body = table()
         text, count = re.subn(
             pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL
         )
-        assert count == 1, f"README.md has no block for the table {name}"
+        assert count == 1, f"no block for the table {name}"
     return text
 
 
 def main() -> None:
-    before = README.read_text()
-    after = filled(before)
-    if "--check" in sys.argv:
-        sys.exit(before != after and "README.md is not what the results say: run bench/tables.py")
-    README.write_text(after)
+    for page, tables in PAGES.items():
+        before = page.read_text()
+        after = filled(before, tables)
+        if "--check" not in sys.argv:
+            page.write_text(after)
+        elif before != after:
+            sys.exit(f"{page.name} is not what the results say: run python bench/tables.py")
 
+
+PAGES = {
+    HERE.parent / "README.md": {"quality": quality, "costs": costs},
+    HERE.parent / "docs" / "log.md": {"learned": learned},
+}
 
 if __name__ == "__main__":
     main()

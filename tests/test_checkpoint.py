@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -13,6 +16,7 @@ from safetensors.torch import save_file
 from flexmoe.checkpoint import Checkpoint, meta_model, resolve
 from flexmoe.errors import FlexmoeError
 from flexmoe.exporter import export
+from flexmoe.files import refuse_existing, written_beside
 from flexmoe.trace import trace
 from helpers import (
     LOGIT_TOLERANCE,
@@ -128,7 +132,7 @@ def test_damaged_files(file: str, content: bytes, message: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "change", [dict(hidden_size="wide"), dict(num_attention_heads=0), dict(num_local_experts=-1)]
+    "change", [dict(hidden_size="wide"), dict(hidden_act="nope"), dict(num_local_experts=-1)]
 )
 def test_config_that_cannot_be_built(change: dict[str, object], tmp_path: Path) -> None:
     config = tiny_model("mixtral").config.to_dict() | change
@@ -195,3 +199,43 @@ def test_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(FlexmoeError, match=r"quantized \(fp8\)"):
         meta_model(tmp_path)
+
+
+# --- Folders that appear complete or not at all ----------------------------------------------
+
+
+def test_folders_of_killed_processes_go(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    mine, init = os.getpid(), 1
+    for name in (f".out.partial-{dead.pid}", f".out.partial-{mine}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard").write_text("half")
+    kept = {f".out.partial-{init}", f".other.partial-{dead.pid}", ".out.partial-", ".out.x"}
+    for name in kept:
+        (tmp_path / name).mkdir()
+    with written_beside(tmp_path / "out") as partial:
+        assert {p.name for p in tmp_path.iterdir()} == kept | {partial.name}
+        assert not any(partial.iterdir())
+    assert {p.name for p in tmp_path.iterdir()} == kept | {"out"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_folder_has_the_usual_permissions(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with written_beside(tmp_path / "out"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (Path("/proc/nope/out"), tmp_path / "file" / "out"):
+        with pytest.raises(FlexmoeError, match="cannot write"), written_beside(out):
+            pytest.fail("the block ran")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(FlexmoeError, match="no permission"):
+        refuse_existing(tmp_path / "out")

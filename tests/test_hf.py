@@ -16,11 +16,20 @@ from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError
 from flexmoe.exporter import export, rank_checkpoint
 from flexmoe.trace import trace
-from helpers import LOGIT_TOLERANCE, difference, ids_of, logits, masked_logits, random_plan, tensors
+from helpers import (
+    LOGIT_TOLERANCE,
+    difference,
+    ids_of,
+    load,
+    logits,
+    masked_logits,
+    random_plan,
+    tensors,
+)
 from zoo import tiny_model
 
 # per-expert hub names (two spellings), one tensor for all with biases, without gate, renamed
-BF16_TOLERANCE = 2**-5  # a few roundings of 2**-8 through two layers
+BF16_TOLERANCE = 2**-5  # a few roundings by 2**-8 in two layers
 FAMILIES = ("olmoe", "mixtral", "gpt_oss", "nemotron_h", "hy_v4", "inkling2_text")
 IMPORTS = {
     "flexmoe first": "register(); register(); from transformers import AutoModelForCausalLM",
@@ -105,11 +114,18 @@ def test_bfloat16(name: str, tmp_path: Path) -> None:
     kept, again = tensors(tmp_path / "ragged"), tensors(tmp_path / "again")
     assert kept.keys() == again.keys()
     assert all(torch.equal(kept[k], again[k]) and kept[k].dtype == again[k].dtype for k in kept)
-    # the same bf16 weights in float32 arithmetic, then in bf16, which rounds every product
-    want = masked_logits(model, plan, 0.4, ids)
+    stock = AutoModelForCausalLM.from_pretrained(source).eval()
+    want = masked_logits(stock, plan, 0.4, ids)
     assert difference(logits(loaded, ids).float(), want.float()) < BF16_TOLERANCE
-    want = masked_logits(model.float(), plan, 0.4, ids)
-    assert difference(logits(loaded.float(), ids), want) < LOGIT_TOLERANCE
+    want = masked_logits(load(source, model), plan, 0.4, ids)  # the same weights, in float32
+    assert difference(logits(load(tmp_path / "ragged", model), ids), want) < LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
+def test_ragged_export_is_no_model_to_compress(name: str, tmp_path: Path) -> None:
+    out = ragged(name, tmp_path)
+    with pytest.raises(FlexmoeError, match="is a ragged export: start from its family"):
+        trace(Checkpoint(out), meta_model(out))
 
 
 def test_storage_is_ragged_and_keeps_its_dtype(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexmoe.checkpoint import Checkpoint, meta_model, resolve
+from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
 from flexmoe.data import (
     check_tokens,
     evaluation_windows,
@@ -22,7 +22,6 @@ from flexmoe.data import (
 )
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import routed_parameters
-from flexmoe.exporter import EXPORT_NAME
 from flexmoe.family import find_folder, load, pick_device, set_budget
 from flexmoe.plan import JSON_NAME, Member, Plan, read_manifest
 from flexmoe.progress import Track, silent

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from flexmoe.checkpoint import Checkpoint, meta_model, resolve
+from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.plan import JSON_NAME, Member, Plan, read_manifest
@@ -90,7 +90,7 @@ def load(
 
 
 def _check_single(folder: Path, pruned: float | None) -> None:
-    about = folder / "flexmoe_export.json"
+    about = folder / EXPORT_NAME
     found = json.loads(about.read_text()) if about.is_file() else {"pruned": 0.0, "achieved": 0.0}
     shares = (found["pruned"], found["achieved"])
     if pruned is not None and all(abs(pruned - share) > 1e-9 for share in shares):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,7 +238,7 @@ def write_family(ranked: Ranked, plan: Plan, out: str | Path, track: Track = sil
         with written_beside(out) as partial:
             rank_checkpoint(ranked.source, plan, partial, track)
             plan.save(partial, ranked=True)
-    except OSError as error:
+    except (OSError, FlexmoeError) as error:
         raise FlexmoeError(
             f"'{out}' could not be written: {error}. The plan is kept in '{kept}' and works with "
             "the base model as it is"
@@ -250,16 +249,11 @@ def write_family(ranked: Ranked, plan: Plan, out: str | Path, track: Track = sil
 
 def check_room(model: str | Path, out: str | Path) -> None:
     """`FlexmoeError` unless ``out`` can be made and the family fits on its disk."""
-    refuse_existing(Path(out).expanduser())
+    refuse_existing(out)
     parent = Path(out).expanduser().absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
-    except OSError as error:
-        raise FlexmoeError(f"'{out}' cannot be made: {error}") from None
-    if not os.access(parent, os.W_OK):
-        raise FlexmoeError(f"'{out}' cannot be made: no permission to write to '{parent}'")
-    needed = Checkpoint(resolve(model)).bytes
+    while not parent.exists():
+        parent = parent.parent
+    needed, free = Checkpoint(resolve(model)).bytes, shutil.disk_usage(parent).free
     if needed > free:
         raise FlexmoeError(f"the family needs {needed:,} bytes, '{parent}' has {free:,} free")
 
