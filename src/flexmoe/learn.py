@@ -1,4 +1,4 @@
-"""Learned widths: the action training of FlexMoE (arXiv 2606.27866, section 3.2, eq. 5-12).
+"""Learned widths: the action training of FlexMoE (arXiv 2606.27866, eq. 5-12).
 
 Every expert has logits over actions "keep this share of my ranked channels". One run under rising
 cost pressure walks from the full model to the poorest budget; a point of the path is recorded at
@@ -68,7 +68,7 @@ class Actions:
         self.logits_EA.requires_grad_(True)
 
     def sample(self, tau: float, generator: torch.Generator) -> Tensor:
-        """Straight-through Gumbel mask [E, I]: hard in value, soft in gradient (eq. 5-7)."""
+        """Straight-through Gumbel mask [E, I]: hard in value, soft in gradient."""
         uniform_EA = torch.rand(self.logits_EA.shape, generator=generator).to(self.logits_EA.device)
         gumbel_EA = -torch.log(-torch.log(uniform_EA.clamp(1e-9, 1 - 1e-7)))
         soft_EA = torch.softmax((self.logits_EA + gumbel_EA) / tau, dim=1)
@@ -81,14 +81,14 @@ class Actions:
         return torch.softmax(self.logits_EA, dim=1)
 
     def cost(self, load_floor: float) -> Tensor:
-        """Expected keep ratio weighted by the load share of the last pass (eq. 9), in [0.1, 1]."""
+        """Expected keep ratio weighted by the load share of the last pass, in [0.1, 1]."""
         load_E = self.layer.module.flexmoe_load_E.float()
         load_E = load_E / load_E.sum().clamp_min(1)
         load_E = (1 - load_floor) * load_E + load_floor / len(load_E)
         return (load_E * (self.clean_EA @ self.share_A)).sum()
 
     def entropy(self) -> Tensor:
-        """Mean entropy of the experts' action probabilities (eq. 10)."""
+        """Mean entropy of the experts' action probabilities."""
         return -(self.clean_EA * torch.log(self.clean_EA.clamp_min(1e-9))).sum(1).mean()
 
     def width(self) -> Tensor:
@@ -103,7 +103,7 @@ class Actions:
 
 
 def quality_loss(student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
-    """Cross-entropy plus KL(teacher || student), both a mean over the predicted tokens (eq. 8)."""
+    """Cross-entropy plus KL(teacher || student), both a mean over the predicted tokens."""
     tokens = ids[:, 1:].numel()
     log_student = F.log_softmax(student[:, :-1].flatten(0, 1).float(), dim=-1)
     log_teacher = F.log_softmax(teacher[:, :-1].flatten(0, 1).float(), dim=-1)

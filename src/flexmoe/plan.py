@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from flexmoe.allocate import cut_between
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import LayerShape
 
@@ -143,8 +144,6 @@ class Plan:
     def widths(self, pruned: float) -> dict[int, Tensor]:
         """Widths [E] of every layer at ``pruned``. Between two budgets of the plan the cut runs
         from the richer to the poorer one, exact to one quantum and nested like the rest."""
-        from flexmoe.allocate import cut_between
-
         if any(abs(pruned - b) < 1e-9 for b in self.budgets):
             at = min(range(len(self.budgets)), key=lambda b: abs(self.budgets[b] - pruned))
             return {i: width[at] for i, width in self.width.items()}

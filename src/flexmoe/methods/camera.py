@@ -30,7 +30,7 @@ def energy(layer: ExpertLayer, stats: LayerStatistics, alpha: float) -> Tensor:
 
 @method(
     "camera",
-    paper="CAMERA, arXiv:2508.02322 (section 3.2)",
+    paper="CAMERA, arXiv:2508.02322",
     needs=("energy_sum_EI", "energy_max_EI"),
 )
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:

@@ -14,7 +14,7 @@ def fisher(pairs: Pairs) -> Tensor:
     return (pairs.h_SI.float() * pairs.grad_SI.float()).square()
 
 
-@method("fisher", paper="Theis et al., arXiv:1801.05787 (eq. 6, per channel)", needs=("fisher_EI",))
+@method("fisher", paper="Theis et al., arXiv:1801.05787, per channel", needs=("fisher_EI",))
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Sum over tokens of (channel activation x its loss gradient)^2: one forward and backward."""
     return stats["fisher_EI"]

@@ -1,4 +1,4 @@
-"""The ranking of FlexMoE: first-order Taylor term per parameter (arXiv 2606.27866, eq. 1-3)."""
+"""The ranking of FlexMoE: first-order Taylor term per parameter (arXiv 2606.27866, eq. 1-4)."""
 
 from torch import Tensor
 
