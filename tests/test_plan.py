@@ -85,7 +85,9 @@ def test_a_learned_path_gives_exact_nested_plans(problem, seed):
         )
         for share in range(1, 5)
     ]
-    plan_of(*problem, widths_from_path(layers, score, path, budgets, quantum))
+    plan = plan_of(*problem, widths_from_path(layers, score, path, budgets, quantum))
+    for share in budgets:
+        assert abs(plan.member(share).achieved - share) <= plan.tolerance
 
 
 @given(problems(), st.floats(0, 0.8), st.floats(0, 0.8))
