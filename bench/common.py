@@ -18,23 +18,28 @@ import flexmoe
 RESULTS = Path(__file__).parent / "results"
 
 
-def environment() -> dict[str, Any]:
-    """Hardware, versions, date and commit of a measurement."""
+def _commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     changed = subprocess.run(
         [*git, "status", "--porcelain", "--", "../src"], capture_output=True, text=True
     )
-    names = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return commit.stdout.strip() + (" + changes" if changed.stdout.strip() else "")
+
+
+COMMIT = _commit()  # of the code as it is imported, not of what is there when a long run ends
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions, date and commit of a measurement."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line for line in lines if line.startswith("model name")]
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() + (" + changes" if changed.stdout.strip() else ""),
+        "commit": COMMIT,
         "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
         "cores": torch.get_num_threads(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -5,7 +5,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest
 import torch
 from hypothesis import settings
 from transformers.utils import logging
@@ -16,10 +15,3 @@ settings.register_profile("flexmoe", deadline=None, max_examples=60)
 settings.load_profile("flexmoe")
 
 torch.set_num_threads(1)  # the suite runs in one process a core
-
-
-def pytest_collection_modifyitems(items):
-    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
-    for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(no_gpu)

@@ -228,28 +228,33 @@ def make_plan(ranked: Ranked, allocator: str, track: Track = silent) -> Plan:
 def write_family(ranked: Ranked, plan: Plan, out: str | Path, track: Track = silent) -> Path:
     """The ranked checkpoint with the plan beside it, compared with the source before it counts.
 
-    The plan alone, which holds all that was computed, is written first; it stays in
-    ``OUT.plan`` if the checkpoint cannot be written.
+    If the checkpoint cannot be written, the plan alone, which holds all that was computed, is kept
+    in ``OUT.plan``.
     """
     out = Path(out).expanduser()
-    kept = out.with_name(f"{out.name}.plan")
-    plan.save(kept)
     try:
         with written_beside(out) as partial:
             rank_checkpoint(ranked.source, plan, partial, track)
             plan.save(partial, ranked=True)
     except (OSError, FlexmoeError) as error:
+        kept = _rescue(out)
+        refuse_existing(kept)
+        plan.save(kept)
         raise FlexmoeError(
             f"'{out}' could not be written: {error}. The plan is kept in '{kept}' and works with "
             "the base model as it is"
         ) from error
-    shutil.rmtree(kept)
     return out
+
+
+def _rescue(out: Path) -> Path:
+    return out.with_name(f"{out.name}.plan")
 
 
 def check_room(model: str | Path, out: str | Path) -> None:
     """`FlexmoeError` unless ``out`` can be made and the family fits on its disk."""
     refuse_existing(out)
+    refuse_existing(_rescue(Path(out)))  # never written over: it may hold an earlier rescue
     parent = Path(out).expanduser().absolute().parent
     while not parent.exists():
         parent = parent.parent
