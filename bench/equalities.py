@@ -53,7 +53,9 @@ def walk(name: str, root: Path) -> dict:
         tiny_model(name, vocab_size=4096).save_pretrained(base)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(TINY / "model" / file, base)
-    config = flexmoe.CompressConfig(samples=16, seq_len=64, pruned=SHARES, device="cpu", quantum=2)
+    config = flexmoe.CompressConfig(
+        samples=16, seq_len=64, pruned=SHARES, device="cpu", quantum=2, allocate="global"
+    )
     plan = flexmoe.compress(base, root / "family", config)
     original, ids = stock(base), ids_of(stock(base))
     model = flexmoe.load(root / "family", dtype=torch.float32, device="cpu")

@@ -1,4 +1,4 @@
-"""Held-out loss of methods, allocators and settings of learning on the shipped model.
+"""Held-out loss of methods, allocators and settings of the paper's learning on the shipped model.
 
     python bench/quality.py            # writes results/quality.json (about 15 minutes on two cores)
 
@@ -15,12 +15,11 @@ import torch
 from transformers.utils import logging
 
 from common import save
+from flexmoe.actions import ActionConfig
 from flexmoe.data import evaluation_windows, load_tokenizer
 from flexmoe.evaluate import budget_rows, evaluate, mean_nll
-from flexmoe.family import attach
-from flexmoe.learn import LearnConfig
 from flexmoe.methods import all_methods
-from flexmoe.pipeline import CompressConfig, Ranked, make_plan, rank_channels
+from flexmoe.pipeline import CompressConfig, Ranked, attach_plan, make_plan, rank_channels
 from flexmoe.progress import bar
 from flexmoe.report import merge_rows
 
@@ -37,7 +36,7 @@ LEARNED = {
         "margin": 5.0,
     },
 }
-CONFIG = CompressConfig(data="tiny", samples=128, seq_len=256, pruned=SHARES)
+CONFIG = CompressConfig(data="tiny", samples=128, seq_len=256, pruned=SHARES, allocate="global")
 
 
 def main() -> None:
@@ -55,9 +54,9 @@ def main() -> None:
         ranked = rank_channels("tiny", dataclasses.replace(CONFIG, samples=512), bar)
         windows, base = held_out(ranked)
         for name, settings in LEARNED.items():
-            learn = dataclasses.replace(LearnConfig(), **settings)
-            ranked.config = dataclasses.replace(ranked.config, allocate="learned", learn=learn)
-            rows.append(measure(ranked, "fisher", "learned", f"learned: {name}", base, windows))
+            learn = dataclasses.replace(ActionConfig(), **settings)
+            ranked.config = dataclasses.replace(ranked.config, allocate="actions", learn=learn)
+            rows.append(measure(ranked, "fisher", "actions", f"learned: {name}", base, windows))
     if not only:
         tokens = sum(ids.numel() for ids in windows.values())
         save("quality", {"base_nll": base, "held_out_tokens": tokens, "rows": rows})
@@ -79,7 +78,7 @@ def measure(
     windows: dict[str, torch.Tensor],
 ) -> dict:
     """Loss increase at every share of one plan."""
-    attach(ranked.model, make_plan(ranked, allocator, bar), ranked=True)
+    attach_plan(ranked, make_plan(ranked, allocator, bar))
     merged = merge_rows(budget_rows(ranked.model, windows, SHARES))
     increase = {f"{row['pruned']:g}": round(row["nll"] - base, 4) for row in merged}
     print(f"{method:10} {label:40}", increase, flush=True)

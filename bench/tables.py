@@ -41,10 +41,11 @@ def quality() -> str:
             else f"{row['nll_increase'][s]:.3f}"
             for s in SHARES
         ]
-        lines.append(f"| {row['method']} | {row['allocate']} | " + " | ".join(values) + " |")
+        name = row["allocate"].replace("learned: 300 steps", "actions (the paper's)")
+        lines.append(f"| {row['method']} | {name} | " + " | ".join(values) + " |")
     note = (
         f"Base loss {found['base_nll']:.3f}; {found['held_out_tokens']:,} held-out tokens; "
-        "calibration 128 windows of 256 tokens (learned: 512). "
+        "calibration 128 windows of 256 tokens (actions: 512). "
     )
     return "\n".join([*lines, "", note + measured_on(found, "python bench/quality.py")])
 
@@ -59,6 +60,43 @@ def learned() -> str:
         values = [f"{row['nll_increase'][s]:.3f}" for s in SHARES]
         lines.append(f"| {name} | " + " | ".join(values) + " |")
     return "\n".join(lines)
+
+
+def family_rows(recovered: bool) -> dict[str, dict[str, list[dict]]]:
+    """Rows of results/family.json by model and recipe, one a seed."""
+    grouped: dict[str, dict[str, list[dict]]] = {}
+    for row in results("family")["rows"]:
+        if row["recipe"].startswith("recovered: ") == recovered:
+            recipe = row["recipe"].removeprefix("recovered: ")
+            grouped.setdefault(row["model"], {}).setdefault(recipe, []).append(row)
+    return dict(sorted(grouped.items(), reverse=True))
+
+
+def family_table(recovered: bool) -> str:
+    lines = []
+    for model, recipes in family_rows(recovered).items():
+        shares = list(next(iter(recipes.values()))[0]["nll_increase"])
+        if lines:
+            lines.append("")
+        lines.append(f"| {model} | seeds | " + " | ".join(f"{float(s):.0%}" for s in shares) + " |")
+        lines.append("|" + "---|" * (len(shares) + 2))
+
+        def mean(rows: list[dict], share: str) -> float:
+            return sum(row["nll_increase"][share] for row in rows) / len(rows)
+
+        for recipe, rows in sorted(recipes.items(), key=lambda item: mean(item[1], "0.5")):
+            values = [f"{mean(rows, s):.4f}" for s in shares]
+            lines.append(f"| {recipe} | {len(rows)} | " + " | ".join(values) + " |")
+    found = results("family")
+    note = (
+        f"Mean over seeds of the loss increase; calibration {found['calibration_windows']} windows "
+        f"of {found['seq_len']} tokens, drawn by the seed; held out "
+        f"{found['held_out_windows_a_domain']} windows of each of four domains. "
+    )
+    what = "recovery" if recovered else "plans"
+    return "\n".join(
+        [*lines, "", note + measured_on(found, f"python bench/family.py {what} MODEL")]
+    )
 
 
 def costs() -> str:
@@ -115,7 +153,12 @@ def main() -> None:
 
 
 PAGES = {
-    HERE.parent / "README.md": {"quality": quality, "costs": costs},
+    HERE.parent / "README.md": {
+        "quality": quality,
+        "plans": lambda: family_table(recovered=False),
+        "recovered": lambda: family_table(recovered=True),
+        "costs": costs,
+    },
     HERE.parent / "docs" / "log.md": {"learned": learned},
 }
 

@@ -14,7 +14,7 @@ from flexmoe.evaluate import evaluate_path
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "family"
-    command = f"compress tiny -o {out} --samples 8 --seq-len 64 --pruned 0.2,0.4"
+    command = f"compress tiny -o {out} --samples 8 --seq-len 64 --pruned 0.2,0.4 --allocate global"
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 0, result.output
     assert "40%" in result.output and "flexmoe eval" in result.output
@@ -81,14 +81,20 @@ def test_methods_lists_all_with_paper_and_unit():
         ("compress tiny -o out --allocate globl", "Did you mean 'global'"),
         ("compress tiny -o out --pruned 40%", "is no list of pruned shares"),
         ("compress tiny -o out --pruned 40", "40 % of the routed-expert parameters"),
-        ("compress tiny -o out --learn-steps 5", "no effect with allocate 'global'"),
+        (
+            "compress tiny -o out --allocate global --learn-steps 5",
+            "no effect with allocate 'global'",
+        ),
         ("compress tiny -o out --data missing.jsonl", "does not exist"),
         ("compress tiny -o out --learn-steps 0", "at least 1 step"),
         ("compress tiny -o out --device gpu", "no device 'gpu'"),
         ("compress tiny -o out --quantum -2", "quantum must be at least 1"),
         ("compress tiny -o out --pruned ,", "is no list of pruned shares"),
         ("compress tiny -o out --seq-len 5000", "context of 1024 tokens"),
-        ("compress tiny -o out --method random --samples 8", "samples without effect"),
+        (
+            "compress tiny -o out --allocate global --method random --samples 8",
+            "samples without effect",
+        ),
         ("eval tiny --samples 0", "samples must be at least 1"),
         ("eval tiny --seq-len 1", "from 2 to the model's context"),
         ("compress tiny -o out --samples 100000", "lower --samples"),

@@ -32,8 +32,8 @@ def checkpoint(folder: Path, name: str) -> Path:
 
 
 def config(**changes) -> CompressConfig:
-    settings = {"samples": 8, "seq_len": 16, "pruned": SHARES, "quantum": 2} | changes
-    return CompressConfig(**settings)
+    settings = {"samples": 8, "seq_len": 16, "pruned": SHARES, "quantum": 2, "allocate": "global"}
+    return CompressConfig(**settings | changes)
 
 
 def fp32(path, **settings):
@@ -180,7 +180,7 @@ def test_what_was_computed_is_kept_when_the_family_cannot_be_written(made, tmp_p
     def full_disk(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("flexmoe.pipeline.rank_checkpoint", full_disk)
+    monkeypatch.setattr("flexmoe.exporter.rank_checkpoint", full_disk)
     with pytest.raises(FlexmoeError, match=r"No space left on device. The plan is kept in"):
         flexmoe.compress(base, tmp_path / "out", config())
     assert [path.name for path in tmp_path.iterdir()] == ["out.plan"]

@@ -1,74 +1,31 @@
-"""The action training: formulas by hand, gradients by finite differences, a whole small run."""
-
-import math
+"""Learned positions: the step by hand, the worth by finite differences, whole runs."""
 
 import pytest
 import torch
 
+from flexmoe.actions import ActionConfig
+from flexmoe.data import evaluation_windows
 from flexmoe.errors import FlexmoeError
-from flexmoe.experts import expert_layers
-from flexmoe.learn import Actions, LearnConfig, batches, learn_widths, quality_loss
+from flexmoe.experts import expert_layers, experts_function
+from flexmoe.family import set_budget
+from flexmoe.learn import LearnConfig, Positions, _worth, edge_step, learn_positions
+from flexmoe.pipeline import CompressConfig, attach_plan, compress, make_plan, rank_channels
+from flexmoe.plan import Plan
+from flexmoe.resume import Work, work_folder
+from flexmoe.training import batches, divergence
 from zoo import tiny_model
 
 
-def actions_of(logits=None, **settings):
-    layer = expert_layers(tiny_model("mixtral"))[0]
-    made = Actions(layer, LearnConfig(**settings))
-    if logits is not None:
-        made.logits_EA.data = torch.tensor(logits)
-    return made
+def scores(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        layer.index: torch.rand(layer.E, layer.I, generator=generator)
+        for layer in expert_layers(model)
+    }
 
 
-def test_formulas_by_hand():
-    """Two experts with tokens, shares 3/4 and 1/4; two actions that keep a half or all."""
-    a = actions_of([[0.0, 0.0]] + [[0.0, math.log(3)]] * 7, actions=(0.5, 1.0))
-    a.layer.module.flexmoe_load_E = torch.tensor([3, 1, 0, 0, 0, 0, 0, 0])
-    assert torch.allclose(a.clean_EA[:2], torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
-    # C = 3/4 (0.5 * 0.5 + 0.5 * 1) + 1/4 (0.25 * 0.5 + 0.75 * 1)
-    assert a.cost(0.0).item() == pytest.approx(0.75 * 0.75 + 0.25 * 0.875)
-    # a floor of 1 is the plain mean over experts
-    assert a.cost(1.0).item() == pytest.approx((0.75 + 7 * 0.875) / 8)
-    quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
-    assert a.entropy().item() == pytest.approx((math.log(2) + 7 * quarter) / 8, rel=1e-6)
-    assert a.width().tolist() == [8] + [16] * 7  # a tie goes to the first, thinner action
-
-
-def test_the_thickest_action_leads_at_the_start():
-    a = actions_of()
-    assert a.keep_A.tolist() == [2, 7, 12, 16]  # ceil(r * 16)
-    assert (a.clean_EA[:, 3] > 0.85).all() and (a.width() == 16).all()
-
-
-def test_the_sampled_mask_is_hard_and_its_gradient_soft():
-    a = actions_of(torch.randn(8, 4).tolist())
-    generator = torch.Generator()
-    mask_EI = a.sample(0.7, generator.manual_seed(1))
-    length = mask_EI.sum(1).round().int()
-    prefix = (torch.arange(16) < length[:, None]).float()
-    assert torch.allclose(mask_EI, prefix, atol=1e-6)
-    assert set(length.tolist()) <= set(a.keep_A.tolist())
-    weight_EI = torch.randn(8, 16, generator=generator)
-
-    def soft(logits):
-        uniform = torch.rand(8, 4, generator=generator.manual_seed(1))
-        gumbel = -torch.log(-torch.log(uniform.clamp(1e-9, 1 - 1e-7)))
-        probability = torch.softmax((logits + gumbel) / 0.7, 1)
-        return (probability @ a.prefix_AI * weight_EI).sum()
-
-    (a.sample(0.7, generator.manual_seed(1)) * weight_EI).sum().backward()
-    at, step = a.logits_EA.detach(), 1e-2
-    for e, k in ((0, 0), (3, 2), (7, 3)):
-        shift = torch.zeros(8, 4)
-        shift[e, k] = step
-        slope = (soft(at + shift) - soft(at - shift)) / (2 * step)
-        assert a.logits_EA.grad[e, k].item() == pytest.approx(slope.item(), rel=2e-2, abs=1e-3)
-
-
-def test_quality_is_cross_entropy_when_student_is_teacher():
-    logits, ids = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
-    want = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert quality_loss(logits, logits, ids).item() == pytest.approx(want.item(), rel=1e-5)
-    assert quality_loss(torch.zeros_like(logits), logits, ids) > math.log(7)  # CE of a coin + KL
+def windows(n=16, t=12):
+    return torch.randint(3, 60, (n, t), generator=torch.Generator().manual_seed(0))
 
 
 def test_batches_use_every_window_before_any_again():
@@ -76,26 +33,203 @@ def test_batches_use_every_window_before_any_again():
     assert sorted(drawn[:10].tolist()) == sorted(drawn[10:].tolist()) == list(range(10))
 
 
-def test_one_run_walks_to_the_poorest_budget_and_leaves_the_weights_alone():
+def test_positions_are_shares_in_the_order_of_the_scores():
+    model = tiny_model("mixtral")
+    score = scores(model)
+    positions = Positions(expert_layers(model), score)
+    value_X = torch.cat([s.flatten() for s in score.values()])
+    n = len(value_X)
+    assert torch.equal(positions.value_X.argsort(), value_X.argsort())
+    expected = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    assert torch.allclose(positions.value_X.sort().values, expected)
+    assert (positions.spread(value_X) > 0.25).sum() == n * 3 // 4
+    back = positions.by_layer(value_X)
+    assert all(torch.equal(back[i], score[i]) for i in score)
+
+
+def test_an_edge_step_by_hand():
+    position = torch.tensor([0.1, 0.5, 0.5, 0.9], dtype=torch.float64)
+    worth = torch.tensor([100.0, 1.0, 3.0, -50.0], dtype=torch.float64)
+    both = torch.stack([worth, worth])
+    step = edge_step(position, both, 0.5, 0.01)  # the outer two are far from the edge
+    assert torch.allclose(step, torch.tensor([0, -1.0, 1.0, 0], dtype=torch.float64), atol=1e-6)
+    scaled = edge_step(position, both * 1e-6 + 5, 0.5, 0.01)  # neither scale nor a shift counts
+    assert torch.allclose(step, scaled, atol=1e-6)
+
+
+def test_a_step_shrinks_to_what_the_halves_agree_on():
+    position = torch.full((3,), 0.5, dtype=torch.float64)
+    first = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+    assert not edge_step(position, torch.stack([first, -first]), 0.5, 0.1).any()
+    assert not edge_step(position, torch.stack([first, torch.zeros(3).double()]), 0.5, 0.1).any()
+    agreed = edge_step(position, torch.stack([first, first]), 0.5, 0.1)
+    other = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64)  # half of it the other way
+    partly = edge_step(position, torch.stack([first, first + 2 * other]), 0.5, 0.1)
+    # sum (-2, 2, 0) of power 8; the halves (-1, 0, 1) and (-1, 2, -1) agree on 4 * 0: nothing
+    assert not partly.any()
+    partly = edge_step(position, torch.stack([first, first + other]), 0.5, 0.1)
+    # sum (-2, 1, 1) of power 6; they agree on 4 * 1 of it
+    assert torch.allclose(partly, torch.tensor([-2.0, 1, 1]).double() * 4 / 6 / 2**0.5)
+    assert agreed.abs().sum() > partly.abs().sum()
+
+
+def test_worth_is_the_slope_of_the_divergence():
     model = tiny_model("olmoe")
+    layers, ids = expert_layers(model), windows(2)
+    model.requires_grad_(False)
+    kept = {layer.index: torch.ones(layer.E, layer.I) for layer in layers}
+    kept[layers[0].index][:, 9:] = 0
+    found_X = _worth(model, layers, [ids], [kept])[0]
+    found = Positions(layers, kept).by_layer(found_X)
+
+    @torch.no_grad()
+    def loss(mask):
+        teacher = model(ids).logits
+        for layer in layers:
+            layer.module.flexmoe_mask_EI = mask[layer.index]
+        with experts_function(model, "flexmoe_mask"):
+            return divergence(model(ids).logits.double(), teacher.double()).item()
+
+    for i, e in ((layers[0].index, 1), (layers[1].index, 3)):
+        # a whole expert at once, so that the difference stands out of float32's rounding
+        up, down = ({n: m.clone() for n, m in kept.items()} for _ in range(2))
+        up[i][e] += 2e-2
+        down[i][e] -= 2e-2
+        slope = (loss(up) - loss(down)) / 4e-2
+        assert found[i][e].sum().item() == pytest.approx(-slope, rel=5e-2, abs=1e-4)
+
+
+def test_a_run_is_repeatable_and_leaves_the_model_alone():
+    model = tiny_model("qwen2_moe")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    ids = torch.randint(3, 60, (16, 12), generator=torch.Generator().manual_seed(0))
-    config = LearnConfig(steps=60, load_floor=0.5)
-    path = learn_widths(model, ids, config, batch_size=4)
-    shares = [share for share, _ in path]
-    assert shares == sorted(shares) and shares[0] < 0.3 and shares[-1] > 0.75
-    for share, width in path:
-        total = sum(int(w.sum()) for w in width.values())
-        assert share == pytest.approx(1 - total / (2 * 8 * 16))
-        assert all(set(w.tolist()) <= {2, 7, 12, 16} for w in width.values())
+    score, config = scores(model), LearnConfig(steps=6)
+
+    def run(**options):
+        return learn_positions(model, windows(), score, config, batch_size=4, **options)
+
+    first, again = run(), run()
+    assert all(torch.equal(first[i], again[i]) for i in first)
+    assert any(not torch.equal(first[i], run(seed=1)[i]) for i in first)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    again = learn_widths(model, ids, config, batch_size=4)
-    assert [share for share, _ in again] == shares
-    other = learn_widths(model, ids, config, batch_size=4, seed=1)
-    assert [share for share, _ in other] != shares
     assert not any(hasattr(layer.module, "flexmoe_mask_EI") for layer in expert_layers(model))
+    # sums are in float64 and positions are spread anew in every step: the same to the last bit
+    # unless two channels all but tie
+    parts = run(micro_batch=1, checkpointing=True)
+    for i in first:
+        assert torch.allclose(first[i], parts[i], atol=0.02)
+        assert (first[i] - parts[i]).abs().mean() < 1e-3
 
 
-def test_no_steps_are_refused():
+def divergences(ranked, plan, ids):
+    """Divergence from the full model at each budget of a plan, nats per token."""
+    attach_plan(ranked, plan)
+    found = []
+    with torch.no_grad():
+        teacher = ranked.model(ids).logits
+        for pruned in plan.budgets[1:]:
+            set_budget(ranked.model, pruned)
+            found.append(float(divergence(ranked.model(ids).logits, teacher)) / ids[:, 1:].numel())
+    return found
+
+
+def test_learning_beats_the_global_cut():
+    """On text that it has not seen, from ranking scores that leave much to learn."""
+    config = CompressConfig(
+        samples=32,
+        seq_len=64,
+        pruned=(0.4, 0.6, 0.8),
+        method="magnitude",
+        learn=LearnConfig(steps=12),
+        batch_size=8,
+    )
+    ranked = rank_channels("tiny", config)
+    ids = torch.cat(
+        list(evaluation_windows("tiny", ranked.tokenizer, samples=2, seq_len=128).values())
+    )
+    one, other = make_plan(ranked, "global"), make_plan(ranked, "learned")
+    start, learned = divergences(ranked, one, ids), divergences(ranked, other, ids)
+    assert all(a < b for a, b in zip(learned, start, strict=True))
+    assert sum(learned) < sum(start) * 0.95
+    assert any(not torch.equal(one.order[i], other.order[i]) for i in one.order)  # also the ranking
+
+
+def test_a_run_that_learns_nothing_ends_where_it_began():
+    model = tiny_model("qwen2_moe")
+    score = scores(model)
+    wild = LearnConfig(steps=1, step_size=50.0)
+    found = learn_positions(model, windows(), score, wild, batch_size=2)
+    start = Positions(expert_layers(model), score)
+    first = start.by_layer(start.value_X)
+    ids = windows()
+
+    @torch.no_grad()
+    def loss(position):
+        total = 0.0
+        for pruned in (0.2, 0.4, 0.6, 0.8):
+            teacher = model(ids[:8]).logits
+            for layer in expert_layers(model):
+                layer.module.flexmoe_mask_EI = (position[layer.index] > pruned).float()
+            with experts_function(model, "flexmoe_mask"):
+                total += float(divergence(model(ids[:8]).logits, teacher))
+        return total
+
+    assert loss(found) <= loss(first) * 1.001
+
+
+def test_a_killed_compression_learns_on_to_the_same_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr("flexmoe.resume.EVERY", 0.0)
+    config = CompressConfig(samples=8, seq_len=32, pruned=(0.4,), learn=LearnConfig(steps=5))
+    compress("tiny", tmp_path / "whole", config)
+    seen = []
+
+    def killer(items, description):
+        for item in items:
+            yield item
+            seen.append(description)
+            if seen.count("learn") == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress("tiny", tmp_path / "broken", config, track=killer)
+    assert work_folder(tmp_path / "broken").is_dir()
+    compress("tiny", tmp_path / "broken", config)
+    whole, broken = Plan.load(tmp_path / "whole"), Plan.load(tmp_path / "broken")
+    assert all(torch.equal(whole.order[i], broken.order[i]) for i in whole.order)
+    assert all(torch.equal(whole.width[i], broken.width[i]) for i in whole.width)
+    assert not work_folder(tmp_path / "broken").exists()
+
+
+def test_state_of_another_command_is_refused(tmp_path):
+    Work(tmp_path / "x", {"steps": 1}).stage("s").save(1, {"a": torch.ones(1)})
+    with pytest.raises(FlexmoeError, match="steps 1 there, 2 now"):
+        Work(tmp_path / "x", {"steps": 2})
+
+
+def test_settings_without_effect_are_refused(tmp_path):
     with pytest.raises(FlexmoeError, match="at least 1 step"):
         LearnConfig(steps=0)
+    for change in (
+        {"allocate": "global", "learn": LearnConfig()},
+        {"allocate": "learned", "learn": ActionConfig()},
+        {"allocate": "global", "micro_batch": 1},
+        {"allocate": "actions", "checkpointing": True},
+    ):
+        with pytest.raises(FlexmoeError, match="effect"):
+            compress("tiny", tmp_path / "out", CompressConfig(**change))
+
+
+def test_set_budget_after_learning_keeps_the_stock_model():
+    config = CompressConfig(samples=8, seq_len=32, pruned=(0.5,), learn=LearnConfig(steps=2))
+    ranked = rank_channels("tiny", config)
+    ids = ranked.windows.ids[:1]
+
+    @torch.no_grad()
+    def logits():
+        return ranked.model(ids).logits
+
+    before = logits()
+    attach_plan(ranked, make_plan(ranked, "learned"))
+    set_budget(ranked.model, 0.5)
+    assert not torch.allclose(logits(), before, atol=1e-3)
+    set_budget(ranked.model, 0.0)
+    assert torch.allclose(logits(), before, atol=1e-4)

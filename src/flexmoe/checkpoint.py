@@ -20,6 +20,7 @@ from flexmoe.plan import JSON_NAME, TENSORS_NAME
 
 INDEX_NAME = "model.safetensors.index.json"
 EXPORT_NAME = "flexmoe_export.json"  # what an export says about itself
+CURVE_NAME = "evaluation.json"  # the measured curve of a family, see `flexmoe.curve`
 # Weights of other formats would be stale beside new ones, so they are never copied.
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 # Names of the safetensors format.
@@ -174,7 +175,7 @@ class Checkpoint:
     def other_files(self) -> list[Path]:
         """Everything beside weights, their index and flexmoe's own files, relative to the
         folder: configs, tokenizer, chat template, custom code."""
-        own = {INDEX_NAME, JSON_NAME, TENSORS_NAME, EXPORT_NAME}
+        own = {INDEX_NAME, JSON_NAME, TENSORS_NAME, EXPORT_NAME, CURVE_NAME}
         found = []
         for file in sorted(self.path.rglob("*")):
             relative = file.relative_to(self.path)

@@ -1,11 +1,10 @@
-"""The command line: ``flexmoe compress | export | eval | methods | demo``.
+"""The command line: ``flexmoe compress | recover | export | eval | pick | methods | demo``.
 
 Heavy imports happen inside the commands, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from pathlib import Path
@@ -13,7 +12,17 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmoe import __version__
+from flexmoe import __version__, cli_eval, cli_recover
+from flexmoe.cli_common import (
+    Base,
+    BatchSize,
+    Checkpointing,
+    Device,
+    MicroBatch,
+    Shard,
+    quiet,
+    say,
+)
 from flexmoe.errors import FlexmoeError
 
 app = typer.Typer(
@@ -25,11 +34,6 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto: cuda where there is one")]
-BatchSize = Annotated[
-    int | None, typer.Option(help="windows a step; default: 4096 tokens, at most 8 windows")
-]
-Base = Annotated[str | None, typer.Option(help="weights for a plan alone: folder or hub id")]
 
 COMPRESS_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -38,9 +42,11 @@ COMPRESS_EXAMPLES = """\
 
   flexmoe compress allenai/OLMoE-1B-7B-0924 -o families/olmoe --data code.jsonl.gz:3,web.txt:1
 
-  flexmoe compress ./Qwen3-30B-A3B -o families/qwen3 --method taylor --allocate learned
+  flexmoe compress ./Qwen3-30B-A3B -o families/qwen3 --method taylor --allocate global
 
   flexmoe compress ./model -o family --method ./mine.py:score
+
+  torchrun --nproc-per-node 8 -m flexmoe compress ./Qwen3-30B-A3B -o families/qwen3 --shard
 """
 EXPORT_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -49,15 +55,6 @@ EXPORT_EXAMPLES = """\
 
   flexmoe export families/tiny --pruned 0.35 --layout ragged -o tiny-35       smaller loss, needs flexmoe
 """  # noqa: E501
-EVAL_EXAMPLES = """\
-[bold]Examples[/bold]
-
-  flexmoe eval families/tiny --json tiny.json
-
-  flexmoe eval families/tiny --pruned 0,0.4 --data books.valid,my.jsonl
-
-  flexmoe eval tiny-40
-"""
 
 
 def _version(asked: bool) -> None:
@@ -93,48 +90,63 @@ def compress(
         str, typer.Option(help="budgets: shares of routed-expert parameters to remove")
     ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
     method: Annotated[str, typer.Option(help="NAME or FILE.py:FUNCTION; see: methods")] = "fisher",
-    allocate: Annotated[str, typer.Option(help="uniform, layer, global or learned")] = "global",
+    allocate: Annotated[
+        str, typer.Option(help="learned, global, layer, uniform, actions")
+    ] = "learned",
     quantum: Annotated[
         int | None, typer.Option(help="widths are multiples of this; default: 32, less when tiny")
     ] = None,
     batch_size: BatchSize = None,
     learn_steps: Annotated[
-        int | None, typer.Option(help="steps of --allocate learned; default: 300")
+        int | None, typer.Option(help="steps of --allocate learned (150) or actions (300)")
     ] = None,
+    micro_batch: MicroBatch = None,
+    checkpointing: Checkpointing = False,
+    shard: Shard = False,
     seed: Annotated[int, typer.Option(help="draws windows, random scores and actions")] = 0,
     device: Device = "auto",
 ) -> None:
     """Turn a MoE checkpoint into a family: the ranked model and a plan for every budget."""
-    from flexmoe.learn import LearnConfig
-    from flexmoe.pipeline import CompressConfig, budget_list
+    from flexmoe.pipeline import SETTINGS_OF, CompressConfig, budget_list
     from flexmoe.pipeline import compress as run
-    from flexmoe.progress import bar
+    from flexmoe.progress import bar, silent
+    from flexmoe.training import process_group, processes
 
-    _quiet()
-    config = CompressConfig(
-        data=data,
-        samples=samples,
-        seq_len=seq_len,
-        pruned=budget_list(pruned),
-        method=method,
-        allocate=allocate,
-        quantum=quantum,
-        batch_size=batch_size,
-        learn=None if learn_steps is None else LearnConfig(steps=learn_steps),
-        seed=seed,
-        device=device,
-    )
-    plan = run(model, out, config, track=bar)
+    quiet()
+    learn = None
+    if learn_steps is not None:
+        learn = SETTINGS_OF.get(allocate, SETTINGS_OF["learned"])(steps=learn_steps)
+    with process_group(device) as place:
+        config = CompressConfig(
+            data=data,
+            samples=samples,
+            seq_len=seq_len,
+            pruned=budget_list(pruned),
+            method=method,
+            allocate=allocate,
+            quantum=quantum,
+            batch_size=batch_size,
+            micro_batch=micro_batch,
+            checkpointing=checkpointing,
+            learn=learn,
+            seed=seed,
+            device=place,
+            shard=shard,
+        )
+        first = processes()[0] == 0
+        plan = run(model, out, config, track=bar if first else silent)
+    if not first:
+        return
     if thin := plan.recipe.thin_experts:
         number = sum(map(len, thin.values()))
         where = ", ".join(f"layer {i}: {len(e)}" for i, e in list(thin.items())[:8])
-        _say(
+        say(
             f"{number} experts saw fewer than 100 tokens ({where}): their order is a guess. Give "
             "more or broader text with --data and --samples.",
             style="yellow",
         )
-    _say(_plan_table(plan, f"{out}: {model} ranked by {method}, widths {allocate}"))
-    _say(f"next: flexmoe eval {out}, or flexmoe export {out} --pruned 0.4 --layout uniform -o DIR")
+    say(_plan_table(plan, f"{out}: {model} ranked by {method}, widths {allocate}"))
+    say(f"next: flexmoe eval {out}, or flexmoe export {out} --pruned 0.4 --layout uniform -o DIR")
 
 
 def _plan_table(plan: Any, title: str) -> Any:
@@ -169,55 +181,18 @@ def export(
     from flexmoe.progress import bar
     from flexmoe.report import count, size
 
-    _quiet()
+    quiet()
     done = write(family, out, pruned=pruned, layout=layout, base=base, track=bar)
-    _say(
+    say(
         f"{done.path}: {done.layout}, {done.pruned:.2%} pruned, {count(done.routed_parameters)} "
         f"routed parameters, {size(done.bytes)}\n{done.checked} experts read back and compared "
         f"with the masked model: largest difference {done.max_difference:.1e} of the output"
     )
 
 
-@app.command("eval", epilog=EVAL_EXAMPLES)
-def evaluate(
-    path: Annotated[str, typer.Argument(help="family, plan, export, or any MoE checkpoint")],
-    pruned: Annotated[str, typer.Option(help="budgets of a family: 0,0.4 or all")] = "all",
-    data: Annotated[
-        str,
-        typer.Option(help="held-out text: FILE,... ('tiny': four domains, books.valid: one)"),
-    ] = "tiny",
-    samples: Annotated[int | None, typer.Option(help="windows a file; default: all")] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help="tokens a window; default: a quarter of the context, <= 2048")
-    ] = None,
-    batch_size: BatchSize = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="write the rows here")] = None,
-    base: Base = None,
-    device: Device = "auto",
-) -> None:
-    """Loss and perplexity on held-out text, for every budget and data file."""
-    from flexmoe.evaluate import evaluate_path
-    from flexmoe.pipeline import budget_list
-    from flexmoe.progress import bar
-    from flexmoe.report import budget_table, merge_rows
-
-    _quiet()
-    rows = evaluate_path(
-        path,
-        data=data,
-        pruned=None if pruned == "all" else budget_list(pruned),
-        samples=samples,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        base=base,
-        device=device,
-        track=bar,
-    )
-    files = list(dict.fromkeys(row["data"] for row in rows))
-    _say(budget_table(merge_rows(rows), f"{path} on {', '.join(files)}"))
-    if json_out is not None:
-        json_out.parent.mkdir(parents=True, exist_ok=True)
-        json_out.write_text(json.dumps({"model": path, "rows": rows}, indent=1) + "\n")
+app.command(epilog=cli_recover.EXAMPLES)(cli_recover.recover)
+app.command("eval", epilog=cli_eval.EVAL_EXAMPLES)(cli_eval.evaluate)
+app.command("pick", epilog=cli_eval.PICK_EXAMPLES)(cli_eval.pick)
 
 
 @app.command()
@@ -232,7 +207,7 @@ def methods() -> None:
         table.add_column(name, overflow="fold")
     for found in sorted(all_methods().values(), key=lambda m: m.name):
         table.add_row(found.name, found.unit, found.paper, found.summary)
-    _say(table)
+    say(table)
 
 
 @app.command()
@@ -245,22 +220,8 @@ def demo(
     from flexmoe.demo import demo as run
     from flexmoe.progress import bar
 
-    _quiet()
+    quiet()
     run(out, Console(), bar)
-
-
-def _quiet() -> None:
-    """Progress bars and warnings of libraries say nothing that ours do not."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _say(what: Any, style: str | None = None) -> None:
-    from rich.console import Console
-
-    Console(markup=False, highlight=False).print(what, style=style)
 
 
 def main() -> None:

@@ -170,9 +170,10 @@ def check_tokens(ids: Tensor, config: Any) -> Tensor:
 
 
 def calibration_windows(
-    spec: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int
+    spec: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int, fewer: bool = False
 ) -> Windows:
-    """``samples`` windows from a mixture of sources, each in proportion to its weight."""
+    """``samples`` windows from a mixture of sources, each in proportion to its weight; with
+    ``fewer`` a source that is too short gives what it has."""
     if samples < 1:
         raise FlexmoeError(f"samples must be at least 1, found {samples}")
     sources = parse_sources(spec, "train")
@@ -182,7 +183,7 @@ def calibration_windows(
         weight += source.weight
         share = round(samples * weight / total) - drawn
         ids = token_windows(source, tokenizer, seq_len, share, seed)
-        if len(ids) < share:
+        if len(ids) < (min(share, 1) if fewer else share):
             raise FlexmoeError(
                 f"{source.path} has text for {len(ids)} windows of {seq_len} tokens, {share} are "
                 "wanted: lower --samples or --seq-len, or give more text"

@@ -15,16 +15,15 @@ from transformers import PreTrainedModel
 from flexmoe.data import evaluation_windows
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluate import Row, budget_rows, evaluate, mean_nll, perplexity
-from flexmoe.exporter import ExportReport, export
-from flexmoe.family import attach, load, set_budget
+from flexmoe.exporter import ExportReport, export, write_family
+from flexmoe.family import load, set_budget
 from flexmoe.learn import LearnConfig
 from flexmoe.pipeline import (
-    ALLOCATORS,
     CompressConfig,
     Ranked,
+    attach_plan,
     make_plan,
     rank_channels,
-    write_family,
 )
 from flexmoe.plan import Plan
 from flexmoe.progress import Track
@@ -33,6 +32,7 @@ from flexmoe.report import budget_table, merge_rows, plot_quality, plot_widths, 
 MARK = ".flexmoe-demo"  # a folder with this file may be replaced
 CHOOSING = 8  # held-out windows of each domain that choose the allocator
 SHARES = (0.2, 0.4, 0.6, 0.8)
+COMPARED = ("uniform", "layer", "global", "learned")
 PROMPT = "The captain looked at the sea and"
 CONFIG = CompressConfig(
     data="tiny", samples=192, seq_len=256, allocate="learned", learn=LearnConfig(steps=80)
@@ -56,14 +56,14 @@ def demo(
     console.print(f"{ranked.windows.ids.numel():,} tokens seen by {len(ranked.layers)} MoE layers")
 
     console.rule("2. Widths for all budgets: learn, and compare the ways to allocate")
-    plans = {name: make_plan(ranked, name, track) for name in ALLOCATORS}
+    plans = {name: make_plan(ranked, name, track) for name in COMPARED}
     held_out = evaluation_windows("tiny", ranked.tokenizer, samples=samples + CHOOSING, seq_len=256)
     windows = {name: ids[:samples] for name, ids in held_out.items()}
     choosing = {name: ids[samples:] for name, ids in held_out.items()}
     chosen = _compare(ranked, plans, choosing, console, track)
 
     console.rule("3. Write the family and export members")
-    family = write_family(ranked, plans[chosen], out / "family", track)
+    family = write_family(ranked.source, plans[chosen], out / "family", track)
     made = []
     for layout in ("uniform", "ragged"):
         done = export(family, out / f"{layout}-40", pruned=0.4, layout=layout, track=track)
@@ -77,9 +77,9 @@ def demo(
     model = load(family, dtype=torch.float32)
     rows = merge_rows(budget_rows(model, windows, model.flexmoe_plan.budgets, track=track))
     curves = {f"{chosen} (the family)": rows}
-    for name in ALLOCATORS:
+    for name in COMPARED:
         if name != chosen:
-            attach(ranked.model, plans[name], ranked=True)
+            attach_plan(ranked, plans[name])
             others = budget_rows(ranked.model, windows, (0.0, *SHARES), track=track)
             curves[name] = merge_rows(others)
     plot_quality(curves, out / "quality.png", "tiny: loss on held-out text")
@@ -130,7 +130,7 @@ def _compare(
     not use; the name of the best on average."""
     loss: dict[str, list[float]] = {}
     for name, plan in plans.items():
-        attach(ranked.model, plan, ranked=True)
+        attach_plan(ranked, plan)
         rows = merge_rows(budget_rows(ranked.model, choosing, SHARES, track=track))
         loss[name] = [row["nll"] for row in rows]
     table = Table(title="loss on held-out text to choose by", title_justify="left")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from flexmoe.errors import FlexmoeError
+from flexmoe.sharding import own_rows
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 
@@ -93,8 +94,9 @@ class ExpertLayer:
         """Put the channels of every expert into ``order_EI`` in place: the same function."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                for view in self.channel_major(name, parameter.data):
-                    index = order_EI.to(view.device, torch.long)
+                own, order = own_rows(parameter.detach(), order_EI)
+                for view in self.channel_major(name, own):
+                    index = order.to(view.device, torch.long)
                     if view.dim() == 3:
                         index = index[:, :, None].expand_as(view)
                     view.copy_(view.gather(1, index))
@@ -256,8 +258,11 @@ def prefix_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK:
     width_E: list[int] = module.flexmoe_width_E
     routing = Routing.of(index_TK, weight_TK, len(width_E))
     x_SH = x_TH[routing.token_S]
+    stored = _Stored(module)
     y = [
-        prefix_expert(module, e, width_E[e], x_nH) if width_E[e] else torch.zeros_like(x_nH)
+        _prefix_output(module, stored, e, width_E[e], x_nH)
+        if width_E[e]
+        else torch.zeros_like(x_nH)
         for (e, _, _), x_nH in zip(routing.segments, routing.split(x_SH), strict=True)
     ]
     y_SH = torch.cat(y) if y else x_SH
@@ -266,9 +271,9 @@ def prefix_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK:
     return routing.combine(module, y_SH, x_TH, index_TK.shape[1])
 
 
-def prefix_expert(module: nn.Module, e: int, w: int, x_nH: Tensor) -> Tensor:
+def _prefix_output(module: nn.Module, stored: _Stored, e: int, w: int, x_nH: Tensor) -> Tensor:
     """Expert ``e`` cut to its first ``w`` channels, without down bias and routing weight."""
-    up, bias, down_wH = prefix_weights(module, e, w)
+    up, bias, down_wH = stored.prefix(e, w)
     return channel_activations(module, x_nH.to(down_wH.dtype), up, bias) @ down_wH
 
 
@@ -285,28 +290,36 @@ def channel_activations(
     return module._apply_gate(torch.stack(pre, -1).flatten(-2))
 
 
-def prefix_weights(
-    module: nn.Module, e: int, w: int
-) -> tuple[list[Tensor], list[Tensor | None], Tensor]:
-    """Views on the first ``w`` channels of expert ``e``: [gate, up] (or [up]) each [w, H], their
-    biases [w], and down [w, H]; from stock storage or from ragged storage."""
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    sides = 2 if module.has_gate else 1
-    if offset_E := getattr(module, "flexmoe_offset_E", None):  # ragged: channels of all experts
-        rows = slice(offset_E[e], offset_E[e] + w)
-        up = list(getattr(module, name)[rows].unbind(1)) if sides == 2 else [module.up_proj[rows]]
-        bias: list[Tensor | None] = [None] * sides
-        if module.has_bias:
-            stored = getattr(module, f"{name}_bias")[rows]
-            bias = list(stored.unbind(1)) if sides == 2 else [stored]
-        return up, bias, module.down_proj[rows]
-    layer = ExpertLayer(-1, "", module)
-    up = [v[0, :w] for v in layer.channel_major(name, getattr(module, name)[e : e + 1])]
-    bias = [None] * sides
-    if module.has_bias:
-        stored = getattr(module, f"{name}_bias")[e : e + 1]
-        bias = [v[0, :w] for v in layer.channel_major(f"{name}_bias", stored)]
-    return up, bias, layer.channel_major("down_proj", module.down_proj[e : e + 1])[0][0, :w]
+class _Stored:
+    """The channels of a module's experts, in stock or in ragged storage. Every parameter is taken
+    from the module once: an adapter computes it anew each time."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.name = "gate_up_proj" if module.has_gate else "up_proj"
+        names = [self.name, "down_proj"] + ([f"{self.name}_bias"] if module.has_bias else [])
+        self.offset_E = getattr(module, "flexmoe_offset_E", None)
+        stored = {name: getattr(module, name) for name in names}
+        if self.offset_E:  # ragged: the channels of all experts, one after the other
+            self.rows = stored
+        else:  # unbind, not indexing: its gradient is one stack, not a full-size zero per expert
+            self.layer = ExpertLayer(-1, "", module)
+            self.experts = {name: tensor.unbind(0) for name, tensor in stored.items()}
+
+    def prefix(self, e: int, w: int) -> tuple[list[Tensor], list[Tensor | None], Tensor]:
+        """Views on the first ``w`` channels of expert ``e``: [gate, up] (or [up]) each [w, H],
+        their biases [w], and down [w, H]."""
+        up = self._views(self.name, e, w)
+        bias: list[Tensor | None] = [None] * len(up)
+        if self.module.has_bias:
+            bias = list(self._views(f"{self.name}_bias", e, w))
+        return up, bias, self._views("down_proj", e, w)[0]
+
+    def _views(self, name: str, e: int, w: int) -> list[Tensor]:
+        if not self.offset_E:
+            return [v[0, :w] for v in self.layer.channel_major(name, self.experts[name][e][None])]
+        rows = self.rows[name][self.offset_E[e] : self.offset_E[e] + w]
+        return list(rows.unbind(1)) if name.startswith("gate_up") else [rows]
 
 
 ALL_EXPERTS_FUNCTIONS.register("flexmoe_observe", observe_forward)

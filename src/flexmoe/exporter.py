@@ -64,9 +64,48 @@ def rank_checkpoint(source: Path, plan: Plan, out: Path, track: Track = silent) 
         i: Cut(order.long(), [plan.layers[i].channels] * len(order), [order.shape[1]] * len(order))
         for i, order in plan.order.items()
     }
-    _copy_others(opened.checkpoint, Path(out))
+    copy_others(opened.checkpoint, Path(out))
     write(opened, Path(out), same_names(opened, cuts), track)
     _compare(opened, cuts, Path(out), None, track)
+
+
+def write_family(source: Path, plan: Plan, out: str | Path, track: Track = silent) -> Path:
+    """The checkpoint ``source``, ranked, with the plan beside it, compared with the source before
+    it counts.
+
+    If the checkpoint cannot be written, the plan alone, which holds all that was computed, is kept
+    in ``OUT.plan``.
+    """
+    out = Path(out).expanduser()
+    try:
+        with written_beside(out) as partial:
+            rank_checkpoint(source, plan, partial, track)
+            plan.save(partial, ranked=True)
+    except (OSError, FlexmoeError) as error:
+        kept = _rescue(out)
+        refuse_existing(kept)
+        plan.save(kept)
+        raise FlexmoeError(
+            f"'{out}' could not be written: {error}. The plan is kept in '{kept}' and works with "
+            "the base model as it is"
+        ) from error
+    return out
+
+
+def _rescue(out: Path) -> Path:
+    return out.with_name(f"{out.name}.plan")
+
+
+def check_room(model: str | Path, out: str | Path) -> None:
+    """`FlexmoeError` unless ``out`` can be made and the family fits on its disk."""
+    refuse_existing(out)
+    refuse_existing(_rescue(Path(out)))  # never written over: it may hold an earlier rescue
+    parent = Path(out).expanduser().absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    needed, free = Checkpoint(resolve(model)).bytes, shutil.disk_usage(parent).free
+    if needed > free:
+        raise FlexmoeError(f"the family needs {needed:,} bytes, '{parent}' has {free:,} free")
 
 
 def export(
@@ -104,7 +143,7 @@ def export(
     with written_beside(out) as partial:
         if needed > (free := shutil.disk_usage(partial).free):
             raise FlexmoeError(f"{out.parent} has {free:,} bytes free, the export needs {needed:,}")
-        _copy_others(source.checkpoint, partial)
+        copy_others(source.checkpoint, partial)
         if config is not None:
             _write_config(source.checkpoint, partial, config)
         write(source, partial, entries, track)
@@ -146,7 +185,8 @@ def _cuts(
     return cuts, config
 
 
-def _copy_others(source: Checkpoint, out: Path) -> None:
+def copy_others(source: Checkpoint, out: Path) -> None:
+    """Copy all files of a checkpoint that are not weights into the existing folder ``out``."""
     for name in source.other_files():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.path / name, out / name)

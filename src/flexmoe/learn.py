@@ -1,183 +1,235 @@
-"""Learned widths: the action training of FlexMoE (arXiv 2606.27866, eq. 5-12).
+"""Learned widths: one number per channel says at which pruned share it goes.
 
-Every expert has logits over actions "keep this share of my ranked channels". One run under rising
-cost pressure walks from the full model to the poorest budget; a point of the path is recorded at
-every percent. All weights are frozen; only L * E * A logits learn.
+A budget is a threshold on these positions, so the one vector that is trained holds every member of
+the family, nested and exact at every moment. Training starts from the global cut of the scores
+and improves all budgets in one run; all weights are frozen.
 
-The paper leaves gaps; what is decided here and why (measurements: docs/log.md):
+Each step draws a few budgets, jitters the positions, cuts, and asks the backward pass what every
+channel at the edge of the cut is worth to the loss: the gradient of its mask. The loss is the
+divergence from the full model, whose gradient carries no noise of the labels. Near a cut a
+channel is half of the time in and half of the time out, and the mean of the two slopes is its
+value up to third order; a slope taken only where it is in (as one-shot and progressive scores do)
+is off by the curvature. Subtracting the mean value at the edge keeps the step on the surface of
+the budget (as RCO does, arXiv 2605.00649), and dividing by the spread of the values makes budgets
+with small and with large losses move at the same pace. Two halves of the windows vote apart, and
+the step shrinks to what they agree on. Draws come in antithetic pairs.
 
-- C is divided by the number of layers, so that settings carry over between models.
-- lambda is not a fixed ramp but follows the pruned share: it rises while the expected share is
-  behind a straight line from 0 to the target. The run then reaches every budget in the given
-  steps on any model, where a fixed ramp has to be tuned per model.
-- The load share q is that of the student's pass of the same step, without gradient.
-- CE and KL weigh the same, KL is teacher || student as in the paper's recovery stage.
-- The margin of the thickest action is 3 (probability 0.87 with four actions), tau falls from 1 to
-  0.3, beta from 0.1 to 0, Adam without weight decay.
-- Exports along a path need not be nested; a running minimum makes them so (`widths_from_path`).
+The paper's own recipe is in `actions`; docs/log.md compares them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers, experts_function
 from flexmoe.progress import Track, silent
+from flexmoe.resume import Saved
+from flexmoe.sharding import in_step, is_sharded
+from flexmoe.training import (
+    activations_recomputed,
+    add_up,
+    batches,
+    divergence,
+    part_of,
+    processes,
+)
 
-Path = list[tuple[float, dict[int, Tensor]]]
+MIXES = (0.0, 0.5, 1.0)  # how far from the start to what was learned the result may lie
+CHECKED = (0.2, 0.4, 0.6, 0.8)
 
 
 @dataclass(frozen=True)
 class LearnConfig:
-    """Settings of the run. ``target`` is the expected pruned share aimed at in the last step;
-    ``load_floor`` mixes the load shares with a uniform one (0: the paper's form)."""
+    """Settings of the run, measured in docs/log.md. Positions, jitter and step size are pruned
+    shares: a channel at the edge with a typical surplus moves ``step_size`` later in one step;
+    ``jitter`` falls from the first to the second value, ``step_size`` to 0. ``reach`` bounds the
+    budgets drawn, ``draws`` of them a step."""
 
-    actions: tuple[float, ...] = (0.1, 0.4, 0.7, 1.0)
-    steps: int = 300
-    lr: float = 0.1
-    margin: float = 3.0
-    tau: tuple[float, float] = (1.0, 0.3)
-    beta: tuple[float, float] = (0.1, 0.0)
-    target: float = 0.88
-    load_floor: float = 0.0
+    steps: int = 150
+    step_size: float = 0.1
+    jitter: tuple[float, float] = (0.1, 0.03)
+    reach: tuple[float, float] = (0.05, 0.9)
+    draws: int = 2
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise FlexmoeError(f"learning takes at least 1 step, found {self.steps}")
 
 
-class Actions:
-    """Trainable logits of one layer [E, A], thickest action first in favour."""
+class Positions:
+    """Position of every channel of a model in (0, 1) as one vector [X], and cuts of it."""
 
-    def __init__(self, layer: ExpertLayer, config: LearnConfig):
-        device = layer.module.down_proj.device
-        self.layer = layer
-        self.share_A = torch.tensor(config.actions, device=device)
-        keep_A = torch.tensor([math.ceil(r * layer.I) for r in config.actions], device=device)
-        self.keep_A = keep_A
-        self.prefix_AI = (torch.arange(layer.I, device=device) < keep_A[:, None]).float()
-        self.logits_EA = torch.zeros(layer.E, len(config.actions), device=device)
-        self.logits_EA[:, self.share_A.argmax()] = config.margin
-        self.logits_EA.requires_grad_(True)
+    def __init__(self, layers: Sequence[ExpertLayer], score: Mapping[int, Tensor]):
+        self.layers = layers
+        self.sizes = [layer.E * layer.I for layer in layers]
+        self.parameters_X = torch.cat(
+            [
+                torch.full((size,), float(layer.shape.channel_parameters), dtype=torch.float64)
+                for size, layer in zip(self.sizes, layers, strict=True)
+            ]
+        )
+        self.value_X = self.spread(torch.cat([score[layer.index].flatten() for layer in layers]))
 
-    def sample(self, tau: float, generator: torch.Generator) -> Tensor:
-        """Straight-through Gumbel mask [E, I]: hard in value, soft in gradient."""
-        uniform_EA = torch.rand(self.logits_EA.shape, generator=generator).to(self.logits_EA.device)
-        gumbel_EA = -torch.log(-torch.log(uniform_EA.clamp(1e-9, 1 - 1e-7)))
-        soft_EA = torch.softmax((self.logits_EA + gumbel_EA) / tau, dim=1)
-        hard_EA = F.one_hot(soft_EA.argmax(1), soft_EA.shape[1]).float()
-        return (hard_EA - soft_EA).detach() @ self.prefix_AI + soft_EA @ self.prefix_AI
+    def spread(self, value_X: Tensor) -> Tensor:
+        """Positions in the order of ``value_X``: the share gone when half of the channel is."""
+        sequence_X = value_X.argsort(stable=True)
+        size_X = self.parameters_X[sequence_X]
+        position_X = torch.empty(len(value_X), dtype=torch.float64)
+        position_X[sequence_X] = (size_X.cumsum(0) - size_X / 2) / self.parameters_X.sum()
+        return position_X
 
-    @property
-    def clean_EA(self) -> Tensor:
-        """Action probabilities without noise and temperature."""
-        return torch.softmax(self.logits_EA, dim=1)
-
-    def cost(self, load_floor: float) -> Tensor:
-        """Expected keep ratio weighted by the load share of the last pass, in [0.1, 1]."""
-        load_E = self.layer.module.flexmoe_load_E.float()
-        load_E = load_E / load_E.sum().clamp_min(1)
-        load_E = (1 - load_floor) * load_E + load_floor / len(load_E)
-        return (load_E * (self.clean_EA @ self.share_A)).sum()
-
-    def entropy(self) -> Tensor:
-        """Mean entropy of the experts' action probabilities."""
-        return -(self.clean_EA * torch.log(self.clean_EA.clamp_min(1e-9))).sum(1).mean()
-
-    def width(self) -> Tensor:
-        """Channels kept by the most likely action of every expert [E]."""
-        return self.keep_A[self.clean_EA.argmax(1)].cpu()
-
-    def parameters(self) -> int:
-        """Routed-expert parameters of the layer at these widths."""
-        shape = self.layer.shape
-        fixed = shape.experts * shape.fixed_parameters
-        return int(self.width().sum()) * shape.channel_parameters + fixed
+    def by_layer(self, value_X: Tensor) -> dict[int, Tensor]:
+        """A vector [X] as [E, I] of every layer."""
+        parts = zip(self.layers, value_X.split(self.sizes), strict=True)
+        return {layer.index: part.view(layer.E, layer.I) for layer, part in parts}
 
 
-def quality_loss(student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
-    """Cross-entropy plus KL(teacher || student), both a mean over the predicted tokens."""
-    tokens = ids[:, 1:].numel()
-    log_student = F.log_softmax(student[:, :-1].flatten(0, 1).float(), dim=-1)
-    log_teacher = F.log_softmax(teacher[:, :-1].flatten(0, 1).float(), dim=-1)
-    divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-    return (F.nll_loss(log_student, ids[:, 1:].flatten(), reduction="sum") + divergence) / tokens
+def edge_step(position_X: Tensor, worth_2X: Tensor, pruned: float, jitter: float) -> Tensor:
+    """How far positions move for one draw, in units of the step size.
+
+    ``worth_2X`` is the worth of every channel by each half of the windows. What counts is the
+    surplus over the mean at the edge, for channels near it, brought to spread 1 and multiplied by
+    the share of its power on which the halves agree: where there is nothing but noise, as in
+    members that lose little, channels stay where they are.
+    """
+    near_X = torch.exp(-0.5 * ((position_X - pruned) / jitter) ** 2)
+    near_X = near_X / near_X.sum()
+    surplus_2X = worth_2X - (near_X * worth_2X).sum(1, keepdim=True)
+    power = float((near_X * surplus_2X.sum(0) ** 2).sum())
+    agreed = 4 * float((near_X * surplus_2X[0] * surplus_2X[1]).sum())
+    if power <= 0 or agreed <= 0:
+        return torch.zeros_like(position_X)
+    return near_X / near_X.max() * surplus_2X.sum(0) * min(agreed / power, 1.0) / power**0.5
 
 
-def batches(ids: Tensor, size: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """``steps`` batches of windows, reshuffled whenever all have been used."""
-    generator = torch.Generator().manual_seed(seed)
-    queue = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        while len(queue) < size:
-            queue = torch.cat([queue, torch.randperm(len(ids), generator=generator)])
-        yield ids[queue[:size]]
-        queue = queue[size:]
-
-
-def learn_widths(
+def learn_positions(
     model: nn.Module,
     ids: Tensor,
+    score: Mapping[int, Tensor],
     config: LearnConfig,
     *,
     batch_size: int = 8,
+    micro_batch: int | None = None,
+    checkpointing: bool = False,
     seed: int = 0,
+    saved: Saved | None = None,
     track: Track = silent,
-) -> Path:
-    """Train the actions of a *ranked* model on windows ``ids`` [n, t].
-
-    Returns the path: (pruned share, widths [E] of every layer), a point whenever the hardened
-    actions have pruned one percent more than at the last point. All weights are left frozen.
-    """
+) -> dict[int, Tensor]:
+    """Improve the global cut of ``score`` [E, I] (by layer, in the order of the model's channels)
+    on windows ``ids`` [n, t]; returns positions [E, I] in (0, 1), which are scores again: the
+    lowest go first. All weights are left frozen. ``saved`` keeps the state for a restart."""
     layers = expert_layers(model)
-    actions = [Actions(layer, config) for layer in layers]
-    optimizer = torch.optim.Adam([a.logits_EA for a in actions], lr=config.lr)
-    generator = torch.Generator().manual_seed(seed)
+    positions = Positions(layers, score)
+    first_X = positions.value_X
     device = next(model.parameters()).device
-    size = sum(layer.shape.parameters for layer in layers)
-    path: Path = []
-    price, reached = 0.01, 0.0
+    if batch_size < 2:
+        raise FlexmoeError(
+            "learning compares two halves of a batch: use a --batch-size of 2 or more"
+        )
     model.requires_grad_(False)
-    draw = list(batches(torch.arange(len(ids)), batch_size, config.steps, seed))
+    start = 0
+    if saved is not None and (state := saved.load()) is not None:
+        start, tensors = state
+        positions.value_X = tensors["position"]
+    order = list(batches(torch.arange(len(ids)), batch_size, config.steps, seed))
     try:
-        for step, index in enumerate(track(draw, "learn")):
-            batch = ids[index].to(device)
-            progress = (step + 1) / config.steps
-            tau = _between(config.tau, progress)
-            with torch.no_grad():
-                teacher = model(input_ids=batch, use_cache=False).logits
-            for a in actions:
-                a.layer.module.flexmoe_mask_EI = a.sample(tau, generator)
-            with experts_function(model, "flexmoe_mask"):
-                student = model(input_ids=batch, use_cache=False).logits
-            quality = quality_loss(student, teacher, batch)
-            cost = torch.stack([a.cost(config.load_floor) for a in actions]).mean()
-            entropy = torch.stack([a.entropy() for a in actions]).mean()
-            loss = quality + price * cost - _between(config.beta, progress) * entropy
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            kept = torch.stack([(a.clean_EA.detach() @ a.share_A).mean() for a in actions]).mean()
-            behind = progress * config.target - (1 - float(kept))
-            price = max(price * math.exp(max(-0.5, min(0.5, 10 * behind))), 1e-3)
-            width = {a.layer.index: a.width() for a in actions}
-            share = 1 - sum(a.parameters() for a in actions) / size
-            if share >= reached + 0.01:
-                path.append((share, width))
-                reached = share
+        with activations_recomputed(model, checkpointing):
+            for step in track(range(start, config.steps), "learn"):
+                left = 1 - step / config.steps
+                jitter = config.jitter[1] + (config.jitter[0] - config.jitter[1]) * left
+                # of its own seed, so that a restart draws what an unbroken run would have
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+                noise_X = torch.randn(len(positions.value_X), generator=generator).double()
+                moved_X = torch.zeros_like(positions.value_X)
+                draws = []
+                for k in range(config.draws):
+                    place = (k + float(torch.rand(1, generator=generator))) / config.draws
+                    pruned = config.reach[0] + (config.reach[1] - config.reach[0]) * place
+                    jittered_X = positions.value_X + jitter * (noise_X if k % 2 == 0 else -noise_X)
+                    draws.append((pruned, positions.spread(jittered_X) > pruned))
+                kept = [positions.by_layer(kept_X.float()) for _, kept_X in draws]
+                halves = []
+                for half in range(2):
+                    chosen = part_of(torch.arange(batch_size))
+                    windows = ids[order[step][chosen[chosen % 2 == half]]].to(device)
+                    parts = windows.split(micro_batch or batch_size) if len(windows) else ()
+                    if is_sharded(model):
+                        parts = in_step(parts, ids[:1].to(device))
+                    halves.append(_worth(model, layers, parts, kept))
+                for (pruned, _), *worth_2X in zip(draws, *halves, strict=True):
+                    step_X = edge_step(positions.value_X, torch.stack(worth_2X), pruned, jitter)
+                    moved_X += step_X
+                positions.value_X = positions.spread(
+                    positions.value_X + config.step_size * left * moved_X
+                )
+                if saved is not None and saved.due:
+                    saved.save(step + 1, {"position": positions.value_X})
+        mixed = [positions.spread(torch.lerp(first_X, positions.value_X, a)) for a in MIXES]
+        positions.value_X = _best(model, positions, mixed, ids[: 4 * batch_size], micro_batch)
     finally:
         for layer in layers:
             for name in ("flexmoe_mask_EI", "flexmoe_load_E"):
                 layer.module.__dict__.pop(name, None)
-    return path
+    return positions.by_layer(positions.value_X)
 
 
-def _between(ends: tuple[float, float], progress: float) -> float:
-    return ends[0] + (ends[1] - ends[0]) * progress
+@torch.no_grad()
+def _best(
+    model: nn.Module,
+    positions: Positions,
+    candidates: Sequence[Tensor],
+    ids: Tensor,
+    micro_batch: int | None,
+) -> Tensor:
+    """The candidate [X] with the lowest divergence from the full model, as a ratio to the first
+    one's at four budgets: a run too short to learn anything ends no worse than it began."""
+    world = processes()[1]
+    windows = part_of(ids[: len(ids) // world * world])
+    device = next(model.parameters()).device
+    found = torch.zeros(len(candidates), len(CHECKED), dtype=torch.float64)
+    for part in windows.split(micro_batch or len(windows)):
+        part = part.to(device)
+        teacher = model(input_ids=part, use_cache=False).logits
+        for c, value_X in enumerate(candidates):
+            for b, pruned in enumerate(CHECKED):
+                masks = positions.by_layer((value_X > pruned).float())
+                for layer in positions.layers:
+                    layer.module.flexmoe_mask_EI = masks[layer.index].to(device)
+                with experts_function(model, "flexmoe_mask"):
+                    student = model(input_ids=part, use_cache=False).logits
+                found[c, b] += float(divergence(student, teacher))
+    add_up([found])
+    return candidates[int((found / found[0].clamp_min(1e-12)).mean(1).argmin())]
+
+
+def _worth(
+    model: nn.Module,
+    layers: Sequence[ExpertLayer],
+    parts: Sequence[Tensor],
+    kept: Sequence[Mapping[int, Tensor]],
+) -> list[Tensor]:
+    """What every channel is worth in each of the members ``kept``: minus the gradient of the
+    divergence from the full model with respect to its mask, float64 [X] on the CPU, summed over
+    ``parts`` [n, t] of this and all other processes."""
+    size = sum(layer.E * layer.I for layer in layers)
+    worths = [torch.zeros(size, dtype=torch.float64) for _ in kept]
+    for part in parts:
+        with torch.no_grad():
+            teacher = model(input_ids=part, use_cache=False).logits
+        for mask, worth_X in zip(kept, worths, strict=True):
+            leaves = []
+            for layer in layers:
+                leaf = mask[layer.index].to(part.device).requires_grad_(True)
+                layer.module.flexmoe_mask_EI = leaf
+                leaves.append(leaf)
+            with experts_function(model, "flexmoe_mask"):
+                student = model(input_ids=part, use_cache=False).logits
+                slopes = torch.autograd.grad(divergence(student, teacher), leaves)
+            worth_X -= torch.cat([slope.double().cpu().flatten() for slope in slopes])
+    add_up(worths)
+    return worths

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
 import flexmoe
+from flexmoe.actions import ActionConfig, learn_widths
 from flexmoe.allocate import allocate, default_quantum, order_of, widths_from_path
 from flexmoe.checkpoint import Checkpoint, meta_model, resolve
 from flexmoe.data import (
@@ -26,49 +27,61 @@ from flexmoe.data import (
 )
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.experts import expert_layers
-from flexmoe.exporter import rank_checkpoint
-from flexmoe.family import load_stock, pick_device
-from flexmoe.files import refuse_existing, written_beside
-from flexmoe.learn import LearnConfig, learn_widths
+from flexmoe.exporter import check_room, write_family
+from flexmoe.family import attach, load_stock, pick_device
+from flexmoe.learn import LearnConfig, learn_positions
 from flexmoe.methods import find_method, score_layers
 from flexmoe.plan import LayerRecord, Plan, Recipe
 from flexmoe.progress import Track, silent
-from flexmoe.statistics import observe, thin_experts
+from flexmoe.resume import Saved, Work
+from flexmoe.sharding import check_processes, gathered, shard_model
+from flexmoe.statistics import find_statistics, observe, observe_shared, thin_experts
 from flexmoe.trace import fingerprint, trace
+from flexmoe.training import by_first, part_of, share
 
 SAMPLES = 128  # windows of calibration text
-ALLOCATORS = ("uniform", "layer", "global", "learned")
+ALLOCATORS = ("uniform", "layer", "global", "learned", "actions")
+# the allocators that learn
+SETTINGS_OF: dict[str, type[LearnConfig] | type[ActionConfig]] = {
+    "learned": LearnConfig,
+    "actions": ActionConfig,
+}
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
 @dataclass(frozen=True)
 class CompressConfig:
     """What `compress` can be told. None means the default that fits the model; the defaults are
-    those that measured best on held-out text (docs/log.md)."""
+    those that measured best on held-out text (docs/log.md). ``shard`` splits the model over all
+    processes, see `sharding`."""
 
     data: str | None = None
     samples: int | None = None
     seq_len: int | None = None
     pruned: tuple[float, ...] = BUDGETS
     method: str = "fisher"
-    allocate: str = "global"
+    allocate: str = "learned"
     quantum: int | None = None
     batch_size: int | None = None
-    learn: LearnConfig | None = None
+    micro_batch: int | None = None
+    checkpointing: bool = False
+    learn: LearnConfig | ActionConfig | None = None
     seed: int = 0
     device: str = "auto"
+    shard: bool = False
 
     @property
     def needs_data(self) -> bool:
         """Whether calibration text is read at all."""
-        return bool(find_method(self.method).needs) or self.allocate == "learned"
+        return bool(find_method(self.method).needs) or self.allocate in SETTINGS_OF
 
 
 @dataclass
 class Ranked:
     """A model in memory with its channels in order, and what is known of them.
 
-    ``score`` and ``order`` [E, I] of every layer; ``score`` is in the order already. ``bytes_full``
+    ``score`` and ``order`` [E, I] of every layer describe the channels as they stand in ``model``:
+    ``order`` is their original index. ``bytes_full``
     counts the checkpoint's tensors, ``bytes_per_parameter`` those of the experts.
     """
 
@@ -106,10 +119,26 @@ def check_config(config: CompressConfig) -> None:
             f"{', '.join(asked)} without effect: method '{config.method}' with allocate "
             f"'{config.allocate}' looks at the weights only"
         )
-    if config.learn is not None and config.allocate != "learned":
+    wanted = SETTINGS_OF.get(config.allocate)
+    if config.learn is not None and not (wanted and isinstance(config.learn, wanted)):
         raise FlexmoeError(
             f"settings of learning have no effect with allocate '{config.allocate}': use 'learned'"
         )
+    for name in ("micro_batch", "checkpointing"):
+        if getattr(config, name) and config.allocate != "learned":
+            raise FlexmoeError(f"{name} has an effect with allocate 'learned' only")
+    if config.micro_batch is not None and config.micro_batch < 1:
+        raise FlexmoeError(f"micro-batch must be at least 1 window, found {config.micro_batch}")
+    if config.shard:
+        if config.allocate == "actions":
+            raise FlexmoeError("shard does not work with allocate 'actions': use 'learned'")
+        needs = find_statistics(find_method(config.method).needs)
+        if any(statistic.when == "weights" for statistic in needs):
+            raise FlexmoeError(
+                f"shard does not work with method '{config.method}', which looks at the gradients "
+                "of whole weights: use 'fisher' or 'heapr'"
+            )
+        check_processes()
     pick_device(config.device)
 
 
@@ -136,15 +165,24 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
             seed=config.seed,
         )
         ids = check_tokens(windows.ids, meta.config)
+    batch_size = pick_batch_size(config.batch_size, ids.shape[1])
+    if windows:  # refuse what several processes cannot share before the slow part
+        share(ids.split(batch_size))
+        part_of(torch.arange(batch_size if config.allocate == "learned" else 0))
     # float32 on the CPU, where it is as fast; the checkpoint's own dtype on an accelerator
     dtype = torch.float32 if pick_device(config.device).type == "cpu" else "auto"
-    network = load_stock(source, device=config.device, dtype=dtype)
-    batch_size = pick_batch_size(config.batch_size, ids.shape[1])
-    statistics = observe(
+    network = load_stock(source, device="cpu" if config.shard else config.device, dtype=dtype)
+    layers = expert_layers(network)
+    if config.shard:
+        shard_model(network, layers, pick_device(config.device))
+    see = observe_shared if windows else observe
+    statistics = see(
         network, ids, method.needs, batch_size=batch_size, seed=config.seed, track=track
     )
-    layers = expert_layers(network)
-    score = score_layers(method, layers, statistics)
+    score: dict[int, Tensor] = {}
+    for layer in layers:
+        with gathered(network, layer):  # a method may read the layer's weights
+            score |= score_layers(method, [layer], statistics)
     order = {i: order_of(s) for i, s in score.items()}
     for layer in layers:
         layer.permute_(order[layer.index])
@@ -192,30 +230,56 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
     )
 
 
-def make_plan(ranked: Ranked, allocator: str, track: Track = silent) -> Plan:
-    """Widths for all budgets by one allocator; ``learned`` trains on the calibration windows."""
+def make_plan(
+    ranked: Ranked, allocator: str, track: Track = silent, saved: Saved | None = None
+) -> Plan:
+    """Widths for all budgets by one allocator; those that learn do so on the calibration windows.
+
+    The plan's order is that of the scores, or what learning made of it. ``saved`` keeps the state
+    of learning.
+    """
     config = ranked.config
     shapes = {i: record.shape for i, record in ranked.layers.items()}
     budgets = (0.0, *sorted(set(config.pruned)))
     settings = dict(ranked.recipe.settings)
-    if allocator == "learned":
-        assert ranked.windows is not None
-        learn = config.learn or LearnConfig()
+    score = ranked.score
+    learn: LearnConfig | ActionConfig | None = None
+    if allocator in SETTINGS_OF:
+        wanted = SETTINGS_OF[allocator]
+        learn = config.learn if isinstance(config.learn, wanted) else wanted()
+        settings |= {f"learn_{name}": str(value) for name, value in vars(learn).items()}
+    ids = ranked.windows.ids if ranked.windows else torch.empty(0)
+    if isinstance(learn, LearnConfig):
+        score = learn_positions(
+            ranked.model,
+            ids,
+            score,
+            learn,
+            batch_size=ranked.batch_size,
+            micro_batch=config.micro_batch,
+            checkpointing=config.checkpointing,
+            seed=config.seed,
+            saved=saved,
+            track=track,
+        )
+    if isinstance(learn, ActionConfig):
+        _arrange(ranked, {i: order_of(s).long() for i, s in score.items()})  # prefixes of the order
+        score = ranked.score
         path = learn_widths(
             ranked.model,
-            ranked.windows.ids,
+            ids,
             learn,
             batch_size=ranked.batch_size,
             seed=config.seed,
             track=track,
         )
-        width = widths_from_path(shapes, ranked.score, path, budgets, ranked.quantum)
-        settings |= {f"learn_{name}": str(value) for name, value in vars(learn).items()}
+        width = widths_from_path(shapes, score, path, budgets, ranked.quantum)
     else:
-        width = allocate(allocator, shapes, ranked.score, budgets, ranked.quantum)
+        name = "global" if allocator == "learned" else allocator
+        width = allocate(name, shapes, score, budgets, ranked.quantum)
     return Plan(
         layers=ranked.layers,
-        order=ranked.order,
+        order={i: ranked.order[i].gather(1, order_of(s).long()) for i, s in score.items()},
         width=width,
         budgets=budgets,
         quantum=ranked.quantum,
@@ -225,42 +289,19 @@ def make_plan(ranked: Ranked, allocator: str, track: Track = silent) -> Plan:
     )
 
 
-def write_family(ranked: Ranked, plan: Plan, out: str | Path, track: Track = silent) -> Path:
-    """The ranked checkpoint with the plan beside it, compared with the source before it counts.
-
-    If the checkpoint cannot be written, the plan alone, which holds all that was computed, is kept
-    in ``OUT.plan``.
-    """
-    out = Path(out).expanduser()
-    try:
-        with written_beside(out) as partial:
-            rank_checkpoint(ranked.source, plan, partial, track)
-            plan.save(partial, ranked=True)
-    except (OSError, FlexmoeError) as error:
-        kept = _rescue(out)
-        refuse_existing(kept)
-        plan.save(kept)
-        raise FlexmoeError(
-            f"'{out}' could not be written: {error}. The plan is kept in '{kept}' and works with "
-            "the base model as it is"
-        ) from error
-    return out
+def _arrange(ranked: Ranked, place: dict[int, Tensor]) -> None:
+    """Put the channels of the model in memory into the places [E, I] of every layer."""
+    for layer in expert_layers(ranked.model):
+        layer.permute_(place[layer.index])
+    ranked.order = {i: o.gather(1, place[i]) for i, o in ranked.order.items()}
+    ranked.score = {i: s.gather(1, place[i]) for i, s in ranked.score.items()}
 
 
-def _rescue(out: Path) -> Path:
-    return out.with_name(f"{out.name}.plan")
-
-
-def check_room(model: str | Path, out: str | Path) -> None:
-    """`FlexmoeError` unless ``out`` can be made and the family fits on its disk."""
-    refuse_existing(out)
-    refuse_existing(_rescue(Path(out)))  # never written over: it may hold an earlier rescue
-    parent = Path(out).expanduser().absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    needed, free = Checkpoint(resolve(model)).bytes, shutil.disk_usage(parent).free
-    if needed > free:
-        raise FlexmoeError(f"the family needs {needed:,} bytes, '{parent}' has {free:,} free")
+def attach_plan(ranked: Ranked, plan: Plan) -> None:
+    """Give the model in memory one of its plans: its channels in the plan's order, at budget 0."""
+    stands = {i: order.long().argsort(1) for i, order in ranked.order.items()}
+    _arrange(ranked, {i: stands[i].gather(1, plan.order[i].long()) for i in stands})
+    attach(ranked.model, plan, ranked=True)
 
 
 def compress(
@@ -272,14 +313,17 @@ def compress(
 ) -> Plan:
     """Turn a MoE checkpoint into a family folder ``out``; returns its plan.
 
-    ``model`` is a folder, a hub id or ``tiny``. Nothing half-written is left when it fails.
+    ``model`` is a folder, a hub id or ``tiny``. Nothing half-written is left when it fails. Of
+    several processes (see `training.process_group`) the first one writes.
     """
     config = config or CompressConfig()
     check_config(config)
     check_room(model, out)
+    work = Work(out, {"model": str(model), **dataclasses.asdict(config)})
     ranked = rank_channels(model, config, track)
-    plan = make_plan(ranked, config.allocate, track)
-    write_family(ranked, plan, out, track)
+    plan = make_plan(ranked, config.allocate, track, work.stage("learn"))
+    by_first(lambda: write_family(ranked.source, plan, out, track))
+    work.clear()
     return plan
 
 

@@ -75,6 +75,7 @@ class Recipe(_Record):
     seed: int
     thin_experts: dict[int, list[int]] = {}  # by layer: saw too few tokens, their order is a guess
     versions: dict[str, str] = {}
+    recovery: list[dict[str, float | int | str]] = []  # what was done to the weights since
 
 
 class Manifest(_Record):

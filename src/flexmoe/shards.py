@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from flexmoe.checkpoint import DTYPES, INDEX_NAME, Checkpoint, meta_model
-from flexmoe.hf import LEAVES
+from flexmoe.checkpoint import DTYPES, INDEX_NAME, Checkpoint, TensorInfo, meta_model
+from flexmoe.errors import FlexmoeError
+from flexmoe.hf import LEAVES, SIDES_OF
 from flexmoe.plan import Plan
 from flexmoe.progress import Track, silent
-from flexmoe.trace import Piece, TracedLayer, trace
+from flexmoe.trace import Piece, TracedLayer, parameter_names, trace
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,74 @@ def _rebuild(checkpoint: Checkpoint, piece: Piece, cut: Cut, shape: list[int]) -
         for side, view in piece.read(checkpoint, e).items():
             target[side][: len(best)] = view[best]
     return new
+
+
+def replaced(source: Source, new: dict[str, Tensor]) -> Shards:
+    """Every tensor as it is but for the model parameters in ``new``, by the model's name for
+    them: experts in the layout of the checkpoint, others must be stored one to one. Raises
+    `FlexmoeError` naming a parameter that is not."""
+    layers = {traced.layer.name: (i, traced) for i, traced in source.layers.items()}
+    shards = _all_shards(source, lambda i, piece: [])
+    info = source.checkpoint.tensors
+    others = {}
+    for stored, parameter in parameter_names(source.checkpoint, source.model).items():
+        if parameter in new and parameter.rpartition(".")[0] not in layers:
+            others[stored] = new[parameter]
+    lost = [
+        parameter
+        for parameter, tensor in new.items()
+        if parameter.rpartition(".")[0] not in layers
+        and not any(tensor is other for other in others.values())
+    ]
+    if lost:
+        raise FlexmoeError(f"the checkpoint stores {lost[0]} in a form that cannot be rewritten")
+    for file, entries in shards.items():
+        shards[file] = [
+            replace(entry, make=partial(_cast, others[entry.name], info[entry.name]))
+            if entry.name in others
+            else entry
+            for entry in entries
+        ]
+    for name, (_, traced) in layers.items():
+        for piece in traced.stored:
+            if piece.axis is None:
+                continue  # a down bias has no channels and is not trained
+            make = partial(_piece_of_model, new, name, traced, piece, info[piece.name])
+            size = torch.Size(info[piece.name].shape).numel()
+            shards[info[piece.name].file].append(
+                Entry(
+                    piece.name,
+                    info[piece.name].dtype,
+                    info[piece.name].shape,
+                    info[piece.name].bytes // size,
+                    make,
+                )
+            )
+    return shards
+
+
+def _cast(tensor: Tensor, info: TensorInfo) -> Tensor:
+    return tensor.to(DTYPES[info.dtype]).reshape(info.shape)
+
+
+def _piece_of_model(
+    new: dict[str, Tensor], name: str, traced: TracedLayer, piece: Piece, info: TensorInfo
+) -> Tensor:
+    layer, stored = traced.layer, torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    for parameter in layer.parameters:
+        views = zip(
+            SIDES_OF[parameter],
+            layer.channel_major(parameter, new[f"{name}.{parameter}"]),
+            strict=True,
+        )
+        for side, view_EIH in views:
+            if side not in piece.sides:
+                continue
+            experts = range(layer.E) if piece.expert is None else [piece.expert]
+            for e in experts:
+                target = piece.views(stored[e] if piece.expert is None else stored)
+                target[side].copy_(view_EIH[e])
+    return stored
 
 
 RaggedNames = dict[int, dict[tuple[int, str], str]]  # layer -> (expert, side) -> tensor name
@@ -212,3 +281,14 @@ def _write_shard(path: Path, entries: list[Entry], track: Track, description: st
         stream.write(len(text).to_bytes(8, "little") + text)
         for entry in track(entries, description):
             stream.write(entry.make().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def verify(out: Path, shards: Shards, track: Track = silent) -> None:
+    """Read ``out`` again and raise `FlexmoeError` unless every tensor is what was to be written."""
+    written = Checkpoint(out)
+    entries = [entry for shard in shards.values() for entry in shard]
+    for entry in track(entries, "compare"):
+        wanted = entry.make().contiguous().flatten().view(torch.uint8)
+        found = written.tensor(entry.name).flatten().view(torch.uint8)
+        if not torch.equal(wanted, found):
+            raise FlexmoeError(f"{entry.name} read back from {out} is not what was written")

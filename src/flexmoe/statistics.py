@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.experts import ExpertLayer, Routing, expert_layers, experts_function
 from flexmoe.progress import Track, silent
+from flexmoe.sharding import is_sharded
+from flexmoe.training import processes, share
 
 THIN = 100  # fewer tokens than this are thin evidence for an expert
 
@@ -226,6 +229,35 @@ def observe(
         stats.seed = seed
         stats.experts_per_token = round(float(stats["count_E"].sum()) / stats.tokens)
     return {observer.layer.index: observer.stats for observer in observers}
+
+
+def observe_shared(
+    model: nn.Module,
+    ids: Tensor,
+    names: Sequence[str],
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    track: Track = silent,
+) -> Statistics:
+    """`observe` by all processes together: each looks at its part of the batches, and all get the
+    statistics of the whole pass."""
+    batches, world = ids.split(batch_size), processes()[1]
+    mine = share(batches)
+    found = observe(
+        model, torch.cat(list(mine)), names, batch_size=batch_size, seed=seed, track=track
+    )
+    if is_sharded(model) and len(mine) < len(batches[::world]):
+        # sharded weights are gathered by all together, so who is out of batches plays along
+        observe(model, ids[:1, :2], names)
+    if world == 1:
+        return found
+    parts: list[Statistics] = [{} for _ in range(world)]
+    dist.all_gather_object(parts, found)
+    for other in parts[1:]:
+        for i, stats in other.items():
+            parts[0][i].merge(stats)
+    return parts[0]
 
 
 def thin_experts(statistics: Statistics, at_least: int = THIN) -> dict[int, list[int]]:

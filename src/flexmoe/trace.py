@@ -119,6 +119,18 @@ def trace(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[int, TracedLay
     return found
 
 
+def parameter_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
+    """The model parameter that each checkpoint tensor is, for those stored one to one."""
+    names = _Names(model)
+    found = {}
+    for parameter, patterns in names.groups(checkpoint.tensors).items():
+        stored = [name for group in patterns.values() for name in group]
+        if len(stored) == 1 and parameter in names.state:
+            if checkpoint.tensors[stored[0]].shape == tuple(names.state[parameter].shape):
+                found[stored[0]] = parameter
+    return found
+
+
 def fingerprint(checkpoint: Checkpoint, layers: dict[int, TracedLayer]) -> str:
     """sha256 of the down channels of expert 0 of every layer, as stored: it tells these very
     weights in this very order of channels from all others."""

@@ -1,0 +1,305 @@
+"""Which recipe keeps the most quality at every budget: plans alone, and recovered families.
+
+    python bench/family.py plans MODEL --seed 0      # about 10 minutes on one core for `tiny`
+    python bench/family.py recovery MODEL --seed 0
+    python bench/family.py pairs MODEL --pairs blimp.jsonl.gz
+
+MODEL is ``tiny`` or a folder (see reference_models/). Every recipe gets the same calibration
+windows and is evaluated on the same held-out windows in one process, the base beside it. Each
+recipe is kept in results/family.json as soon as it is measured, and one that is there already for
+the same model and seed is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from common import RESULTS, environment
+from flexmoe.actions import ActionConfig
+from flexmoe.data import TINY, calibration_windows, evaluation_windows
+from flexmoe.distil import Schedule, Swapped, distil
+from flexmoe.evaluate import budget_rows, evaluate, mean_nll
+from flexmoe.experts import expert_layers, experts_function
+from flexmoe.family import set_budget
+from flexmoe.learn import LearnConfig
+from flexmoe.lora import lora_experts
+from flexmoe.pairs import encode, pair_rows, read_pairs, right_pairs
+from flexmoe.pipeline import CompressConfig, Ranked, attach_plan, make_plan, rank_channels
+from flexmoe.plan import Plan
+from flexmoe.progress import bar
+from flexmoe.recover import RATES, trained_parameters
+from flexmoe.refit import refit
+from flexmoe.report import merge_rows
+from rivals import progressive, rco
+
+SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+SAMPLES, SEQ_LEN, HELD_OUT, RCO_STEPS = 256, 256, 24, 40
+PATH = RESULTS / "family.json"
+
+
+class Bench:
+    """One model and seed: its calibration windows, held-out windows and results so far."""
+
+    def __init__(self, model: str, seed: int):
+        self.model, self.seed = model, seed
+        self.name = "tiny" if model == "tiny" else Path(model).name
+        tokens = torch.tensor(0)
+        self.windows: dict[str, Tensor] = {}
+        self.base, self.tokens = 0.0, tokens
+
+    def rank(self, method: str = "fisher", **changes: Any) -> Ranked:
+        config = CompressConfig(
+            data="tiny",
+            samples=SAMPLES,
+            seq_len=SEQ_LEN,
+            pruned=SHARES,
+            method=method,
+            seed=self.seed,
+            batch_size=8,
+        )
+        ranked = rank_channels(self.model, dataclasses.replace(config, **changes), bar)
+        if not self.windows:
+            self.windows = evaluation_windows(
+                "tiny", ranked.tokenizer, samples=HELD_OUT, seq_len=SEQ_LEN
+            )
+            self.base = mean_nll(evaluate(ranked.model, self.windows))
+        return ranked
+
+    def known(self, recipe: str) -> bool:
+        return any(self._is(row, recipe) for row in _rows())
+
+    def _is(self, row: Mapping[str, Any], recipe: str) -> bool:
+        return (row["model"], row["seed"], row["recipe"]) == (self.name, self.seed, recipe)
+
+    def keep(self, recipe: str, nll: Mapping[float, float], seconds: float, **more: Any) -> None:
+        """Add a recipe's losses, by pruned share, to the results."""
+        increase = {f"{share:g}": round(value - self.base, 5) for share, value in nll.items()}
+        row = {
+            "model": self.name,
+            "seed": self.seed,
+            "recipe": recipe,
+            "base_nll": round(self.base, 5),
+            "nll_increase": increase,
+            "seconds": round(seconds, 1),
+            **more,
+        }
+        rows = [other for other in _rows() if not self._is(other, recipe)] + [row]
+        rows.sort(key=lambda r: (r["model"], r["recipe"], r["seed"]))
+        settings = {
+            "calibration_windows": SAMPLES,
+            "seq_len": SEQ_LEN,
+            "held_out_windows_a_domain": HELD_OUT,
+        }
+        text = json.dumps({"environment": environment(), **settings, "rows": rows}, indent=1)
+        PATH.write_text(text + "\n")
+        print(f"{self.name} seed {self.seed} {recipe:44} {seconds:5.0f} s", increase, flush=True)
+
+    def losses(self, ranked: Ranked, plan: Plan, shares: tuple[float, ...]) -> dict[float, float]:
+        if ranked.model.__dict__.get("flexmoe_plan") is not plan:
+            attach_plan(ranked, plan)
+        rows = merge_rows(budget_rows(ranked.model, self.windows, shares))
+        return {row["pruned"]: row["nll"] for row in rows}
+
+
+def _rows() -> list[dict[str, Any]]:
+    return json.loads(PATH.read_text())["rows"] if PATH.is_file() else []
+
+
+def learned_plan(bench: Bench) -> tuple[Ranked, Plan, float]:
+    ranked = bench.rank(allocate="learned")
+    start = time.monotonic()
+    plan = make_plan(ranked, "learned", bar)
+    return ranked, plan, time.monotonic() - start
+
+
+def plans(bench: Bench) -> None:
+    """Loss of every recipe that leaves the weights alone."""
+    if not bench.known("learned"):
+        ranked, plan, seconds = learned_plan(bench)
+        drawn = LearnConfig()
+        tokens = drawn.steps * 8 * SEQ_LEN
+        bench.keep(
+            "learned",
+            bench.losses(ranked, plan, SHARES),
+            seconds,
+            forwarded=tokens * (1 + drawn.draws),
+            backwarded=tokens * drawn.draws,
+        )
+    scored: list[tuple[str, str, str]] = [
+        ("global fisher", "fisher", "global"),
+        ("global heapr", "heapr", "global"),
+        ("camera per layer", "camera", "layer"),
+        ("uniform fisher", "fisher", "uniform"),
+    ]
+    for recipe, method, allocator in scored:
+        if not bench.known(recipe):
+            start = time.monotonic()
+            ranked = bench.rank(method, allocate=allocator)
+            plan = make_plan(ranked, allocator)
+            bench.keep(recipe, bench.losses(ranked, plan, SHARES), time.monotonic() - start)
+    if not bench.known("paper: taylor, four actions"):
+        ranked = bench.rank("taylor", allocate="actions")
+        start = time.monotonic()
+        plan = make_plan(ranked, "actions", bar)
+        tokens = ActionConfig().steps * 8 * SEQ_LEN
+        seconds = time.monotonic() - start
+        bench.keep(
+            "paper: taylor, four actions",
+            bench.losses(ranked, plan, SHARES),
+            seconds,
+            forwarded=2 * tokens,
+            backwarded=tokens,
+        )
+    if not bench.known("progressive fisher"):
+        ranked = bench.rank(allocate="global")
+        start = time.monotonic()
+        ranked.score = progressive(ranked)
+        seconds = time.monotonic() - start
+        plan = make_plan(ranked, "global")
+        bench.keep("progressive fisher", bench.losses(ranked, plan, SHARES), seconds)
+    if not bench.known("rco, a run per budget"):
+        ranked = bench.rank(allocate="global")
+        start = time.monotonic()
+        masks = {
+            share: rco(ranked, share, steps=RCO_STEPS, batch_size=8, seed=bench.seed)
+            for share in SHARES
+        }
+        seconds = time.monotonic() - start
+        nll = {}
+        for share, mask in masks.items():
+            for layer in expert_layers(ranked.model):
+                layer.module.flexmoe_mask_EI = mask[layer.index]
+            with experts_function(ranked.model, "flexmoe_mask"):
+                nll[share] = mean_nll(evaluate(ranked.model, bench.windows))
+        bench.keep("rco, a run per budget", nll, seconds)
+
+
+def recovery(bench: Bench, tokens: int) -> None:
+    """Loss of every budget after recovery, on the learned plan and (the paper's) on its own."""
+    steps = tokens // (8 * SEQ_LEN)
+    shares = (0.0, *SHARES)
+    runs: list[tuple[str, Callable[[], tuple[Ranked, Plan]], str, str]] = [
+        ("family, learned plan", lambda: learned_plan(bench)[:2], "full", "family"),
+        ("sp at 40, learned plan", lambda: learned_plan(bench)[:2], "full", "sp"),
+        ("paper: sp at 40, its own plan", lambda: paper_plan(bench), "lora", "sp"),
+        ("cp, learned plan", lambda: learned_plan(bench)[:2], "full", "cp"),
+    ]
+    ready: dict[str, tuple[Ranked, Plan]] = {}
+    for recipe, make, mode, scheme in runs:
+        label = f"recovered: {recipe}"
+        if bench.known(label):
+            continue
+        kind = recipe.rpartition(", ")[2]
+        if kind not in ready:
+            ready[kind] = make()
+        ranked, plan = ready[kind]
+        attach_plan(ranked, plan)
+        begin = {name: p.detach().clone() for name, p in ranked.model.named_parameters()}
+        if kind == "learned plan" and not bench.known("recovered: closed form, learned plan"):
+            report = refit(ranked.model, plan, ranked.windows.ids, batch_size=8)
+            nll = bench.losses(ranked, plan, shares)
+            bench.keep("recovered: closed form, learned plan", nll, report.seconds)
+            _put_back(ranked, begin)
+            bench.keep("recovered: nothing, learned plan", bench.losses(ranked, plan, shares), 0.0)
+        windows = calibration_windows(
+            "tiny", ranked.tokenizer, samples=steps * 8, seq_len=SEQ_LEN, seed=9, fewer=True
+        )
+        schedule = Schedule(steps, 8, 8, RATES[mode], bench.seed)
+        start = time.monotonic()
+        train(ranked, plan, mode, scheme, windows.ids, schedule)
+        seconds = time.monotonic() - start
+        more = {"tokens": steps * 8 * SEQ_LEN, "lr": schedule.lr, "mode": mode}
+        bench.keep(label, bench.losses(ranked, plan, shares), seconds, **more)
+        _put_back(ranked, begin)
+
+
+def paper_plan(bench: Bench) -> tuple[Ranked, Plan]:
+    ranked = bench.rank("taylor", allocate="actions")
+    return ranked, make_plan(ranked, "actions", bar)
+
+
+def _put_back(ranked: Ranked, begin: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in ranked.model.named_parameters():
+            parameter.copy_(begin[name])
+
+
+def train(
+    ranked: Ranked, plan: Plan, mode: str, scheme: str, ids: Tensor, schedule: Schedule
+) -> None:
+    """`distil` as `flexmoe recover` calls it, on the model in memory."""
+    model = ranked.model
+    if mode == "lora":
+        with lora_experts(model, rank=16, seed=schedule.seed) as adapter:
+            if scheme == "sp":
+                adapter.only_first(plan.widths(0.4))
+            distil(model, adapter.parameters, adapter.off, ids, schedule, scheme=scheme, track=bar)
+    else:
+        parameters = list(trained_parameters(model, mode).values())
+        swapped = Swapped(parameters)
+        distil(model, parameters, swapped.original, ids, schedule, scheme=scheme, track=bar)
+
+
+def pairs(bench: Bench, file: Path, per_paradigm: int | None, tokens: int) -> None:
+    """BLiMP accuracy of the learned plan, alone and recovered, against the unpruned model."""
+    ranked, plan, _ = learned_plan(bench)
+    attach_plan(ranked, plan)
+    found = read_pairs(file, per_paradigm)
+    encoded = encode(found, ranked.tokenizer, ranked.model.config)
+    shares = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8)
+
+    def switch(pruned: float) -> None:
+        set_budget(ranked.model, pruned)
+
+    right = right_pairs(ranked.model, encoded, shares, switch, track=bar)
+    rows = {"plan alone": pair_rows(found, right)}
+    windows = calibration_windows(
+        "tiny", ranked.tokenizer, samples=tokens // SEQ_LEN, seq_len=SEQ_LEN, seed=9, fewer=True
+    )
+    schedule = Schedule(tokens // (8 * SEQ_LEN), 8, 8, RATES["full"], bench.seed)
+    train(ranked, plan, "full", "family", windows.ids, schedule)
+    again = right_pairs(ranked.model, encoded, shares[1:], switch, track=bar)
+    rows["recovered"] = pair_rows(found, {0.0: right[0.0], **again})
+    path = RESULTS / f"pairs-{bench.name}.json"
+    about = {"model": bench.name, "pairs": len(found), "recovery_tokens": tokens}
+    result = {"environment": environment(), **about, "rows": rows}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    for name, by_share in rows.items():
+        for share, row in by_share.items():
+            print(name, share, row["accuracy"], row.get("ratio"), row.get("ratio_interval"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("plans", "recovery", "pairs"))
+    parser.add_argument("model", help="'tiny' or a folder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=400_000, help="for recovery")
+    parser.add_argument("--pairs", type=Path)
+    parser.add_argument("--per-paradigm", type=int, default=None)
+    asked = parser.parse_args()
+    logging.disable_progress_bar()
+    bench = Bench(asked.model, asked.seed)
+    if asked.what == "plans":
+        plans(bench)
+    elif asked.what == "recovery":
+        recovery(bench, asked.tokens)
+    else:
+        if asked.pairs is None:
+            parser.error("pairs needs --pairs FILE")
+        pairs(bench, asked.pairs, asked.per_paradigm, asked.tokens)
+
+
+if __name__ == "__main__":
+    assert TINY.is_dir()
+    main()

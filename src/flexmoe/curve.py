@@ -1,0 +1,247 @@
+"""The measured curve of a family: ``evaluation.json`` in its folder, and whether it still holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import flexmoe
+from flexmoe.checkpoint import CURVE_NAME, Checkpoint
+from flexmoe.data import Windows
+from flexmoe.errors import FlexmoeError
+from flexmoe.intervals import Interval
+from flexmoe.plan import JSON_NAME, read_manifest
+from flexmoe.progress import Track, silent
+
+FORMAT = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class OfWeights(_Record):
+    """What a curve was measured on. ``plan_sha256``: of flexmoe.safetensors. ``weights_sha256``:
+    of the family's weights, see `of_weights`; for a plan alone what its recipe says of them."""
+
+    plan_sha256: str
+    weights_sha256: str
+
+
+class TextFile(_Record):
+    """One data file: its windows, tokens a window, and the sha256 of the very tokens."""
+
+    windows: int
+    seq_len: int
+    sha256: str
+
+
+class PairsFile(_Record):
+    """The pairs file: name and sha256, and how many of each paradigm were used (None: all)."""
+
+    name: str
+    sha256: str
+    per_paradigm: int | None
+
+
+class PairsPoint(_Record):
+    """Minimal pairs at one budget, see `flexmoe.pairs.pair_rows`."""
+
+    n: int
+    accuracy: float
+    interval: Interval | None
+    fields: dict[str, float]
+    ratio: float | None
+    ratio_interval: Interval | None
+    margin_ratio: float | None
+    margin_ratio_interval: Interval | None
+
+
+class Point(_Record):
+    """One budget: the figures of a `flexmoe.plan.Member`, and see `flexmoe.losses.loss_rows`."""
+
+    pruned: float
+    achieved: float
+    routed_parameters: int
+    active_parameters: int
+    bytes: int
+    nll: float
+    files: dict[str, float]
+    increase: float
+    increase_interval: Interval | None
+    kept: float
+    kept_interval: Interval | None
+    pairs: PairsPoint | None
+
+
+class Curve(_Record):
+    """``evaluation.json``: what was measured, on what, when, and a `Point` a budget."""
+
+    format: int
+    date: str
+    of: OfWeights
+    data: str
+    files: dict[str, TextFile]
+    pairs: PairsFile | None
+    hardware: str
+    dtype: str
+    versions: dict[str, str]
+    budgets: list[Point]
+
+
+def of_weights(folder: str | Path, track: Track = silent) -> OfWeights:
+    """The plan and weights in ``folder`` as they are now.
+
+    All weights are read: about a second a gigabyte. ``weights_sha256`` of a family is what
+    ``sha256sum SHARDS | sha256sum`` says of its shards in the order of their names.
+    """
+    manifest = read_manifest(folder)
+    weights = manifest.recipe.weights_sha256
+    if manifest.ranked:
+        lines = []
+        for name in track(Checkpoint(folder).files, "checksum"):
+            with (Path(folder) / name).open("rb") as file:
+                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+        weights = hashlib.sha256("".join(lines).encode()).hexdigest()
+    return OfWeights(plan_sha256=manifest.tensors_sha256, weights_sha256=weights)
+
+
+def make_curve(
+    of: OfWeights,
+    model: PreTrainedModel,
+    members: Sequence[Mapping[str, Any]],
+    *,
+    data: str,
+    windows: Mapping[str, Tensor],
+    pairs: str | Path | None = None,
+    pairs_per_paradigm: int | None = None,
+) -> Curve:
+    """The curve of ``members`` (see `flexmoe.evaluate.Measured`) as measured now with ``model``.
+    Raises `FlexmoeError` where a result is not finite."""
+    try:
+        points = [Point.model_validate(member) for member in members]
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise FlexmoeError(
+            f"the curve is not saved: {where} is {first['input']} ({first['msg']}). Check that "
+            "tokenizer and weights belong together, or evaluate in float32 (--device cpu)"
+        ) from None
+    of_pairs = None
+    if pairs is not None:
+        sha256 = hashlib.sha256(Path(pairs).expanduser().read_bytes()).hexdigest()
+        of_pairs = PairsFile(name=Path(pairs).name, sha256=sha256, per_paradigm=pairs_per_paradigm)
+    return Curve(
+        format=FORMAT,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        of=of,
+        data=data,
+        files={
+            name: TextFile(windows=len(ids), seq_len=ids.shape[1], sha256=Windows(ids, name).sha256)
+            for name, ids in windows.items()
+        },
+        pairs=of_pairs,
+        hardware=hardware(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        versions={
+            "flexmoe": flexmoe.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        budgets=points,
+    )
+
+
+def hardware(device: torch.device) -> str:
+    """What ``device`` is, for people: the GPU's name, or threads and name of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = Path("/proc/cpuinfo")
+    lines = found.read_text().splitlines() if found.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{torch.get_num_threads()} threads of {name}"
+
+
+# --- the file ----------------------------------------------------------------------------------
+
+
+def check_can_save(path: str | Path) -> None:
+    """`FlexmoeError` unless ``path`` is a local family or plan whose folder can be written."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise FlexmoeError(
+            f"the curve is saved in the family's folder, and '{path}' is no local one: give the "
+            "path of a local copy"
+        )
+    if not (folder / JSON_NAME).is_file():
+        raise FlexmoeError(
+            f"'{path}' has no budgets to save a curve of: it has no {JSON_NAME}. Give the family "
+            "or plan it is from, or write the rows elsewhere with --json FILE"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise FlexmoeError(f"cannot write {CURVE_NAME}: no permission in '{folder}'")
+
+
+def save_curve(folder: str | Path, curve: Curve) -> Path:
+    """Write ``evaluation.json`` into ``folder``, whole or not at all; returns its path."""
+    path = Path(folder) / CURVE_NAME
+    partial = path.with_name(f"{CURVE_NAME}.partial")
+    try:
+        partial.write_text(json.dumps(curve.model_dump(), indent=1) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise FlexmoeError(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+def load_curve(folder: str | Path) -> Curve | None:
+    """The curve in ``folder``, or None where there is none; a `FlexmoeError` says what is wrong
+    with it. Whether it still holds is another question: `stale`."""
+    path = Path(folder) / CURVE_NAME
+    if not path.is_file():
+        return None
+    again = f"measure again: {command(folder)}"
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise FlexmoeError(f"{path} is not valid JSON ({error}): {again}") from None
+    version = found.get("format") if isinstance(found, dict) else None
+    if version != FORMAT:
+        raise FlexmoeError(
+            f"{path} has format {version}, this flexmoe reads format {FORMAT}: {again}"
+        )
+    try:
+        return Curve.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise FlexmoeError(f"{path}: {where}: {first['msg']}: {again}") from None
+
+
+def stale(curve: Curve, folder: str | Path, track: Track = silent) -> str | None:
+    """Why ``curve`` is not of the plan and weights in ``folder`` as they are now; None if it is.
+    Reads all weights, see `of_weights`."""
+    if curve.of.plan_sha256 != read_manifest(folder).tensors_sha256:
+        return f"the plan in {folder} is another one than the saved curve was measured with"
+    if curve.of != of_weights(folder, track):
+        return f"the weights in {folder} have changed since the saved curve was measured"
+    return None
+
+
+def command(folder: str | Path, *options: str) -> str:
+    """The command that measures and saves the curve of ``folder``."""
+    return " ".join(["flexmoe eval", shlex.quote(str(folder)), *options, "--save"])

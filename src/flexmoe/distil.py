@@ -1,0 +1,287 @@
+"""Distillation of a family from its own full-width weights: the training loop of `recover`.
+
+The student is a member of the family, the teacher the model as it was before, at full width. All
+members share one set of weights, so what is good for one budget can hurt another: the schemes say
+which members a step looks at.
+
+- ``family`` (default): the windows of every step are dealt to strata of the pruned share, 0 among
+  them, so that each step improves all budgets at once at the cost of one. Each stratum's loss is
+  divided by the root of what it was at the start, or the poorest would drown the others.
+- ``sp``: the paper's single point (arXiv 2606.27866, eq. 13-16): one budget, whose result serves
+  all. The paper trains LoRA on the channels that this member keeps, by cross-entropy and KL.
+- ``cp``: the paper's alternative: the full model by cross-entropy, and by KL the poorest member and
+  random others, each scaled to the size of the full model's loss (AmoebaLLM's rule).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from flexmoe.family import set_budget
+from flexmoe.progress import Track, silent
+from flexmoe.resume import Saved
+from flexmoe.statistics import token_loss
+from flexmoe.training import activations_recomputed, add_up, batches, divergence, part_of
+
+SCHEMES = ("family", "sp", "cp")
+# The full model, then equal stretches of pruned shares up to the poorest of the plan (<= 0.85).
+STRATA = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a batch that one member is trained on: KL to the teacher and cross-entropy with the
+    given weights; ``scaled``: times the full member's loss over this one's."""
+
+    pruned: float
+    rows: Tensor
+    divergence: float
+    cross_entropy: float
+    scaled: bool = False
+
+
+class Swapped:
+    """The trained weights and those they began with: one of the two stands in the model, the
+    other one beside it. In place, so that optimizers and sharded parameters stay valid."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        self.parameters = list(parameters)
+        self.other = [p.detach().clone() for p in parameters]
+
+    @contextmanager
+    def original(self) -> Iterator[None]:
+        """The model as it was, inside the block."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for parameter, other in zip(self.parameters, self.other, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(other)
+            other.copy_(kept)
+
+
+def strata(poorest: float) -> list[tuple[float, float]]:
+    """Stretches of pruned shares from which the members of a step are drawn: 0 itself, and equal
+    ones up to the poorest budget."""
+    step = poorest / (STRATA - 1)
+    return [(0.0, 0.0), *((step * k, step * (k + 1)) for k in range(STRATA - 1))]
+
+
+def parts_of_step(
+    scheme: str,
+    at: float,
+    poorest: float,
+    rows: int,
+    step: int,
+    weights: Sequence[float],
+    seed: int,
+) -> list[Part]:
+    """Which member is trained on which rows of the batch of ``step``, drawn by ``seed``."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    every = torch.arange(rows)
+    if scheme == "sp":
+        return [Part(at, every, 1.0, 1.0)]
+    if scheme == "cp":
+        between = [poorest * float(torch.rand(1, generator=generator)) for _ in range(2)]
+        subs = [Part(share, every, 1.0, 0.0, scaled=True) for share in (poorest, *between)]
+        return [Part(0.0, every, 0.0, 1.0), *subs]
+    parts = []
+    for k, (low, high) in enumerate(strata(poorest)):
+        pruned = low + (high - low) * float(torch.rand(1, generator=generator))
+        mine = every[(every + step * rows) % STRATA == k]
+        if len(mine):
+            parts.append(Part(pruned, mine, weights[k] * len(mine) / rows, 0.0))
+    return parts
+
+
+def stratum_weights(model: PreTrainedModel, ids: Tensor, poorest: float, micro: int) -> list[float]:
+    """One over the root of each stratum's divergence before training, at its middle; the full
+    model, which has none yet, counts like the richest stratum. Mean 1."""
+    found = []
+    for low, high in strata(poorest)[1:]:
+        total = torch.zeros(1, dtype=torch.float64)
+        for part in part_of(ids).split(micro):
+            part = part.to(next(model.parameters()).device)
+            with torch.no_grad():
+                set_budget(model, 0.0)
+                teacher = model(input_ids=part, use_cache=False).logits
+                set_budget(model, (low + high) / 2)
+                student = model(input_ids=part, use_cache=False).logits
+                total += float(divergence(student, teacher))
+        add_up([total])
+        found.append(float(total) / ids[:, 1:].numel())
+    weight = [max(value, 1e-3) ** -0.5 for value in found]
+    weight = [weight[0], *weight]
+    return [w * len(weight) / sum(weight) for w in weight]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps and rates of a run: ``lr`` rises over the first twentieth and falls linearly to 0."""
+
+    steps: int
+    batch_size: int
+    micro_batch: int
+    lr: float
+    seed: int
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        warm = max(1, self.steps // 20)
+        return self.lr * min(1.0, (step + 1) / warm) * (1 - step / self.steps)
+
+
+Teacher = Callable[[], AbstractContextManager[None]]
+
+
+def distil(
+    model: PreTrainedModel,
+    parameters: Sequence[nn.Parameter],
+    teacher: Teacher,
+    ids: Tensor,
+    schedule: Schedule,
+    *,
+    scheme: str = "family",
+    at: float = 0.4,
+    checkpointing: bool = False,
+    autocast: torch.dtype | None = None,
+    saved: Saved | None = None,
+    track: Track = silent,
+) -> None:
+    """Train ``parameters`` of ``model`` (which has a plan, see `flexmoe.load`) in place on windows
+    ``ids`` [n, t]. ``teacher()`` makes the model the teacher while it is open."""
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    poorest = model.flexmoe_plan.budgets[-1]
+    device = parameters[0].device
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    start, weights = _restore(saved, parameters, optimizer)
+    order = list(
+        batches(torch.arange(len(ids)), schedule.batch_size, schedule.steps, schedule.seed)
+    )
+    if not weights and scheme == "family":
+        probe = ids[order[0]]
+        weights = stratum_weights(model, probe, poorest, schedule.micro_batch)
+    mixed = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+    try:
+        with activations_recomputed(model, checkpointing):
+            for step in track(range(start, schedule.steps), "recover"):
+                for group in optimizer.param_groups:
+                    group["lr"] = schedule.rate(step)
+                rows = len(order[step])
+                parts = parts_of_step(scheme, at, poorest, rows, step, weights, schedule.seed)
+                optimizer.zero_grad()
+                with mixed:
+                    _backward(model, teacher, ids[order[step]], parts, schedule.micro_batch, device)
+                add_up([p.grad for p in parameters if p.grad is not None and not _sharded(p)])
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                if saved is not None and saved.due:
+                    saved.save(step + 1, _state(parameters, optimizer, weights))
+    finally:
+        set_budget(model, 0.0)
+        model.requires_grad_(False)
+
+
+def _backward(
+    model: PreTrainedModel,
+    teacher: Teacher,
+    batch: Tensor,
+    parts: Sequence[Part],
+    micro: int,
+    device: torch.device,
+) -> None:
+    """Add up the gradient of all parts over this process's windows of the batch."""
+    tokens = batch[:, 1:].numel()
+    world = len(batch) // len(part_of(batch))
+    for chosen in part_of(torch.arange(len(batch))).split(micro):
+        windows = batch[chosen].to(device)
+        set_budget(model, 0.0)
+        with teacher(), torch.no_grad():
+            taught = model(input_ids=windows, use_cache=False).logits
+        full: Tensor | None = None
+        for part in parts:
+            here = torch.isin(chosen, part.rows)
+            idle = not here.any()
+            if idle and not any(map(_sharded, model.parameters())):
+                continue
+            if idle:  # sharded weights are gathered by all processes together, also for nothing
+                here[0] = True
+            set_budget(model, part.pruned)
+            logits = model(input_ids=windows[here], use_cache=False).logits
+            loss = torch.zeros((), device=device)
+            if part.divergence:
+                loss = loss + part.divergence * divergence(logits, taught[here])
+            if part.cross_entropy:
+                loss = loss + part.cross_entropy * token_loss(logits, windows[here])
+            if full is None:
+                full = loss.detach()
+            if part.scaled:
+                loss = loss * (full / (loss.detach() + 1e-8))
+            # sharded gradients come averaged over processes, the others are added up afterwards
+            factor = world if any(map(_sharded, model.parameters())) else 1
+            (loss * (0.0 if idle else factor / tokens)).backward()
+
+
+def _sharded(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor)
+
+
+def _state(
+    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """Weights and moments, whole (of sharded parameters all processes must ask together)."""
+    tensors = {"weights": torch.tensor(weights, dtype=torch.float64)}
+    for n, parameter in enumerate(parameters):
+        tensors[f"{n}.parameter"] = whole(parameter.detach())
+        for name, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{n}.{name}"] = whole(value)
+    return tensors
+
+
+@torch.no_grad()
+def _restore(
+    saved: Saved | None, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[int, list[float]]:
+    """Put the saved state back, if there is one; returns the step and the strata's weights."""
+    if saved is None or (found := saved.load()) is None:
+        return 0, []
+    step, tensors = found
+    for n, parameter in enumerate(parameters):
+        parameter.copy_(like(tensors[f"{n}.parameter"], parameter))
+        state = {name: tensors.get(f"{n}.{name}") for name in ("step", "exp_avg", "exp_avg_sq")}
+        if state["exp_avg"] is not None:
+            optimizer.state[parameter] = {
+                name: value if name == "step" else like(value, parameter)
+                for name, value in state.items()
+                if value is not None
+            }
+    return step, tensors["weights"].tolist()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is not sharded, on the CPU."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """``value`` on the device of ``parameter``, and sharded as it is."""
+    value = value.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)

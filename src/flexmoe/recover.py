@@ -1,0 +1,300 @@
+"""Recovery: better weights for the same plan. A family stays a family, with all its budgets.
+
+- ``closed-form`` refits the down projections from one forward pass (`refit`), no gradients.
+- ``full`` distils the routed experts and their routers, ``router`` the routers alone, ``lora``
+  low-rank adapters on the experts, merged at the end (`distil`). The teacher is the same model at
+  full width with the original weights: adapters off, or the trained tensors exchanged for the
+  ones they began with. No second model is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flexmoe.checkpoint import resolve
+from flexmoe.data import (
+    calibration_windows,
+    check_tokens,
+    load_tokenizer,
+    pick_batch_size,
+    pick_seq_len,
+)
+from flexmoe.distil import SCHEMES, Schedule, Swapped, distil, whole
+from flexmoe.errors import FlexmoeError, did_you_mean
+from flexmoe.experts import ExpertLayer, expert_layers
+from flexmoe.exporter import copy_others
+from flexmoe.family import find_folder, load, pick_device
+from flexmoe.files import refuse_existing, written_beside
+from flexmoe.lora import lora_experts
+from flexmoe.plan import Plan, read_manifest
+from flexmoe.progress import Track, silent
+from flexmoe.refit import refit
+from flexmoe.resume import Work
+from flexmoe.sharding import check_processes, shard_model
+from flexmoe.shards import Source, replaced, verify, write
+from flexmoe.training import by_first, part_of, processes
+
+MODES = ("closed-form", "router", "lora", "full")
+RATES = {"full": 3e-4, "lora": 1e-3, "router": 3e-3}
+TOKENS = {"closed-form": 131_072, "router": 600_000, "lora": 1_200_000, "full": 1_200_000}
+
+
+@dataclass(frozen=True)
+class RecoverConfig:
+    """What `recover` can be told; None means the default of the mode (docs/log.md says why).
+
+    ``scheme`` is ``family`` (all budgets in every step), ``sp`` (one budget, ``at``, the paper's)
+    or ``cp`` (the paper's sandwich). ``tokens`` of text are read once, more are drawn again.
+    ``shard`` splits the model over all processes, see `sharding`.
+    """
+
+    mode: str = "full"
+    scheme: str | None = None
+    at: float | None = None
+    data: str = "tiny"
+    tokens: int | None = None
+    seq_len: int | None = None
+    batch_size: int | None = None
+    micro_batch: int | None = None
+    lr: float | None = None
+    rank: int | None = None
+    checkpointing: bool = False
+    seed: int = 0
+    device: str = "auto"
+    shard: bool = False
+
+
+def check_recovery(config: RecoverConfig) -> None:
+    """Refuse what cannot work, or would have no effect, before anything slow starts."""
+    if config.mode not in MODES:
+        raise did_you_mean(config.mode, MODES, "mode")
+    if config.scheme is not None and config.scheme not in SCHEMES:
+        raise did_you_mean(config.scheme, SCHEMES, "scheme")
+    unread = {
+        "at": config.mode != "closed-form" and config.scheme == "sp",
+        "scheme": config.mode != "closed-form",
+        "lr": config.mode != "closed-form",
+        "micro_batch": config.mode != "closed-form",
+        "checkpointing": config.mode != "closed-form",
+        "rank": config.mode == "lora",
+        "shard": config.mode in ("full", "router"),
+    }
+    for name, read in unread.items():
+        if getattr(config, name) not in (None, False) and not read:
+            hint = " (it belongs to scheme 'sp')" if name == "at" else ""
+            raise FlexmoeError(
+                f"{name} has no effect with mode '{config.mode}'{hint}: leave it out"
+            )
+    if config.at is not None and not 0 < config.at < 1:
+        raise FlexmoeError(f"at must lie between 0 and 1, found {config.at:g}: 0.4 means 40 %")
+    for name in ("tokens", "micro_batch", "rank"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise FlexmoeError(f"{name} must be at least 1, found {value}")
+    if config.lr is not None and not 0 < config.lr < 1:
+        raise FlexmoeError(f"lr must lie between 0 and 1, found {config.lr:g}")
+    pick_batch_size(config.batch_size, 1)
+    pick_device(config.device)
+    if config.shard:
+        check_processes()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known before the slow part: what will be read, done and needed."""
+
+    config: RecoverConfig
+    folder: Path
+    plan: Plan
+    source: Source
+    ids: Tensor
+    data_sha256: str
+    schedule: Schedule
+    trained: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes on the device beside activations: the model in float32, and for what is trained
+        the original, a gradient and two moments."""
+        parameters = sum(p.numel() for p in self.source.model.parameters())
+        return 4 * parameters + 16 * self.trained
+
+
+def prepare(family: str | Path, config: RecoverConfig, base: str | Path | None = None) -> Prepared:
+    """Check everything that can be checked without the model's weights."""
+    check_recovery(config)
+    folder = find_folder(family)
+    plan, ranked = Plan.load(folder), read_manifest(folder).ranked
+    if ranked and base is not None:
+        raise FlexmoeError(f"'{family}' is a family with weights of its own: leave base out")
+    if config.at is not None:
+        plan.widths(config.at)
+    weights = folder if ranked else resolve(base or plan.recipe.base_model)
+    source = Source.open(weights, plan)
+    settings = source.model.config
+    length = pick_seq_len(config.seq_len, settings)
+    size = pick_batch_size(config.batch_size, length)
+    tokens = config.tokens or TOKENS[config.mode]
+    if tokens < size * length:
+        raise FlexmoeError(
+            f"{tokens} tokens are less than one batch of {size} windows of {length}: give more "
+            "with --tokens, or a smaller --batch-size or --seq-len"
+        )
+    if config.mode != "closed-form":
+        part_of(torch.arange(size))  # refuses what several processes cannot share
+    steps = tokens // (size * length)
+    windows = calibration_windows(
+        config.data,
+        load_tokenizer(weights, settings),
+        samples=steps * size,
+        seq_len=length,
+        seed=config.seed + 1,  # not the windows that the plan was calibrated on
+        fewer=True,
+    )
+    ids = check_tokens(windows.ids, settings)
+    schedule = Schedule(
+        steps=steps,
+        batch_size=size,
+        micro_batch=config.micro_batch or size,
+        lr=config.lr or RATES.get(config.mode, 0.0),
+        seed=config.seed,
+    )
+    trained = sum(p.numel() for p in trained_parameters(source.model, config.mode).values())
+    return Prepared(config, folder, plan, source, ids, windows.sha256, schedule, trained)
+
+
+def trained_parameters(model: nn.Module, mode: str) -> dict[str, nn.Parameter]:
+    """What a mode changes, by name: the down projections, the routers, or both and all of the
+    experts' channels. (LoRA is merged into the experts.)"""
+    layers = expert_layers(model)
+    found: dict[str, nn.Parameter] = {}
+    for layer in layers:
+        for name, parameter in layer.parameters.items():
+            if mode in ("full", "lora") or (mode == "closed-form" and name == "down_proj"):
+                found[f"{layer.name}.{name}"] = parameter
+    if mode in ("full", "router"):
+        found |= routers(model, layers)
+        if mode == "router" and not routers(model, layers):
+            raise FlexmoeError(
+                f"no router weights found beside the experts of {type(model).__name__}: use mode "
+                "'lora' or 'full'"
+            )
+    return found
+
+
+def routers(model: nn.Module, layers: Sequence[ExpertLayer]) -> dict[str, nn.Parameter]:
+    """Matrices with a row for each expert, in the module that holds the experts or in the decoder
+    layer around it."""
+    found: dict[str, nn.Parameter] = {}
+    parameters = dict(model.named_parameters())
+    for layer in layers:
+        block = layer.name.rpartition(".")[0]
+        for within in (block, block.rpartition(".")[0]):
+            here = {
+                name: p
+                for name, p in parameters.items()
+                if name.startswith(f"{within}.")
+                and not name.startswith(f"{layer.name}.")
+                and p.dim() == 2
+                and p.shape[0] == layer.E
+                and any(word in name for word in ("gate", "router"))
+            }
+            if here:
+                found |= here
+                break
+    return found
+
+
+def recover(
+    family: str | Path,
+    out: str | Path,
+    config: RecoverConfig | None = None,
+    *,
+    base: str | Path | None = None,
+    track: Track = silent,
+) -> dict[str, Any]:
+    """Write the family ``out``: the plan of ``family`` (or of a plan alone, on ``base``) with
+    recovered weights. Returns the record of the recovery that its manifest keeps.
+
+    A run that was killed goes on from its last state when it is started again with the same
+    settings; nothing half-written is left.
+    """
+    config = config or RecoverConfig()
+    refuse_existing(out)
+    ready = prepare(family, config, base)
+    work = Work(out, {"family": str(family), "base": str(base), **asdict(config)})
+    device = "cpu" if config.shard else config.device
+    model = load(family, base=base, device=device, dtype=torch.float32)
+    if config.shard:
+        shard_model(model, expert_layers(model), pick_device(config.device))
+    record: dict[str, Any] = {
+        name: value for name, value in asdict(config).items() if value not in (None, False)
+    }
+    record |= {"data_sha256": ready.data_sha256, "windows": len(ready.ids)}
+    record |= train(model, ready, work, track)
+    # the experts in any case: those of a plan alone are stored in another order
+    names = trained_parameters(ready.source.model, "lora")
+    names |= trained_parameters(ready.source.model, config.mode)
+    new = {}
+    for name, parameter in model.named_parameters():
+        if name in names:
+            full = whole(parameter.detach())  # of sharded ones all processes must ask together
+            if processes()[0] == 0:
+                new[name] = full
+    by_first(lambda: _write(ready, new, record, out, track))
+    work.clear()
+    return record
+
+
+def _write(
+    ready: Prepared, new: dict[str, Tensor], record: dict[str, Any], out: str | Path, track: Track
+) -> None:
+    recipe = ready.plan.recipe
+    recipe = recipe.model_copy(update={"recovery": [*recipe.recovery, record]})
+    plan = replace(ready.plan, recipe=recipe)
+    with written_beside(out) as partial:
+        copy_others(ready.source.checkpoint, partial)
+        shards = replaced(ready.source, new)
+        write(ready.source, partial, shards, track)
+        verify(partial, shards, track)
+        plan.save(partial, ranked=True)
+
+
+def train(
+    model: PreTrainedModel, ready: Prepared, work: Work, track: Track = silent
+) -> dict[str, Any]:
+    """Improve the weights of ``model`` in place; returns figures for the record."""
+    config, schedule = ready.config, ready.schedule
+    if config.mode == "closed-form":
+        report = refit(model, ready.plan, ready.ids, batch_size=schedule.batch_size, track=track)
+        return {"seconds": round(report.seconds, 1)}
+    scheme = config.scheme or "family"
+    at = 0.4 if config.at is None else config.at
+    options: dict[str, Any] = {
+        "scheme": scheme,
+        "at": at,
+        "checkpointing": config.checkpointing,
+        "autocast": torch.bfloat16 if pick_device(config.device).type == "cuda" else None,
+        "saved": work.stage("recover"),
+        "track": track,
+    }
+    if config.mode == "lora":
+        with lora_experts(model, rank=config.rank or 16, seed=config.seed) as adapter:
+            if scheme == "sp":
+                adapter.only_first(ready.plan.widths(at))
+            distil(model, adapter.parameters, adapter.off, ready.ids, schedule, **options)
+    else:
+        named = dict(model.named_parameters())
+        names = trained_parameters(ready.source.model, config.mode)
+        parameters = [named[name] for name in names]
+        swapped = Swapped(parameters)
+        distil(model, parameters, swapped.original, ready.ids, schedule, **options)
+    tokens = schedule.steps * schedule.batch_size * ready.ids.shape[1]
+    return {"steps": schedule.steps, "tokens_trained": tokens, "lr": schedule.lr}

@@ -1,0 +1,154 @@
+"""The commands eval (with pairs and a saved curve) and pick, end to end on the shipped model."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from flexmoe.cli import app, main
+from flexmoe.curve import load_curve, stale
+from flexmoe.data import TINY
+from flexmoe.evaluate import EvaluateConfig, evaluate_path, measure
+from flexmoe.exporter import rank_checkpoint
+from flexmoe.family import load_stock
+from helpers import random_plan
+from minimal import made_pairs, write_pairs
+
+SMALL = {"data": "books.valid,math.valid", "samples": 3, "seq_len": 32}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", made_pairs(16))
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return random_plan(load_stock("tiny", device="cpu"), TINY / "model", (0.0, 0.2, 0.4))
+
+
+@pytest.fixture
+def family(plan, tmp_path):
+    out = tmp_path / "family"
+    plan.save(out, ranked=True)
+    rank_checkpoint(TINY / "model", plan, out)
+    return out
+
+
+def run(command: str):
+    return CliRunner().invoke(app, command.split())
+
+
+def options(settings=SMALL) -> str:
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+
+
+def test_eval_saves_a_curve_that_pick_reads(family, pairs, tmp_path):
+    out = tmp_path / "rows.json"
+    result = run(
+        f"eval {family} {options()} --pairs {pairs} --pairs-per-paradigm 6 --pruned 0.2,0.4 "
+        f"--save --json {out}"
+    )
+    assert result.exit_code == 0, result.output
+    assert "increase" in result.output and "12 pairs" in result.output
+    written = json.loads(out.read_text())
+    assert [row["pruned"] for row in written["budgets"]] == [0.0, 0.2, 0.4]  # 0 is measured, too
+    assert written["rows"] == evaluate_path(family, **SMALL)
+
+    curve = load_curve(family)
+    assert list(curve.files) == ["books.valid", "math.valid"]
+    assert curve.files["math.valid"].windows == 3 and curve.files["math.valid"].seq_len == 32
+    assert curve.pairs.name == "pairs.jsonl" and curve.pairs.per_paradigm == 6
+    assert str(tmp_path) not in (family / "evaluation.json").read_text()
+    point = curve.budgets[-1]
+    assert point.nll == pytest.approx(sum(point.files.values()) / 2)
+    assert point.increase_interval[0] < point.increase < point.increase_interval[1]
+    assert point.pairs.n == 12 and point.pairs.ratio > 0
+
+    share = point.kept
+    result = run(f"pick {family} --keep {share * 0.999}")
+    assert result.exit_code == 0, result.output
+    assert "at 40 % pruned" in result.output and "weights only" in result.output
+    assert f"flexmoe export {family} --pruned 0.4 --layout ragged" in result.output
+    result = run(f"pick {family} --memory {point.bytes} --json")
+    found = json.loads(result.stdout)
+    assert found["pruned"] == 0.4 and found["bytes"] == point.bytes
+    assert found["quality"]["kept"] == share
+
+
+def test_a_curve_goes_stale_with_the_weights(family):
+    measure(family, EvaluateConfig(**SMALL, pruned=(0.4,), save=True))
+    curve = load_curve(family)
+    assert stale(curve, family) is None
+    (family / "config.json").touch()
+    assert stale(curve, family) is None
+    weights = load_file(family / "model.safetensors")
+    name = next(name for name in weights if "norm" in name)
+    weights[name][0] += 1  # the size of the file stays
+    save_file(weights, family / "model.safetensors", {"format": "pt"})
+    assert "weights in" in stale(curve, family)
+
+
+def test_a_plan_alone_has_a_curve_too(plan, tmp_path):
+    plan.save(tmp_path)
+    done = measure(tmp_path, EvaluateConfig(**SMALL, save=True))
+    assert done.saved == tmp_path / "evaluation.json"
+    assert [member["pruned"] for member in done.members] == [0.0, 0.2, 0.4]
+    assert stale(load_curve(tmp_path), tmp_path) is None
+
+
+def test_one_model_without_budgets_and_a_budget_without_its_base(family, pairs):
+    done = measure("tiny", EvaluateConfig(**SMALL, pairs=pairs))
+    (row,) = done.members
+    assert done.saved is None and row["pairs"]["n"] == 16 and row["pairs"]["accuracy"] > 0.8
+    (row,) = measure(family, EvaluateConfig(**SMALL, pruned=(0.4,), pairs=pairs)).members
+    assert "increase" not in row and row["pairs"]["ratio"] is None
+    result = run(f"eval {family} {options()} --pruned 0.4 --pairs {pairs}")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_loss_that_is_no_number_is_not_saved(family):
+    weights = load_file(family / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
+    save_file(weights, family / "model.safetensors", {"format": "pt"})
+    result = run(f"eval {family} {options()} --pruned 0.4 --save")
+    assert "the curve is not saved: nll is nan" in str(result.exception)
+    assert not (family / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("eval tiny --save", "is no local one"),
+        ("eval MODEL --save", "no budgets to save a curve of"),
+        ("eval tiny --pairs nowhere.jsonl", "pairs file 'nowhere.jsonl' does not exist"),
+        ("eval tiny --pairs-per-paradigm 3", "no effect without --pairs"),
+        ("eval PLAN --pairs PAIRS --pairs-per-paradigm 0", "at least 1, found 0"),
+        ("eval PLAN --pruned 0.7 --save", "the nearest is 0.4"),
+        ("pick tiny --keep 0.9", "not a flexmoe family or plan"),
+        ("pick PLAN", "give --keep 0.95"),
+        ("pick PLAN --keep 0.9", "has no saved curve"),
+        ("pick PLAN --keep 95", "95 % is 0.95"),
+        ("pick PLAN --memory 24G", "such as 24GiB"),
+        ("pick PLAN --params 1K", "the smallest is the one at 40 % pruned"),
+        ("pick nowhere --keep 0.9", "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(
+    plan, pairs, command, message, capsys, monkeypatch, tmp_path
+):
+    plan.save(tmp_path / "plan")
+    places = {"MODEL": TINY / "model", "PAIRS": pairs, "PLAN": tmp_path / "plan"}
+    words = [str(places.get(word, word)) for word in command.split()]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["flexmoe", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert len(error.splitlines()) < 10
+    assert not (tmp_path / "plan" / "evaluation.json").exists()

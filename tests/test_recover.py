@@ -1,0 +1,206 @@
+"""Recovery: a family stays a family; what is trained, what is not; a kill changes nothing."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import flexmoe
+from flexmoe.distil import STRATA, Swapped, parts_of_step
+from flexmoe.errors import FlexmoeError
+from flexmoe.experts import expert_layers
+from flexmoe.family import load, set_budget
+from flexmoe.lora import lora_experts
+from flexmoe.pipeline import CompressConfig, compress
+from flexmoe.plan import Plan
+from flexmoe.recover import RecoverConfig, prepare, recover, routers
+from flexmoe.resume import Work, work_folder
+from zoo import tiny_model
+
+SMALL = RecoverConfig(data="tiny", tokens=32 * 6, seq_len=16, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    out = tmp_path_factory.mktemp("recover") / "family"
+    config = CompressConfig(samples=8, seq_len=32, allocate="global", pruned=(0.2, 0.4, 0.6))
+    compress("tiny", out, config)
+    return out
+
+
+def tensors(folder):
+    model = load(folder, dtype=torch.float32)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("mode", ["full", "router", "lora"])
+def test_a_family_stays_a_family(family, tmp_path, mode):
+    out = tmp_path / "out"
+    record = recover(family, out, dataclasses.replace(SMALL, mode=mode))
+    before, after = Plan.load(family), Plan.load(out)
+    assert after.recipe.recovery[0]["mode"] == mode == record["mode"]
+    assert all(torch.equal(before.order[i], after.order[i]) for i in before.order)
+    assert all(torch.equal(before.width[i], after.width[i]) for i in before.width)
+    was, now = tensors(family), tensors(out)
+    changed = {name for name in was if not torch.equal(was[name], now[name])}
+    experts = {name for name in was if ".experts." in name}
+    gates = set(routers(load(family), expert_layers(load(family))))
+    assert len(gates) == 4 and not gates & experts
+    want = {"full": experts | gates, "router": gates, "lora": experts}[mode]
+    assert changed == want
+    assert not work_folder(out).exists()
+
+
+def test_the_schemes_draw_their_members():
+    strata = parts_of_step("family", 0.4, 0.8, 8, 3, [1.0] * STRATA, 0)
+    assert sorted(row for part in strata for row in part.rows.tolist()) == list(range(8))
+    assert strata[0].pruned == 0 and all(0 <= part.pruned <= 0.8 for part in strata)
+    assert parts_of_step("sp", 0.4, 0.8, 8, 3, [], 0)[0].pruned == 0.4
+    full, poorest, *others = parts_of_step("cp", 0.4, 0.8, 8, 3, [], 0)
+    assert (full.pruned, full.cross_entropy, full.divergence) == (0.0, 1.0, 0.0)
+    assert poorest.pruned == 0.8 and len(others) == 2 and all(part.scaled for part in others)
+    again = parts_of_step("cp", 0.4, 0.8, 8, 3, [], 0)
+    assert [part.pruned for part in again] == [full.pruned, 0.8, *(p.pruned for p in others)]
+    # over the steps every row meets every stratum, also in batches of one
+    drawn = [parts_of_step("family", 0.4, 0.9, 1, step, [1.0] * STRATA, 0) for step in range(4)]
+    assert all(len(parts) == 1 for parts in drawn)
+    assert [round(parts[0].pruned // 0.3) for parts in drawn[1:]] == [0, 1, 2]
+
+
+def test_exchanged_weights_come_back_bit_for_bit():
+    parameter = torch.nn.Parameter(torch.randn(3))
+    swapped = Swapped([parameter])
+    before = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.add_(1)
+    trained = parameter.detach().clone()
+    with swapped.original():
+        assert torch.equal(parameter, before)
+    assert torch.equal(parameter, trained)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "deepseek_v2"])
+def test_merged_equals_adapter_and_teacher_is_the_original(kind):
+    model = tiny_model(kind).eval()
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        original = model(ids).logits
+        with lora_experts(model, rank=4, seed=0) as adapter:
+            width = {layer.index: torch.full((layer.E,), 3) for layer in expert_layers(model)}
+            adapter.only_first(width)
+            for parameter in adapter.parameters:
+                parameter.add_(0.1 * torch.randn_like(parameter) * (parameter != 0))
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            adapted = model(ids).logits
+            with adapter.off():
+                assert torch.equal(model(ids).logits, original)
+        assert not torch.allclose(adapted, original, atol=1e-3)
+        assert torch.allclose(model(ids).logits, adapted, atol=1e-5)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(family, tmp_path, monkeypatch):
+    config = dataclasses.replace(SMALL, lr=1e-3)
+    recover(family, tmp_path / "whole", config)
+    monkeypatch.setattr("flexmoe.resume.EVERY", 0.0)
+    seen = 0
+
+    def killer(items, description):
+        nonlocal seen
+        for item in items:
+            yield item
+            if description == "recover":
+                seen += 1
+                if seen == 4:
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(family, tmp_path / "broken", config, track=killer)
+    assert not (tmp_path / "broken").exists() and work_folder(tmp_path / "broken").is_dir()
+    with pytest.raises(FlexmoeError, match=r"another command.*lr"):
+        recover(family, tmp_path / "broken", dataclasses.replace(config, lr=2e-3))
+    steps = []
+
+    def counting(items, description):
+        for item in items:
+            if description == "recover":
+                steps.append(item)
+            yield item
+
+    recover(family, tmp_path / "broken", config, track=counting)
+    assert steps == [4, 5]  # four steps were done and kept
+    whole, broken = tensors(tmp_path / "whole"), tensors(tmp_path / "broken")
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert not work_folder(tmp_path / "broken").exists()
+
+
+def test_micro_batches_and_recomputed_activations_change_nothing_but_rounding(family, tmp_path):
+    config = dataclasses.replace(SMALL, batch_size=4, tokens=64 * 3)
+    recover(family, tmp_path / "a", config)
+    recover(family, tmp_path / "b", dataclasses.replace(config, micro_batch=1, checkpointing=True))
+    one, other = (tensors(tmp_path / name) for name in "ab")
+    for name in one:  # bf16 files: a last digit may differ
+        assert torch.allclose(one[name], other[name], rtol=2e-2, atol=1e-4), name
+
+
+def test_a_plan_alone_becomes_a_family(family, tmp_path):
+    plan = Plan.load(family)
+    plan.save(tmp_path / "plan")
+    recover(tmp_path / "plan", tmp_path / "out", SMALL, base="tiny")
+    recover(family, tmp_path / "same", SMALL)
+    alone, whole = tensors(tmp_path / "out"), tensors(tmp_path / "same")
+    assert all(torch.equal(alone[name], whole[name]) for name in alone)
+
+
+def test_recovery_lowers_the_loss_of_pruned_members(family, tmp_path):
+    config = RecoverConfig(tokens=40 * 512, seq_len=64, batch_size=8, lr=1e-3)
+    recover(family, tmp_path / "out", config)
+    from flexmoe.evaluate import evaluate_path, mean_nll
+
+    def loss(folder, pruned):
+        rows = evaluate_path(folder, pruned=[pruned], samples=4, seq_len=128)
+        return mean_nll({row["data"]: row for row in rows})
+
+    assert loss(tmp_path / "out", 0.6) < loss(family, 0.6) - 0.02
+
+
+def test_state_that_is_damaged_is_refused(tmp_path):
+    work = Work(tmp_path / "x", {"a": 1})
+    stage = work.stage("s")
+    stage.save(1, {"t": torch.ones(3)})
+    assert stage.load()[0] == 1
+    data = work.path / json.loads((work.path / "s.json").read_text())["file"]
+    data.write_bytes(data.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(FlexmoeError, match="damaged"):
+        stage.load()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "ful"}, "Did you mean 'full'"),
+        ({"scheme": "spp"}, "Did you mean 'sp'"),
+        ({"at": 0.4}, "at has no effect"),
+        ({"at": 0.7, "scheme": "sp"}, "outside this plan"),
+        ({"mode": "closed-form", "lr": 0.1}, "lr has no effect"),
+        ({"rank": 4}, "rank has no effect"),
+        ({"mode": "lora", "shard": True}, "shard has no effect"),
+        ({"tokens": 10}, "less than one batch"),
+        ({"lr": 2.0}, "between 0 and 1"),
+        ({"micro_batch": 0}, "at least 1"),
+    ],
+)
+def test_mistakes_are_found_before_the_model_is_loaded(family, change, message):
+    with pytest.raises(FlexmoeError, match=message):
+        prepare(family, dataclasses.replace(SMALL, **change))
+
+
+def test_an_existing_folder_is_left_alone(family, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    with pytest.raises(flexmoe.FlexmoeError, match="exists already"):
+        recover(family, tmp_path / "out", SMALL)
+    set_budget(load(family), 0.2)
