@@ -37,7 +37,7 @@ from flexmoe.pairs import encode, pair_rows, read_pairs, right_pairs
 from flexmoe.pipeline import CompressConfig, Ranked, attach_plan, make_plan, rank_channels
 from flexmoe.plan import Plan
 from flexmoe.progress import bar
-from flexmoe.recover import RATES, trained_parameters
+from flexmoe.recover import default_rate, trained_parameters
 from flexmoe.refit import refit
 from flexmoe.report import merge_rows
 from rivals import progressive, rco
@@ -214,7 +214,9 @@ def recovery(bench: Bench, tokens: int) -> None:
         windows = calibration_windows(
             "tiny", ranked.tokenizer, samples=steps * 8, seq_len=SEQ_LEN, seed=9, fewer=True
         )
-        schedule = Schedule(steps, 8, 8, RATES[mode], bench.seed)
+        schedule = Schedule(
+            steps, 8, 8, default_rate(mode, ranked.model.config.hidden_size), bench.seed
+        )
         start = time.monotonic()
         train(ranked, plan, mode, scheme, windows.ids, schedule)
         seconds = time.monotonic() - start
@@ -266,7 +268,13 @@ def pairs(bench: Bench, file: Path, per_paradigm: int | None, tokens: int) -> No
     windows = calibration_windows(
         "tiny", ranked.tokenizer, samples=tokens // SEQ_LEN, seq_len=SEQ_LEN, seed=9, fewer=True
     )
-    schedule = Schedule(tokens // (8 * SEQ_LEN), 8, 8, RATES["full"], bench.seed)
+    schedule = Schedule(
+        tokens // (8 * SEQ_LEN),
+        8,
+        8,
+        default_rate("full", ranked.model.config.hidden_size),
+        bench.seed,
+    )
     train(ranked, plan, "full", "family", windows.ids, schedule)
     again = right_pairs(ranked.model, encoded, shares[1:], switch, track=bar)
     rows["recovered"] = pair_rows(found, {0.0: right[0.0], **again})

@@ -141,9 +141,12 @@ def test_micro_batches_and_recomputed_activations_change_nothing_but_rounding(fa
     config = dataclasses.replace(SMALL, batch_size=4, tokens=64 * 3)
     recover(family, tmp_path / "a", config)
     recover(family, tmp_path / "b", dataclasses.replace(config, micro_batch=1, checkpointing=True))
-    one, other = (tensors(tmp_path / name) for name in "ab")
-    for name in one:  # bf16 files: a last digit may differ
-        assert torch.allclose(one[name], other[name], rtol=2e-2, atol=1e-4), name
+    one, other, begin = (tensors(path) for path in (tmp_path / "a", tmp_path / "b", family))
+    # where a gradient is next to nothing its rounding decides the sign of Adam's step, and files
+    # are bf16: single weights differ, the change as a whole does not
+    apart = sum(float((one[name] - other[name]).square().sum()) for name in one) ** 0.5
+    change = sum(float((one[name] - begin[name]).square().sum()) for name in one) ** 0.5
+    assert apart < 0.05 * change
 
 
 def test_a_plan_alone_becomes_a_family(family, tmp_path):
@@ -183,8 +186,9 @@ def test_state_that_is_damaged_is_refused(tmp_path):
     [
         ({"mode": "ful"}, "Did you mean 'full'"),
         ({"scheme": "spp"}, "Did you mean 'sp'"),
-        ({"at": 0.4}, "at has no effect"),
-        ({"at": 0.7, "scheme": "sp"}, "outside this plan"),
+        ({"at": 0.4, "scheme": "cp"}, "at has no effect"),
+        ({"at": 0.4, "mode": "closed-form"}, "at has no effect"),
+        ({"at": 0.7}, "outside this plan"),
         ({"mode": "closed-form", "lr": 0.1}, "lr has no effect"),
         ({"rank": 4}, "rank has no effect"),
         ({"mode": "lora", "shard": True}, "shard has no effect"),

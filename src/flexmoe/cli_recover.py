@@ -28,7 +28,7 @@ def recover(
         str | None,
         typer.Option(help="family: all budgets (default); sp: one; cp: sandwich (the paper's)"),
     ] = None,
-    at: Annotated[float | None, typer.Option(help="the budget of scheme sp; default: 0.4")] = None,
+    at: Annotated[float | None, typer.Option(help="recover at this one budget (scheme sp)")] = None,
     data: Annotated[
         str, typer.Option(help="text: FILE[:WEIGHT],... (.jsonl, .txt, .gz); default: tiny")
     ] = "tiny",

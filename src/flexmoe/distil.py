@@ -27,8 +27,16 @@ from transformers import PreTrainedModel
 from flexmoe.family import set_budget
 from flexmoe.progress import Track, silent
 from flexmoe.resume import Saved
+from flexmoe.sharding import is_sharded
 from flexmoe.statistics import token_loss
-from flexmoe.training import activations_recomputed, add_up, batches, divergence, part_of
+from flexmoe.training import (
+    activations_recomputed,
+    add_up,
+    batches,
+    divergence,
+    part_of,
+    processes,
+)
 
 SCHEMES = ("family", "sp", "cp")
 # The full model, then equal stretches of pruned shares up to the poorest of the plan (<= 0.85).
@@ -108,7 +116,7 @@ def parts_of_step(
 
 def stratum_weights(model: PreTrainedModel, ids: Tensor, poorest: float, micro: int) -> list[float]:
     """One over the root of each stratum's divergence before training, at its middle; the full
-    model, which has none yet, counts like the richest stratum. Mean 1."""
+    model, which has none yet and must not pay for the others, counts twice the richest. Mean 1."""
     found = []
     for low, high in strata(poorest)[1:]:
         total = torch.zeros(1, dtype=torch.float64)
@@ -123,7 +131,7 @@ def stratum_weights(model: PreTrainedModel, ids: Tensor, poorest: float, micro: 
         add_up([total])
         found.append(float(total) / ids[:, 1:].numel())
     weight = [max(value, 1e-3) ** -0.5 for value in found]
-    weight = [weight[0], *weight]
+    weight = [2 * weight[0], *weight]
     return [w * len(weight) / sum(weight) for w in weight]
 
 
@@ -186,7 +194,8 @@ def distil(
                 optimizer.zero_grad()
                 with mixed:
                     _backward(model, teacher, ids[order[step]], parts, schedule.micro_batch, device)
-                add_up([p.grad for p in parameters if p.grad is not None and not _sharded(p)])
+                if processes()[1] > 1 and not is_sharded(model):
+                    _sum_gradients(parameters)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 if saved is not None and saved.due:
@@ -206,7 +215,9 @@ def _backward(
 ) -> None:
     """Add up the gradient of all parts over this process's windows of the batch."""
     tokens = batch[:, 1:].numel()
-    world = len(batch) // len(part_of(batch))
+    sharded = is_sharded(model)
+    # sharded gradients come averaged over processes, the others are added up afterwards
+    scale = (processes()[1] if sharded else 1) / tokens
     for chosen in part_of(torch.arange(len(batch))).split(micro):
         windows = batch[chosen].to(device)
         set_budget(model, 0.0)
@@ -216,7 +227,7 @@ def _backward(
         for part in parts:
             here = torch.isin(chosen, part.rows)
             idle = not here.any()
-            if idle and not any(map(_sharded, model.parameters())):
+            if idle and not sharded:
                 continue
             if idle:  # sharded weights are gathered by all processes together, also for nothing
                 here[0] = True
@@ -231,13 +242,15 @@ def _backward(
                 full = loss.detach()
             if part.scaled:
                 loss = loss * (full / (loss.detach() + 1e-8))
-            # sharded gradients come averaged over processes, the others are added up afterwards
-            factor = world if any(map(_sharded, model.parameters())) else 1
-            (loss * (0.0 if idle else factor / tokens)).backward()
+            (loss * (0.0 if idle else scale)).backward()
 
 
-def _sharded(parameter: Tensor) -> bool:
-    return isinstance(parameter, DTensor)
+def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Add gradients up over processes; what one did not touch, another may have."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    add_up([p.grad for p in parameters if p.grad is not None])
 
 
 def _state(

@@ -42,7 +42,10 @@ from flexmoe.shards import Source, replaced, verify, write
 from flexmoe.training import by_first, part_of, processes
 
 MODES = ("closed-form", "router", "lora", "full")
-RATES = {"full": 3e-4, "lora": 1e-3, "router": 3e-3}
+# Learning rates measured on models of hidden size 128, and how they fall with the hidden size: as
+# for Adam on whole matrices (1/H), more gently where little changes. Rules of thumb beyond that.
+RATES = {"full": 1e-3, "lora": 1e-3, "router": 1e-3}
+MEASURED_HIDDEN = 128
 TOKENS = {"closed-form": 131_072, "router": 600_000, "lora": 1_200_000, "full": 1_200_000}
 
 
@@ -50,8 +53,9 @@ TOKENS = {"closed-form": 131_072, "router": 600_000, "lora": 1_200_000, "full": 
 class RecoverConfig:
     """What `recover` can be told; None means the default of the mode (docs/log.md says why).
 
-    ``scheme`` is ``family`` (all budgets in every step), ``sp`` (one budget, ``at``, the paper's)
-    or ``cp`` (the paper's sandwich). ``tokens`` of text are read once, more are drawn again.
+    ``scheme`` is ``family`` (all budgets in every step), ``sp`` (one budget, ``at``, the paper's;
+    the default when ``at`` is given) or ``cp`` (the paper's sandwich). ``tokens`` of text are read
+    once, more are drawn again.
     ``shard`` splits the model over all processes, see `sharding`.
     """
 
@@ -78,7 +82,7 @@ def check_recovery(config: RecoverConfig) -> None:
     if config.scheme is not None and config.scheme not in SCHEMES:
         raise did_you_mean(config.scheme, SCHEMES, "scheme")
     unread = {
-        "at": config.mode != "closed-form" and config.scheme == "sp",
+        "at": config.mode != "closed-form" and config.scheme in (None, "sp"),
         "scheme": config.mode != "closed-form",
         "lr": config.mode != "closed-form",
         "micro_batch": config.mode != "closed-form",
@@ -163,11 +167,17 @@ def prepare(family: str | Path, config: RecoverConfig, base: str | Path | None =
         steps=steps,
         batch_size=size,
         micro_batch=config.micro_batch or size,
-        lr=config.lr or RATES.get(config.mode, 0.0),
+        lr=config.lr or default_rate(config.mode, next(iter(plan.layers.values())).hidden),
         seed=config.seed,
     )
     trained = sum(p.numel() for p in trained_parameters(source.model, config.mode).values())
     return Prepared(config, folder, plan, source, ids, windows.sha256, schedule, trained)
+
+
+def default_rate(mode: str, hidden: int) -> float:
+    """The learning rate of a mode for a model of this hidden size; 0 where nothing is trained."""
+    falls = MEASURED_HIDDEN / hidden
+    return RATES.get(mode, 0.0) * (falls if mode == "full" else falls**0.5)
 
 
 def trained_parameters(model: nn.Module, mode: str) -> dict[str, nn.Parameter]:
@@ -275,7 +285,7 @@ def train(
     if config.mode == "closed-form":
         report = refit(model, ready.plan, ready.ids, batch_size=schedule.batch_size, track=track)
         return {"seconds": round(report.seconds, 1)}
-    scheme = config.scheme or "family"
+    scheme = config.scheme or ("family" if config.at is None else "sp")
     at = 0.4 if config.at is None else config.at
     options: dict[str, Any] = {
         "scheme": scheme,
