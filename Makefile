@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch .venv/ready
 
-demo: .venv/ready          ## compress, export and evaluate the shipped model, about two minutes
+demo: .venv/ready          ## compress, export and evaluate the shipped model, about three minutes
 	.venv/bin/flexmoe demo
 
 test: .venv/ready          ## the whole suite on CPU

@@ -1,4 +1,4 @@
-"""The whole job on the model that comes with flexmoe, in under three minutes on two cores."""
+"""The whole job on the model that comes with flexmoe, in about three minutes on two cores."""
 
 from __future__ import annotations
 
