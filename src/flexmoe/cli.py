@@ -214,7 +214,7 @@ def methods() -> None:
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="folder for all results")] = Path("demo"),
 ) -> None:
-    """The whole job on the small model that comes with flexmoe: about three minutes on two cores."""
+    """The whole job on the small model that comes with flexmoe: three minutes on two cores."""
     from rich.console import Console
 
     from flexmoe.demo import demo as run
