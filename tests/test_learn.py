@@ -218,6 +218,12 @@ def test_settings_without_effect_are_refused(tmp_path):
             compress("tiny", tmp_path / "out", CompressConfig(**change))
 
 
+def test_a_batch_without_halves_is_refused_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("flexmoe.pipeline.load_stock", None)
+    with pytest.raises(FlexmoeError, match="two halves"):
+        rank_channels("tiny", CompressConfig(samples=4, seq_len=16, batch_size=1))
+
+
 def test_set_budget_after_learning_keeps_the_stock_model():
     config = CompressConfig(samples=8, seq_len=32, pruned=(0.5,), learn=LearnConfig(steps=2))
     ranked = rank_channels("tiny", config)

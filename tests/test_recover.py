@@ -63,6 +63,9 @@ def test_the_schemes_draw_their_members():
     again = parts_of_step("cp", 0.4, 0.8, 8, 3, [], 0)
     assert [part.pruned for part in again] == [full.pruned, 0.8, *(p.pruned for p in others)]
     # over the steps every row meets every stratum, also in batches of one
+    # the loss is summed over rows: a stratum counts by its weight, not by its rows again
+    uneven = parts_of_step("family", 0.4, 0.8, 6, 0, [0.4, 0.3, 0.2, 0.1], 0)
+    assert [part.divergence for part in uneven] == [0.4, 0.3, 0.2, 0.1]
     drawn = [parts_of_step("family", 0.4, 0.9, 1, step, [1.0] * STRATA, 0) for step in range(4)]
     assert all(len(parts) == 1 for parts in drawn)
     assert [round(parts[0].pruned // 0.3) for parts in drawn[1:]] == [0, 1, 2]

@@ -50,7 +50,7 @@ def recover(
 ) -> None:
     """Better weights for all budgets of a family, same plan: goes on where a killed run stopped."""
     from flexmoe.progress import bar, silent
-    from flexmoe.recover import RecoverConfig, prepare
+    from flexmoe.recover import Prepared, RecoverConfig
     from flexmoe.recover import recover as run
     from flexmoe.report import count, size
     from flexmoe.training import process_group, processes
@@ -73,9 +73,11 @@ def recover(
             device=place,
             shard=shard,
         )
-        ready = prepare(family, config, base)
         first, world = processes()[0] == 0, processes()[1]
-        if first:
+
+        def announce(ready: Prepared) -> None:
+            if not first:
+                return
             done = f"{ready.schedule.steps} steps of {ready.schedule.batch_size} windows"
             say(
                 f"{mode}: {count(ready.trained)} parameters change, {ready.ids.numel():,} tokens "
@@ -83,6 +85,8 @@ def recover(
                 + f"; needs about {size(ready.memory // (world if shard else 1))} on the device "
                 "beside activations"
             )
-        run(family, out, config, base=base, track=bar if first else silent)
+
+        track = bar if first else silent
+        run(family, out, config, base=base, announce=announce, track=track)
         if first:
             say(f"{out}: same plan, new weights\nnext: flexmoe eval {out} --save")

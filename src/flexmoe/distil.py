@@ -39,8 +39,7 @@ from flexmoe.training import (
 )
 
 SCHEMES = ("family", "sp", "cp")
-# The full model, then equal stretches of pruned shares up to the poorest of the plan (<= 0.85).
-STRATA = 4
+STRATA = 4  # the full model, and equal stretches of pruned shares up to the poorest of the plan
 
 
 @dataclass(frozen=True)
@@ -110,13 +109,13 @@ def parts_of_step(
         pruned = low + (high - low) * float(torch.rand(1, generator=generator))
         mine = every[(every + step * rows) % STRATA == k]
         if len(mine):
-            parts.append(Part(pruned, mine, weights[k] * len(mine) / rows, 0.0))
+            parts.append(Part(pruned, mine, weights[k], 0.0))
     return parts
 
 
 def stratum_weights(model: PreTrainedModel, ids: Tensor, poorest: float, micro: int) -> list[float]:
     """One over the root of each stratum's divergence before training, at its middle; the full
-    model, which has none yet and must not pay for the others, counts twice the richest. Mean 1."""
+    model, which has none yet and must not pay for the others, counts twice the richest. Sum 1."""
     found = []
     for low, high in strata(poorest)[1:]:
         total = torch.zeros(1, dtype=torch.float64)
@@ -132,7 +131,7 @@ def stratum_weights(model: PreTrainedModel, ids: Tensor, poorest: float, micro: 
         found.append(float(total) / ids[:, 1:].numel())
     weight = [max(value, 1e-3) ** -0.5 for value in found]
     weight = [2 * weight[0], *weight]
-    return [w * len(weight) / sum(weight) for w in weight]
+    return [w / sum(weight) for w in weight]
 
 
 @dataclass(frozen=True)

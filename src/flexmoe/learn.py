@@ -107,6 +107,15 @@ def edge_step(position_X: Tensor, worth_2X: Tensor, pruned: float, jitter: float
     return near_X / near_X.max() * surplus_2X.sum(0) * min(agreed / power, 1.0) / power**0.5
 
 
+def check_halves(batch_size: int) -> None:
+    """`FlexmoeError` for a batch of one window, of which there are no halves to compare."""
+    if batch_size < 2:
+        raise FlexmoeError(
+            f"learning compares two halves of a batch, found a batch of {batch_size}: use "
+            "--batch-size 2 or more (with --micro-batch 1 it takes no more memory)"
+        )
+
+
 def learn_positions(
     model: nn.Module,
     ids: Tensor,
@@ -127,10 +136,7 @@ def learn_positions(
     positions = Positions(layers, score)
     first_X = positions.value_X
     device = next(model.parameters()).device
-    if batch_size < 2:
-        raise FlexmoeError(
-            "learning compares two halves of a batch: use a --batch-size of 2 or more"
-        )
+    check_halves(batch_size)
     model.requires_grad_(False)
     start = 0
     if saved is not None and (state := saved.load()) is not None:

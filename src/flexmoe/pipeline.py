@@ -29,7 +29,7 @@ from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import check_room, write_family
 from flexmoe.family import attach, load_stock, pick_device
-from flexmoe.learn import LearnConfig, learn_positions
+from flexmoe.learn import LearnConfig, check_halves, learn_positions
 from flexmoe.methods import find_method, score_layers
 from flexmoe.plan import LayerRecord, Plan, Recipe
 from flexmoe.progress import Track, silent
@@ -168,7 +168,9 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
     batch_size = pick_batch_size(config.batch_size, ids.shape[1])
     if windows:  # refuse what several processes cannot share before the slow part
         share(ids.split(batch_size))
-        part_of(torch.arange(batch_size if config.allocate == "learned" else 0))
+        if config.allocate == "learned":
+            part_of(torch.arange(batch_size))
+            check_halves(batch_size)
     # float32 on the CPU, where it is as fast; the checkpoint's own dtype on an accelerator
     dtype = torch.float32 if pick_device(config.device).type == "cpu" else "auto"
     network = load_stock(source, device="cpu" if config.shard else config.device, dtype=dtype)

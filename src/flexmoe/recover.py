@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -228,17 +228,20 @@ def recover(
     config: RecoverConfig | None = None,
     *,
     base: str | Path | None = None,
+    announce: Callable[[Prepared], None] = lambda ready: None,
     track: Track = silent,
 ) -> dict[str, Any]:
     """Write the family ``out``: the plan of ``family`` (or of a plan alone, on ``base``) with
     recovered weights. Returns the record of the recovery that its manifest keeps.
 
     A run that was killed goes on from its last state when it is started again with the same
-    settings; nothing half-written is left.
+    settings; nothing half-written is left. ``announce`` is told what will be done and needed
+    before the model is loaded.
     """
     config = config or RecoverConfig()
     refuse_existing(out)
     ready = prepare(family, config, base)
+    announce(ready)
     work = Work(out, {"family": str(family), "base": str(base), **asdict(config)})
     device = "cpu" if config.shard else config.device
     model = load(family, base=base, device=device, dtype=torch.float32)
