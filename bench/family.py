@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -83,6 +84,7 @@ class Bench:
     def keep(self, recipe: str, nll: Mapping[float, float], seconds: float, **more: Any) -> None:
         """Add a recipe's losses, by pruned share, to the results."""
         increase = {f"{share:g}": round(value - self.base, 5) for share, value in nll.items()}
+        where = environment()
         row = {
             "model": self.name,
             "seed": self.seed,
@@ -90,17 +92,21 @@ class Bench:
             "base_nll": round(self.base, 5),
             "nll_increase": increase,
             "seconds": round(seconds, 1),
+            "date": where["date"],
+            "commit": where["commit"],
             **more,
         }
-        rows = [other for other in _rows() if not self._is(other, recipe)] + [row]
-        rows.sort(key=lambda r: (r["model"], r["recipe"], r["seed"]))
         settings = {
             "calibration_windows": SAMPLES,
             "seq_len": SEQ_LEN,
             "held_out_windows_a_domain": HELD_OUT,
         }
-        text = json.dumps({"environment": environment(), **settings, "rows": rows}, indent=1)
-        PATH.write_text(text + "\n")
+        with PATH.with_suffix(".lock").open("w") as lock:  # two models may be measured at once
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            rows = [other for other in _rows() if not self._is(other, recipe)] + [row]
+            rows.sort(key=lambda r: (r["model"], r["recipe"], r["seed"]))
+            text = json.dumps({"environment": where, **settings, "rows": rows}, indent=1)
+            PATH.write_text(text + "\n")
         print(f"{self.name} seed {self.seed} {recipe:44} {seconds:5.0f} s", increase, flush=True)
 
     def losses(self, ranked: Ranked, plan: Plan, shares: tuple[float, ...]) -> dict[float, float]:
