@@ -51,8 +51,8 @@ PATH = RESULTS / "family.json"
 class Bench:
     """One model and seed: its calibration windows, held-out windows and results so far."""
 
-    def __init__(self, model: str, seed: int):
-        self.model, self.seed = model, seed
+    def __init__(self, model: str, seed: int, path: Path = PATH):
+        self.model, self.seed, self.path = model, seed, path
         self.name = "tiny" if model == "tiny" else Path(model).name
         self.windows: dict[str, Tensor] = {}
         self.base = 0.0
@@ -76,7 +76,7 @@ class Bench:
         return ranked
 
     def known(self, recipe: str) -> bool:
-        return any(self._is(row, recipe) for row in _rows())
+        return any(self._is(row, recipe) for row in self._rows())
 
     def _is(self, row: Mapping[str, Any], recipe: str) -> bool:
         return (row["model"], row["seed"], row["recipe"]) == (self.name, self.seed, recipe)
@@ -101,23 +101,22 @@ class Bench:
             "seq_len": SEQ_LEN,
             "held_out_windows_a_domain": HELD_OUT,
         }
-        with PATH.with_suffix(".lock").open("w") as lock:  # two models may be measured at once
+        with self.path.with_suffix(".lock").open("w") as lock:  # two models may be measured at once
             fcntl.flock(lock, fcntl.LOCK_EX)
-            rows = [other for other in _rows() if not self._is(other, recipe)] + [row]
+            rows = [other for other in self._rows() if not self._is(other, recipe)] + [row]
             rows.sort(key=lambda r: (r["model"], r["recipe"], r["seed"]))
             text = json.dumps({"environment": where, **settings, "rows": rows}, indent=1)
-            PATH.write_text(text + "\n")
+            self.path.write_text(text + "\n")
         print(f"{self.name} seed {self.seed} {recipe:44} {seconds:5.0f} s", increase, flush=True)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return json.loads(self.path.read_text())["rows"] if self.path.is_file() else []
 
     def losses(self, ranked: Ranked, plan: Plan, shares: tuple[float, ...]) -> dict[float, float]:
         if ranked.model.__dict__.get("flexmoe_plan") is not plan:
             attach_plan(ranked, plan)
         rows = merge_rows(budget_rows(ranked.model, self.windows, shares))
         return {row["pruned"]: row["nll"] for row in rows}
-
-
-def _rows() -> list[dict[str, Any]]:
-    return json.loads(PATH.read_text())["rows"] if PATH.is_file() else []
 
 
 def learned_plan(bench: Bench) -> tuple[Ranked, Plan, float]:
@@ -214,7 +213,7 @@ def recovery(bench: Bench, tokens: int) -> None:
             report = refit(ranked.model, plan, ranked.windows.ids, batch_size=8)
             nll = bench.losses(ranked, plan, shares)
             bench.keep("recovered: closed form, learned plan", nll, report.seconds)
-            _put_back(ranked, begin)
+            put_back(ranked, begin)
             bench.keep("recovered: nothing, learned plan", bench.losses(ranked, plan, shares), 0.0)
         windows = calibration_windows(
             "tiny", ranked.tokenizer, samples=steps * 8, seq_len=SEQ_LEN, seed=9, fewer=True
@@ -227,7 +226,7 @@ def recovery(bench: Bench, tokens: int) -> None:
         seconds = time.monotonic() - start
         more = {"tokens": steps * 8 * SEQ_LEN, "lr": schedule.lr, "mode": mode}
         bench.keep(label, bench.losses(ranked, plan, shares), seconds, **more)
-        _put_back(ranked, begin)
+        put_back(ranked, begin)
 
 
 def paper_plan(bench: Bench) -> tuple[Ranked, Plan]:
@@ -235,26 +234,32 @@ def paper_plan(bench: Bench) -> tuple[Ranked, Plan]:
     return ranked, make_plan(ranked, "actions", bar)
 
 
-def _put_back(ranked: Ranked, begin: Mapping[str, Tensor]) -> None:
+def put_back(ranked: Ranked, begin: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in ranked.model.named_parameters():
             parameter.copy_(begin[name])
 
 
 def train(
-    ranked: Ranked, plan: Plan, mode: str, scheme: str, ids: Tensor, schedule: Schedule
+    ranked: Ranked,
+    plan: Plan,
+    mode: str,
+    scheme: str,
+    ids: Tensor,
+    schedule: Schedule,
+    at: float = 0.4,
 ) -> None:
     """`distil` as `flexmoe recover` calls it, on the model in memory."""
-    model = ranked.model
+    model, how = ranked.model, {"scheme": scheme, "at": at, "track": bar}
     if mode == "lora":
         with lora_experts(model, rank=16, seed=schedule.seed) as adapter:
             if scheme == "sp":
-                adapter.only_first(plan.widths(0.4))
-            distil(model, adapter.parameters, adapter.off, ids, schedule, scheme=scheme, track=bar)
+                adapter.only_first(plan.widths(at))
+            distil(model, adapter.parameters, adapter.off, ids, schedule, **how)
     else:
         parameters = list(trained_parameters(model, mode).values())
         swapped = Swapped(parameters)
-        distil(model, parameters, swapped.original, ids, schedule, scheme=scheme, track=bar)
+        distil(model, parameters, swapped.original, ids, schedule, **how)
 
 
 def pairs(bench: Bench, file: Path, per_paradigm: int | None, tokens: int) -> None:
