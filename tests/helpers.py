@@ -104,6 +104,18 @@ def ids_of(model: PreTrainedModel, seed: int = 0) -> Tensor:
     return torch.randint(3, 60, (2, 12), generator=generator)
 
 
+def same_model(a: PreTrainedModel, b: PreTrainedModel) -> bool:
+    """Whether two loaded models have the same class and, bit for bit, the same weights. Their
+    logits may still differ by rounding: files lie at other addresses, and vector code sums an
+    unaligned row in another order."""
+    mine, theirs = a.state_dict(), b.state_dict()
+    return (
+        type(a) is type(b)
+        and mine.keys() == theirs.keys()
+        and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    )
+
+
 def difference(a: Tensor, b: Tensor) -> float:
     """Largest difference, relative to the largest logit."""
     return float((a - b).abs().max() / b.abs().max())

@@ -15,7 +15,7 @@ from flexmoe.data import TINY
 from flexmoe.errors import FlexmoeError
 from flexmoe.learn import LearnConfig
 from flexmoe.pipeline import CompressConfig
-from helpers import difference, ids_of, logits, masked_logits
+from helpers import difference, ids_of, logits, masked_logits, same_model
 from zoo import tiny_model
 
 NAMES = ["qwen2_moe", "mixtral", "olmoe", "deepseek_v2", "gpt_oss"]
@@ -75,7 +75,8 @@ def test_switching_equals_masking_and_comes_back_bit_for_bit(made, name):
     weights = {key: (value.data_ptr(), value.clone()) for key, value in model.state_dict().items()}
     full = logits(model, ids)
     stock = AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32)
-    assert torch.equal(full, logits(stock, ids))
+    assert same_model(model, stock)
+    assert difference(full, logits(stock, ids)) < TOLERANCE
     for share in (*SHARES, 0.5, 0.1):  # also between budgets of the plan
         member = flexmoe.set_budget(model, share)
         assert abs(member.achieved - share) <= plan.tolerance
@@ -96,12 +97,13 @@ def test_a_plan_alone_is_the_family(made, name, tmp_path):
     ids = ids_of(fp32(family))
     for share in (0.0, 0.4):
         alone, whole = fp32(tmp_path, pruned=share, base=base), fp32(family, pruned=share)
-        assert torch.equal(logits(alone, ids), logits(whole, ids))
+        assert same_model(alone, whole)
+        assert difference(logits(alone, ids), logits(whole, ids)) < TOLERANCE
     done = flexmoe.export(tmp_path, tmp_path / "out", pruned=0.4, layout="ragged", base=base)
     assert difference(logits(fp32(done.path), ids), logits(whole, ids)) < TOLERANCE
     assert (tmp_path / "out" / "config.json").is_file()
     # the recipe names its base, so it is found again
-    assert torch.equal(logits(fp32(tmp_path, pruned=0.4), ids), logits(alone, ids))
+    assert same_model(fp32(tmp_path, pruned=0.4), alone)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -190,7 +192,9 @@ def test_what_was_computed_is_kept_when_the_family_cannot_be_written(made, tmp_p
     assert (tmp_path / "out.plan" / "flexmoe.json").read_bytes() == before
     kept = fp32(tmp_path / "out.plan", pruned=0.4)
     ids = ids_of(kept)
-    assert torch.equal(logits(kept, ids), logits(fp32(family, pruned=0.4), ids))
+    whole = fp32(family, pruned=0.4)
+    assert same_model(kept, whole)
+    assert difference(logits(kept, ids), logits(whole, ids)) < TOLERANCE
 
 
 def test_the_whole_demo_in_small(tmp_path):
