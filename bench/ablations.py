@@ -64,7 +64,7 @@ def actions(bench: Bench) -> None:
 
 def measure(bench: Bench, recipe: str, **changes) -> None:
     """Rank, plan and evaluate with these settings, unless it was done before."""
-    if bench.known(recipe):
+    if bench.skips(recipe):
         return
     ranked = bench.rank(**changes)
     start = time.monotonic()
@@ -75,7 +75,7 @@ def measure(bench: Bench, recipe: str, **changes) -> None:
 def widths(bench: Bench) -> None:
     """Is it the widths, or the order inside the experts: same order, other widths."""
     names = [f"widths: {name}" for name in ("learned", "shuffled", "uniform")]
-    if all(bench.known(name) for name in names):
+    if all(bench.skips(name) for name in names):
         return
     ranked, plan, _ = learned_plan(bench)
     for name, width in zip(
@@ -116,13 +116,13 @@ def spread(channels: int, experts: int) -> Tensor:
 def point(bench: Bench, tokens: int) -> None:
     """Which budget is recovered, all weights, same plan and tokens."""
     runs = [(f"point: {at:.0%}", "sp", at) for at in POINTS] + [("point: family", "family", 0.4)]
-    if all(bench.known(name) for name, _, _ in runs):
+    if all(bench.skips(name) for name, _, _ in runs):
         return
     ranked, plan, _ = learned_plan(bench)
     attach_plan(ranked, plan)
     begin = {name: p.detach().clone() for name, p in ranked.model.named_parameters()}
     for name, scheme, at in runs:
-        if not bench.known(name):
+        if not bench.skips(name):
             recovered(bench, name, ranked, plan, scheme, at, tokens)
             put_back(ranked, begin)
 

@@ -51,8 +51,8 @@ PATH = RESULTS / "family.json"
 class Bench:
     """One model and seed: its calibration windows, held-out windows and results so far."""
 
-    def __init__(self, model: str, seed: int, path: Path = PATH):
-        self.model, self.seed, self.path = model, seed, path
+    def __init__(self, model: str, seed: int, path: Path = PATH, only: str = ""):
+        self.model, self.seed, self.path, self.only = model, seed, path, only
         self.name = "tiny" if model == "tiny" else Path(model).name
         self.windows: dict[str, Tensor] = {}
         self.base = 0.0
@@ -75,8 +75,10 @@ class Bench:
             self.base = mean_nll(evaluate(ranked.model, self.windows))
         return ranked
 
-    def known(self, recipe: str) -> bool:
-        return any(self._is(row, recipe) for row in self._rows())
+    def skips(self, recipe: str) -> bool:
+        """Whether there is nothing to do: measured already, or not asked for."""
+        measured = any(self._is(row, recipe) for row in self._rows())
+        return measured or self.only not in recipe
 
     def _is(self, row: Mapping[str, Any], recipe: str) -> bool:
         return (row["model"], row["seed"], row["recipe"]) == (self.name, self.seed, recipe)
@@ -128,7 +130,7 @@ def learned_plan(bench: Bench) -> tuple[Ranked, Plan, float]:
 
 def plans(bench: Bench) -> None:
     """Loss of every recipe that leaves the weights alone."""
-    if not bench.known("learned"):
+    if not bench.skips("learned"):
         ranked, plan, seconds = learned_plan(bench)
         drawn = LearnConfig()
         tokens = drawn.steps * 8 * SEQ_LEN
@@ -146,12 +148,12 @@ def plans(bench: Bench) -> None:
         ("uniform fisher", "fisher", "uniform"),
     ]
     for recipe, method, allocator in scored:
-        if not bench.known(recipe):
+        if not bench.skips(recipe):
             start = time.monotonic()
             ranked = bench.rank(method, allocate=allocator)
             plan = make_plan(ranked, allocator)
             bench.keep(recipe, bench.losses(ranked, plan, SHARES), time.monotonic() - start)
-    if not bench.known("paper: taylor, four actions"):
+    if not bench.skips("paper: taylor, four actions"):
         ranked = bench.rank("taylor", allocate="actions")
         start = time.monotonic()
         plan = make_plan(ranked, "actions", bar)
@@ -164,14 +166,14 @@ def plans(bench: Bench) -> None:
             forwarded=2 * tokens,
             backwarded=tokens,
         )
-    if not bench.known("progressive fisher"):
+    if not bench.skips("progressive fisher"):
         ranked = bench.rank(allocate="global")
         start = time.monotonic()
         ranked.score = progressive(ranked)
         seconds = time.monotonic() - start
         plan = make_plan(ranked, "global")
         bench.keep("progressive fisher", bench.losses(ranked, plan, SHARES), seconds)
-    if not bench.known("rco, a run per budget"):
+    if not bench.skips("rco, a run per budget"):
         ranked = bench.rank(allocate="global")
         start = time.monotonic()
         masks = {
@@ -201,7 +203,7 @@ def recovery(bench: Bench, tokens: int) -> None:
     ready: dict[str, tuple[Ranked, Plan]] = {}
     for recipe, make, mode, scheme in runs:
         label = f"recovered: {recipe}"
-        if bench.known(label):
+        if bench.skips(label):
             continue
         kind = recipe.rpartition(", ")[2]
         if kind not in ready:
@@ -209,7 +211,7 @@ def recovery(bench: Bench, tokens: int) -> None:
         ranked, plan = ready[kind]
         attach_plan(ranked, plan)
         begin = {name: p.detach().clone() for name, p in ranked.model.named_parameters()}
-        if kind == "learned plan" and not bench.known("recovered: closed form, learned plan"):
+        if kind == "learned plan" and not bench.skips("recovered: closed form, learned plan"):
             report = refit(ranked.model, plan, ranked.windows.ids, batch_size=8)
             nll = bench.losses(ranked, plan, shares)
             bench.keep("recovered: closed form, learned plan", nll, report.seconds)
@@ -303,11 +305,12 @@ def main() -> None:
     parser.add_argument("model", help="'tiny' or a folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=400_000, help="for recovery")
+    parser.add_argument("--only", default="", help="recipes with these words in their name")
     parser.add_argument("--pairs", type=Path)
     parser.add_argument("--per-paradigm", type=int, default=None)
     asked = parser.parse_args()
     logging.disable_progress_bar()
-    bench = Bench(asked.model, asked.seed)
+    bench = Bench(asked.model, asked.seed, only=asked.only)
     if asked.what == "plans":
         plans(bench)
     elif asked.what == "recovery":
