@@ -23,14 +23,11 @@ from torch import Tensor
 from transformers.utils import logging
 
 from common import RESULTS
-from family import SEQ_LEN, SHARES, Bench, learned_plan, put_back, train
+from family import SHARES, Bench, distilled, learned_plan, put_back
 from flexmoe.actions import ActionConfig
-from flexmoe.data import calibration_windows
-from flexmoe.distil import Schedule
-from flexmoe.pipeline import Ranked, attach_plan, make_plan
+from flexmoe.pipeline import attach_plan, make_plan
 from flexmoe.plan import Plan
 from flexmoe.progress import bar
-from flexmoe.recover import default_rate
 
 METHODS = ("fisher", "taylor", "heapr", "camera", "magnitude", "random")
 ACTION_SETS = {4: (0.1, 0.4, 0.7, 1.0)} | {
@@ -123,23 +120,11 @@ def point(bench: Bench, tokens: int) -> None:
     begin = {name: p.detach().clone() for name, p in ranked.model.named_parameters()}
     for name, scheme, at in runs:
         if not bench.skips(name):
-            recovered(bench, name, ranked, plan, scheme, at, tokens)
+            start = time.monotonic()
+            more = distilled(bench, ranked, plan, "full", scheme, tokens, at)
+            seconds = time.monotonic() - start
+            bench.keep(name, bench.losses(ranked, plan, (0.0, *SHARES)), seconds, **more)
             put_back(ranked, begin)
-
-
-def recovered(
-    bench: Bench, name: str, ranked: Ranked, plan: Plan, scheme: str, at: float, tokens: int
-) -> None:
-    """One recovery of all weights, measured at every budget."""
-    steps = tokens // (8 * SEQ_LEN)
-    ids = calibration_windows(
-        "tiny", ranked.tokenizer, samples=steps * 8, seq_len=SEQ_LEN, seed=9, fewer=True
-    ).ids
-    rate = default_rate("full", ranked.model.config.hidden_size)
-    start = time.monotonic()
-    train(ranked, plan, "full", scheme, ids, Schedule(steps, 8, 8, rate, bench.seed), at=at)
-    seconds = time.monotonic() - start
-    bench.keep(name, bench.losses(ranked, plan, (0.0, *SHARES)), seconds, tokens=tokens)
 
 
 def main() -> None:

@@ -192,43 +192,50 @@ def plans(bench: Bench) -> None:
 
 def recovery(bench: Bench, tokens: int) -> None:
     """Loss of every budget after recovery, on the learned plan and (the paper's) on its own."""
-    steps = tokens // (8 * SEQ_LEN)
     shares = (0.0, *SHARES)
-    runs: list[tuple[str, Callable[[], tuple[Ranked, Plan]], str, str]] = [
-        ("family, learned plan", lambda: learned_plan(bench)[:2], "full", "family"),
-        ("sp at 40, learned plan", lambda: learned_plan(bench)[:2], "full", "sp"),
-        ("paper: sp at 40, its own plan", lambda: paper_plan(bench), "lora", "sp"),
-        ("cp, learned plan", lambda: learned_plan(bench)[:2], "full", "cp"),
+    plans: dict[str, Callable[[], tuple[Ranked, Plan]]] = {
+        "learned plan": lambda: learned_plan(bench)[:2],
+        "its own plan": lambda: paper_plan(bench),
+    }
+    runs: list[tuple[str, str | None, str]] = [
+        ("nothing, learned plan", None, ""),
+        ("closed form, learned plan", "closed-form", ""),
+        ("family, learned plan", "full", "family"),
+        ("sp at 40, learned plan", "full", "sp"),
+        ("paper: sp at 40, its own plan", "lora", "sp"),
+        ("cp, learned plan", "full", "cp"),
     ]
     ready: dict[str, tuple[Ranked, Plan]] = {}
-    for recipe, make, mode, scheme in runs:
-        label = f"recovered: {recipe}"
+    for recipe, mode, scheme in runs:
+        label, kind = f"recovered: {recipe}", recipe.rpartition(", ")[2]
         if bench.skips(label):
             continue
-        kind = recipe.rpartition(", ")[2]
         if kind not in ready:
-            ready[kind] = make()
+            ready[kind] = plans[kind]()
         ranked, plan = ready[kind]
         attach_plan(ranked, plan)
         begin = {name: p.detach().clone() for name, p in ranked.model.named_parameters()}
-        if kind == "learned plan" and not bench.skips("recovered: closed form, learned plan"):
-            report = refit(ranked.model, plan, ranked.windows.ids, batch_size=8)
-            nll = bench.losses(ranked, plan, shares)
-            bench.keep("recovered: closed form, learned plan", nll, report.seconds)
-            put_back(ranked, begin)
-            bench.keep("recovered: nothing, learned plan", bench.losses(ranked, plan, shares), 0.0)
-        windows = calibration_windows(
-            "tiny", ranked.tokenizer, samples=steps * 8, seq_len=SEQ_LEN, seed=9, fewer=True
-        )
-        schedule = Schedule(
-            steps, 8, 8, default_rate(mode, ranked.model.config.hidden_size), bench.seed
-        )
-        start = time.monotonic()
-        train(ranked, plan, mode, scheme, windows.ids, schedule)
+        start, more = time.monotonic(), {}
+        if mode == "closed-form":
+            refit(ranked.model, plan, ranked.windows.ids, batch_size=8)
+        elif mode is not None:
+            more = distilled(bench, ranked, plan, mode, scheme, tokens)
         seconds = time.monotonic() - start
-        more = {"tokens": steps * 8 * SEQ_LEN, "lr": schedule.lr, "mode": mode}
         bench.keep(label, bench.losses(ranked, plan, shares), seconds, **more)
         put_back(ranked, begin)
+
+
+def distilled(
+    bench: Bench, ranked: Ranked, plan: Plan, mode: str, scheme: str, tokens: int, at: float = 0.4
+) -> dict[str, Any]:
+    """Recover the model in memory with so many tokens; returns what the row says of it."""
+    steps = tokens // (8 * SEQ_LEN)
+    ids = calibration_windows(
+        "tiny", ranked.tokenizer, samples=steps * 8, seq_len=SEQ_LEN, seed=9, fewer=True
+    ).ids
+    rate = default_rate(mode, ranked.model.config.hidden_size)
+    train(ranked, plan, mode, scheme, ids, Schedule(steps, 8, 8, rate, bench.seed), at)
+    return {"tokens": steps * 8 * SEQ_LEN, "lr": rate, "mode": mode}
 
 
 def paper_plan(bench: Bench) -> tuple[Ranked, Plan]:
@@ -277,17 +284,7 @@ def pairs(bench: Bench, file: Path, per_paradigm: int | None, tokens: int) -> No
 
     right = right_pairs(ranked.model, encoded, shares, switch, track=bar)
     rows = {"plan alone": pair_rows(found, right)}
-    windows = calibration_windows(
-        "tiny", ranked.tokenizer, samples=tokens // SEQ_LEN, seq_len=SEQ_LEN, seed=9, fewer=True
-    )
-    schedule = Schedule(
-        tokens // (8 * SEQ_LEN),
-        8,
-        8,
-        default_rate("full", ranked.model.config.hidden_size),
-        bench.seed,
-    )
-    train(ranked, plan, "full", "family", windows.ids, schedule)
+    distilled(bench, ranked, plan, "full", "family", tokens)
     again = right_pairs(ranked.model, encoded, shares[1:], switch, track=bar)
     rows["recovered"] = pair_rows(found, {0.0: right[0.0], **again})
     path = RESULTS / f"pairs-{bench.name}.json"
