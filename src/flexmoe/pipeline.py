@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,172 +13,70 @@ from transformers import __version__ as transformers_version
 
 import flexmoe
 from flexmoe.actions import ActionConfig, learn_widths
-from flexmoe.allocate import allocate, default_quantum, order_of, widths_from_path
-from flexmoe.checkpoint import Checkpoint, meta_model, resolve
-from flexmoe.data import (
-    Windows,
-    calibration_windows,
-    check_tokens,
-    load_tokenizer,
-    pick_batch_size,
-    pick_seq_len,
-)
-from flexmoe.errors import FlexmoeError, did_you_mean
+from flexmoe.allocate import allocate, order_of, widths_from_path
+from flexmoe.config import SETTINGS_OF, CompressConfig, check_config
+from flexmoe.errors import FlexmoeError
+from flexmoe.evidence import Evidence, gather
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import check_room, write_family
 from flexmoe.family import attach, load_stock, pick_device
-from flexmoe.learn import LearnConfig, check_halves, learn_positions
+from flexmoe.learn import LearnConfig, learn_positions
 from flexmoe.methods import find_method, score_layers
-from flexmoe.plan import LayerRecord, Plan, Recipe
+from flexmoe.plan import JSON_NAME, LayerRecord, Plan, Recipe
+from flexmoe.prepare import Prepared, prepare
 from flexmoe.progress import Track, silent
 from flexmoe.resume import Saved, Work
-from flexmoe.sharding import check_processes, gathered, shard_model
-from flexmoe.statistics import find_statistics, observe, observe_shared, thin_experts
-from flexmoe.trace import fingerprint, trace
-from flexmoe.training import by_first, part_of, share
-
-SAMPLES = 128  # windows of calibration text
-ALLOCATORS = ("uniform", "layer", "global", "learned", "actions")
-# the allocators that learn
-SETTINGS_OF: dict[str, type[LearnConfig] | type[ActionConfig]] = {
-    "learned": LearnConfig,
-    "actions": ActionConfig,
-}
-BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+from flexmoe.sharding import gathered, shard_model
+from flexmoe.statistics import observe, thin_experts
+from flexmoe.training import by_first
 
 
-@dataclass(frozen=True)
-class CompressConfig:
-    """What `compress` can be told. None means the default that fits the model; the defaults are
-    those that measured best on held-out text (docs/log.md). ``shard`` splits the model over all
-    processes, see `sharding`."""
-
-    data: str | None = None
-    samples: int | None = None
-    seq_len: int | None = None
-    pruned: tuple[float, ...] = BUDGETS
-    method: str = "fisher"
-    allocate: str = "learned"
-    quantum: int | None = None
-    batch_size: int | None = None
-    micro_batch: int | None = None
-    checkpointing: bool = False
-    learn: LearnConfig | ActionConfig | None = None
-    seed: int = 0
-    device: str = "auto"
-    shard: bool = False
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether calibration text is read at all."""
-        return bool(find_method(self.method).needs) or self.allocate in SETTINGS_OF
-
-
-@dataclass
-class Ranked:
+@dataclass(kw_only=True)
+class Ranked(Prepared):
     """A model in memory with its channels in order, and what is known of them.
 
     ``score`` and ``order`` [E, I] of every layer describe the channels as they stand in ``model``:
-    ``order`` is their original index. ``bytes_full``
-    counts the checkpoint's tensors, ``bytes_per_parameter`` those of the experts.
+    ``order`` is their original index. ``evidence`` is what the pass saw, None without text.
     """
 
-    config: CompressConfig
-    source: Path
     model: PreTrainedModel
-    tokenizer: Any
-    windows: Windows | None
-    batch_size: int
-    quantum: int
+    evidence: Evidence | None
     layers: dict[int, LayerRecord]
     score: dict[int, Tensor]
     order: dict[int, Tensor]
-    bytes_full: int
-    bytes_per_parameter: int
     recipe: Recipe
-
-
-def check_config(config: CompressConfig) -> None:
-    """Refuse what cannot work, or would have no effect, before anything slow starts."""
-    if config.allocate not in ALLOCATORS:
-        raise did_you_mean(config.allocate, ALLOCATORS, "allocator")
-    if not config.pruned or not all(0 < share < 1 for share in config.pruned):
-        raise FlexmoeError(
-            f"pruned shares must lie between 0 and 1, found {list(config.pruned)}: "
-            "0.4 means 40 % of the routed-expert parameters removed"
-        )
-    if config.quantum is not None and config.quantum < 1:
-        raise FlexmoeError(f"quantum must be at least 1 channel, found {config.quantum}")
-    pick_batch_size(config.batch_size, 1)
-    unread = ("data", "samples", "seq_len", "batch_size")
-    asked = [name for name in unread if getattr(config, name) is not None]
-    if asked and not config.needs_data:
-        raise FlexmoeError(
-            f"{', '.join(asked)} without effect: method '{config.method}' with allocate "
-            f"'{config.allocate}' looks at the weights only"
-        )
-    wanted = SETTINGS_OF.get(config.allocate)
-    if config.learn is not None and not (wanted and isinstance(config.learn, wanted)):
-        raise FlexmoeError(
-            f"settings of learning have no effect with allocate '{config.allocate}': use 'learned'"
-        )
-    for name in ("micro_batch", "checkpointing"):
-        if getattr(config, name) and config.allocate != "learned":
-            raise FlexmoeError(f"{name} has an effect with allocate 'learned' only")
-    if config.micro_batch is not None and config.micro_batch < 1:
-        raise FlexmoeError(f"micro-batch must be at least 1 window, found {config.micro_batch}")
-    if config.shard:
-        if config.allocate == "actions":
-            raise FlexmoeError("shard does not work with allocate 'actions': use 'learned'")
-        needs = find_statistics(find_method(config.method).needs)
-        if any(statistic.when == "weights" for statistic in needs):
-            raise FlexmoeError(
-                f"shard does not work with method '{config.method}', which looks at the gradients "
-                "of whole weights: use 'fisher' or 'heapr'"
-            )
-        check_processes()
-    pick_device(config.device)
 
 
 def rank_channels(model: str | Path, config: CompressConfig, track: Track = silent) -> Ranked:
     """Observe the model on the calibration text, score its channels and put them in order."""
-    check_config(config)
+    return rank(prepare(model, config), track)
+
+
+def rank(ready: Prepared, track: Track = silent, saved: Saved | None = None) -> Ranked:
+    """`rank_channels` for what has been prepared; ``saved`` keeps what the pass saw."""
+    config, source, windows = ready.config, ready.source, ready.windows
     method = find_method(config.method)
-    source = resolve(model)
-    meta, checkpoint = meta_model(source), Checkpoint(source)
-    traced = trace(checkpoint, meta)  # refuses weights it cannot find before the slow part
-    narrowest = min(layer.shape.channels for layer in expert_layers(meta))
-    quantum = default_quantum(narrowest) if config.quantum is None else config.quantum
-    if quantum > narrowest:
-        raise FlexmoeError(f"quantum {quantum} is wider than an expert of {narrowest} channels")
-    tokenizer, windows = None, None
-    ids = torch.zeros(1, 2, dtype=torch.long)  # shows how many experts a token is sent to
-    if config.needs_data:
-        tokenizer = load_tokenizer(source, meta.config)
-        windows = calibration_windows(
-            config.data or "tiny",
-            tokenizer,
-            samples=SAMPLES if config.samples is None else config.samples,
-            seq_len=pick_seq_len(config.seq_len, meta.config),
-            seed=config.seed,
-        )
-        ids = check_tokens(windows.ids, meta.config)
-    batch_size = pick_batch_size(config.batch_size, ids.shape[1])
-    if windows:  # refuse what several processes cannot share before the slow part
-        share(ids.split(batch_size))
-        if config.allocate == "learned":
-            part_of(torch.arange(batch_size))
-            check_halves(batch_size)
     # float32 on the CPU, where it is as fast; the checkpoint's own dtype on an accelerator
     dtype = torch.float32 if pick_device(config.device).type == "cpu" else "auto"
     network = load_stock(source, device="cpu" if config.shard else config.device, dtype=dtype)
     layers = expert_layers(network)
     if config.shard:
         shard_model(network, layers, pick_device(config.device))
-    see = observe_shared if windows else observe
-    statistics = see(
-        network, ids, method.needs, batch_size=batch_size, seed=config.seed, track=track
-    )
+    evidence = None
+    if windows:
+        evidence = gather(
+            network,
+            windows,
+            method.needs,
+            batch_size=ready.batch_size,
+            seed=config.seed,
+            saved=saved,
+            track=track,
+        )
+        statistics = evidence.mixed()
+    else:  # two tokens show how many experts a token is sent to
+        two = torch.zeros(1, 2, dtype=torch.long)
+        statistics = observe(network, two, method.needs, seed=config.seed)
     score: dict[int, Tensor] = {}
     for layer in layers:
         with gathered(network, layer):  # a method may read the layer's weights
@@ -194,35 +90,27 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
         )
         for layer in layers
     }
-    stored = checkpoint.tensors[next(iter(traced.values())).stored[0].name]
     return Ranked(
-        config=config,
-        source=source,
+        **vars(ready),
         model=network,
-        tokenizer=tokenizer,
-        windows=windows,
-        batch_size=batch_size,
-        quantum=quantum,
+        evidence=evidence,
         layers=records,
         score={i: s.gather(1, order[i].long()) for i, s in score.items()},
         order=order,
-        bytes_full=checkpoint.bytes,
-        bytes_per_parameter=stored.bytes // math.prod(stored.shape),
         recipe=Recipe(
-            # a folder by its full path, so that the plan finds it again
-            base_model=str(Path(model).resolve()) if Path(model).is_dir() else str(model),
-            model_type=str(network.config.model_type),
+            base_model=ready.base_model,
+            model_type=ready.model_type,
             revision=source.name if source.parent.name == "snapshots" else None,
-            weights_sha256=fingerprint(checkpoint, traced),
+            weights_sha256=ready.weights_sha256,
             method=config.method,
             allocate=config.allocate,
-            settings={"batch_size": batch_size},
+            settings={"batch_size": ready.batch_size},
             data=windows.spec if windows else "",
             data_sha256=windows.sha256 if windows else "",
             samples=len(windows.ids) if windows else 0,
             seq_len=windows.ids.shape[1] if windows else 0,
             seed=config.seed,
-            thin_experts=thin_experts(statistics) if method.needs else {},
+            thin_experts=thin_experts(statistics) if windows else {},
             versions={
                 "flexmoe": flexmoe.__version__,
                 "torch": torch.__version__,
@@ -315,28 +203,47 @@ def compress(
 ) -> Plan:
     """Turn a MoE checkpoint into a family folder ``out``; returns its plan.
 
-    ``model`` is a folder, a hub id or ``tiny``. Nothing half-written is left when it fails. Of
+    ``model`` is a folder, a hub id or ``tiny``. Nothing half-written is left when it fails. A run
+    that was killed goes on from its last state when it is started again with the same settings. Of
     several processes (see `training.process_group`) the first one writes.
     """
     config = config or CompressConfig()
     check_config(config)
-    check_room(model, out)
     work = Work(out, {"model": str(model), **dataclasses.asdict(config)})
-    ranked = rank_channels(model, config, track)
-    plan = make_plan(ranked, config.allocate, track, work.stage("learn"))
-    by_first(lambda: write_family(ranked.source, plan, out, track))
+    if work.begun and (Path(out) / JSON_NAME).is_file():  # killed when all was done
+        by_first(work.clear)
+        return Plan.load(out)
+    check_room(model, out)
+    ready = prepare(model, config)
+    with work.on(**ready.inputs):
+        plan, evidence = _plan(ready, work, track)
+    try:
+        by_first(lambda: write_family(ready.source, plan, out, track, evidence))
+    except (OSError, FlexmoeError) as error:
+        raise FlexmoeError(
+            f"'{out}' could not be written: {error}. What was computed is kept in '{work.path}': "
+            "the same command goes on from there"
+        ) from error
     work.clear()
     return plan
 
 
-def budget_list(text: str) -> tuple[float, ...]:
-    """``0.1,0.2`` as shares; a `FlexmoeError` if there is none or one is no number."""
-    try:
-        shares = tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        shares = ()
-    if not shares:
-        raise FlexmoeError(
-            f"'{text}' is no list of pruned shares: write 0.4 or 0.1,0.2,0.4 (40 % is 0.4)"
-        )
-    return shares
+def _plan(ready: Prepared, work: Work, track: Track) -> tuple[Plan, Evidence | None]:
+    """The plan and what it rests on, computed or as an earlier run kept them."""
+    kept = work.path / "plan"
+    if (kept / JSON_NAME).is_file():
+        plan = Plan.load(kept)
+        read = ready.windows is not None
+        return plan, Evidence.load(kept, plan.recipe.data_sha256) if read else None
+    ranked = rank(ready, track, work.stage("observe"))
+    plan = make_plan(ranked, ready.config.allocate, track, work.stage("learn"))
+    evidence = ranked.evidence
+
+    def keep() -> None:
+        kept.mkdir(exist_ok=True)
+        if evidence:
+            evidence.save(kept)
+        plan.save(kept)
+
+    by_first(keep)
+    return plan, evidence
