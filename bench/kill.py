@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 import flexmoe.cli
+import flexmoe.pipeline
 import flexmoe.recover
 import flexmoe.resume
 from common import save
