@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 
 import flexmoe.cli
+import flexmoe.pipeline
 import flexmoe.recover
 import flexmoe.resume
 from common import save
@@ -32,8 +34,8 @@ from flexmoe.files import remove_stale
 from flexmoe.resume import work_folder
 
 KILLS = 20
-COMPRESS = "compress tiny -o {out} --samples 32 --seq-len 64 --batch-size 4 --learn-steps 12"
-RECOVER = "recover {family} -o {out} --tokens 8192 --seq-len 64 --batch-size 8"
+COMPRESS = "compress tiny -o {out} --samples 16 --seq-len 32 --batch-size 2 --learn-steps 8"
+RECOVER = "recover {family} -o {out} --tokens 1024 --seq-len 32 --batch-size 4"
 
 
 def start(command: list[str]) -> int:
@@ -50,6 +52,14 @@ def start(command: list[str]) -> int:
         except SystemExit as end:
             os._exit(end.code if isinstance(end.code, int) else 1)
         os._exit(1)
+
+
+def kill(command: list[str], moment: float) -> bool:
+    """Run it and kill it after ``moment`` seconds; whether it was still running then."""
+    pid = start(command)
+    time.sleep(moment)
+    os.kill(pid, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
 def finish(command: list[str]) -> float:
@@ -70,10 +80,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def state(out: Path) -> str:
-    """Where a kill hit, by what lies there."""
+    """Where a kill hit, by what lies there; ``done``: all was, but the process not at its end."""
     work = work_folder(out)
     if out.exists():
-        return "written, state left" if work.exists() else "done"
+        return "written" if work.exists() else "done"
     if list(out.parent.glob(f".{out.name}.partial-*")):
         return "writing"
     if (work / "plan" / "flexmoe.json").exists():
@@ -93,18 +103,18 @@ def kill_and_go_on(template: str, at: Path, kills: int, seed: int) -> dict[str, 
         moment = seconds * (n + generator.random()) / kills
         out = at / f"broken-{n}"
         command = template.format(out=out, family=at.parent / "compress" / "whole").split()
-        pid = start(command)
-        time.sleep(moment)
-        os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        hit = state(out) if os.WIFSIGNALED(status) else "done"
-        again = 0.0
-        if hit != "done":
-            again = finish(command)
+        while not kill(command, moment):  # it was faster this time
+            shutil.rmtree(out)
+            moment *= 0.9
+        hit = state(out)
+        again = 0.0 if hit == "done" else finish(command)
         equal = digests(out) == want
         remove_stale(out)
         left = sorted(path.name for path in at.iterdir() if f"broken-{n}." in path.name)
-        print(f"{command[0]} killed after {moment:.1f} s, {hit}: {again:.1f} s more, {equal=}")
+        print(
+            f"{command[0]} killed after {moment:.1f} s, {hit}: {again:.1f} s more, {equal=}",
+            flush=True,
+        )
         if not equal or left:
             raise SystemExit(f"killed after {moment:.2f} s ({hit}): {digests(out)}, left {left}")
         found.append({"after": round(moment, 2), "hit": hit, "again": round(again, 2)})

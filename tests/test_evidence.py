@@ -60,8 +60,8 @@ def test_every_source_has_its_own_sums(model, windows, evidence):
     together = observe(model, windows.ids, NAMES, batch_size=4)
     for i, stats in evidence.mixed().items():
         assert stats.tokens == together[i].tokens and stats.experts_per_token == 4
-        for key, value in stats.values.items():  # sums in float32 of other batches
-            assert torch.allclose(value, together[i][key], rtol=1e-5), key
+        for key, value in stats.values.items():  # float32 products of other batches
+            assert torch.allclose(value, together[i][key], rtol=1e-4, atol=1e-9), key
 
 
 def test_a_mixture_weighs_sums_by_tokens_and_leaves_maxima(evidence):

@@ -210,7 +210,7 @@ def compress(
     config = config or CompressConfig()
     check_config(config)
     work = Work(out, {"model": str(model), **dataclasses.asdict(config)})
-    if work.begun and (Path(out) / JSON_NAME).is_file():  # killed when all was done
+    if work.begun and (Path(out).expanduser() / JSON_NAME).is_file():  # killed when all was done
         by_first(work.clear)
         return Plan.load(out)
     check_room(model, out)

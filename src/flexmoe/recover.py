@@ -243,7 +243,7 @@ def recover(
     """
     config = config or RecoverConfig()
     work = Work(out, {"family": str(family), "base": str(base), **asdict(config)})
-    if work.begun and (Path(out) / JSON_NAME).is_file():  # killed when all was done
+    if work.begun and (Path(out).expanduser() / JSON_NAME).is_file():  # killed when all was done
         by_first(work.clear)
         return read_manifest(out).recipe.recovery[-1]
     refuse_existing(out)

@@ -141,7 +141,7 @@ def _records(source: Source, seed: int | None) -> Iterator[Any]:
     except ImportError:
         raise FlexmoeError(
             f"'{source.name}' is a folder or a hub id, which the package datasets reads: "
-            "pip install datasets, or give files"
+            "pip install 'flexmoe[data]', or give files"
         ) from None
     try:
         rows = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
