@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmoe import __version__, cli_eval, cli_recover
+from flexmoe import __version__, cli_eval, cli_pick, cli_recover
 from flexmoe.cli_common import (
     Base,
     BatchSize,
@@ -191,8 +191,8 @@ def export(
 
 
 app.command(epilog=cli_recover.EXAMPLES)(cli_recover.recover)
-app.command("eval", epilog=cli_eval.EVAL_EXAMPLES)(cli_eval.evaluate)
-app.command("pick", epilog=cli_eval.PICK_EXAMPLES)(cli_eval.pick)
+app.command("eval", epilog=cli_eval.EXAMPLES)(cli_eval.evaluate)
+app.command("pick", epilog=cli_pick.EXAMPLES)(cli_pick.pick)
 
 
 @app.command()
