@@ -39,6 +39,7 @@ def test_who_fails_and_the_smallest_that_passes():
     assert lines[3] == "the smallest that passes is the one at 20 % pruned"
     assert "no measured budget passes" in gate(ROWS[3:], 0.9).text
     assert gate(ROWS, 0.8).passed  # at least
+    assert not gate([row(0.4, float("nan"))], 0.1).passed
 
 
 def test_by_tasks_the_worst_one_counts():

@@ -83,7 +83,7 @@ def compare(
         other = _weights(find_folder(against), None)
         _check_same_tokens(other, against, settings, tokenizer)
         loaders[BASE] = partial(load, against, device=device, dtype=dtype)
-    elif with_base and 0.0 not in budgets:
+    elif with_base and plan is None:
         raise FlexmoeError(
             f"'{path}' is one member and there is nothing to compare it with: give the model it is "
             "from with --against"

@@ -20,7 +20,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.generate import ROWS, answers
 from flexmoe.health import health_row
 from flexmoe.inputs import SEED, EvaluateConfig, Inputs, describe, read_inputs
-from flexmoe.losses import Losses, loss_rows, window_losses
+from flexmoe.losses import DISTANCES, Losses, loss_rows, window_losses
 from flexmoe.members import BASE, Key, Members, budgets_of
 from flexmoe.pairs import pair_rows, right_pairs
 from flexmoe.progress import Track, silent
@@ -162,7 +162,7 @@ def measure(
         for key in found:
             found[key][name] = of.get(key)
     members = [found[pruned] for pruned in compared.budgets]
-    against = {"model": str(config.against), **found[BASE]} if BASE in found else None
+    against = None if BASE not in found else _base_row(str(config.against), found[BASE])
     facts = about(compared, describe(inputs, config), command)
     curve = None if made_of is None else make_curve(made_of, facts, members, against)
     verdict = None
@@ -249,6 +249,12 @@ def _others(
         for key, given in new.items():
             found["structured"][key] = structured_row(inputs.structured, given, tokenizer)
     return found
+
+
+def _base_row(name: str, row: Row) -> Row:
+    """That of a base that is another model: without its distance to itself."""
+    own = {key: value for key, value in row.items() if key.split("_")[0] not in DISTANCES}
+    return {"model": name, **own}
 
 
 def _file_rows(losses: Losses, inputs: Inputs, members: Mapping[Key, Row]) -> list[Row]:

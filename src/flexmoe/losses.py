@@ -26,6 +26,8 @@ from flexmoe.progress import Track, silent
 # member from the base in nats; whether the base's most likely token is also the member's. The
 # last two are NaN without a base. Letter M.
 MEASURES = ("nll", "kl", "agreement")
+# What a row says of a member beside a base, each with an interval.
+DISTANCES = ("increase", "kept", "kl", "agreement")
 CHUNK = 2**25  # float32 logits worked on at a time, 128 MiB
 
 Losses = Mapping[Key, Mapping[str, Tensor]]

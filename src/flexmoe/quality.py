@@ -67,7 +67,7 @@ def gate(members: Sequence[Mapping[str, Any]], share: float, by: str = "loss") -
             "scores nothing, or less is better there; use another --by"
         )
     known = {pruned: of for pruned, of in found.items() if of is not None}
-    failed = [pruned for pruned, of in known.items() if of[0] < share]
+    failed = [pruned for pruned, of in known.items() if not of[0] >= share]  # nan fails too
     passed = [pruned for pruned in known if pruned not in failed]
     unsure = [p for p in passed if (spread := known[p][1]) is not None and spread[0] < share]
     what = f"{share:.4g} of the {QUALITIES[by]}"

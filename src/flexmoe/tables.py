@@ -124,7 +124,7 @@ def _structured(rows: Sequence[Row], title: str) -> Table:
 
 def _is_compared(row: Row) -> bool:
     """Whether there is a base to say something of, and the row is not the base itself."""
-    return "increase" in row and "model" not in row and (row["pruned"] or row["increase"] != 0)
+    return "increase" in row and (row["pruned"] or row["increase"] != 0)
 
 
 def _name(row: Row) -> str:
