@@ -31,9 +31,9 @@ from flexmoe.data import calibration_windows, evaluation_windows
 from flexmoe.distil import Schedule, Swapped, distil
 from flexmoe.evaluate import budget_rows, evaluate, mean_nll
 from flexmoe.experts import expert_layers, experts_function
-from flexmoe.family import set_budget
 from flexmoe.learn import LearnConfig
 from flexmoe.lora import lora_experts
+from flexmoe.members import budgets_of
 from flexmoe.pairs import encode, pair_rows, read_pairs, right_pairs
 from flexmoe.pipeline import CompressConfig, Ranked, attach_plan, make_plan, rank_channels
 from flexmoe.plan import Plan
@@ -279,13 +279,10 @@ def pairs(bench: Bench, file: Path, per_paradigm: int | None, tokens: int) -> No
     encoded = encode(found, ranked.tokenizer, ranked.model.config)
     shares = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8)
 
-    def switch(pruned: float) -> None:
-        set_budget(ranked.model, pruned)
-
-    right = right_pairs(ranked.model, encoded, shares, switch, track=bar)
+    right = right_pairs(budgets_of(ranked.model, shares), encoded, track=bar)
     rows = {"plan alone": pair_rows(found, right)}
     distilled(bench, ranked, plan, "full", "family", tokens)
-    again = right_pairs(ranked.model, encoded, shares[1:], switch, track=bar)
+    again = right_pairs(budgets_of(ranked.model, shares[1:]), encoded, track=bar)
     rows["recovered"] = pair_rows(found, {0.0: right[0.0], **again})
     path = RESULTS / f"pairs-{bench.name}.json"
     about = {"model": bench.name, "pairs": len(found), "recovery_tokens": tokens}

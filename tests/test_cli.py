@@ -32,8 +32,10 @@ def test_eval_writes_rows_of_every_budget_and_file(family, tmp_path):
     assert [(row["pruned"], row["data"]) for row in rows] == [
         (share, name) for share in (0.0, 0.2, 0.4) for name in ("books.valid", "math.valid")
     ]
+    measures = ["nll", "increase", "kept", "kl", "agreement"]
     assert set(rows[0]) == {
-        "pruned", "data", "tokens", "nll", "perplexity", "routed_parameters", "bytes",
+        "pruned", "data", "tokens", "perplexity", "routed_parameters", "bytes",
+        *measures, *(f"{name}_interval" for name in measures),
     }  # fmt: skip
     assert all(row["tokens"] == 2 * 63 for row in rows)
     assert rows[0]["nll"] < rows[-2]["nll"] and rows[0]["bytes"] > rows[-1]["bytes"]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from flexmoe.cli import app, main
 from flexmoe.curve import load_curve, stale
 from flexmoe.data import TINY
 from flexmoe.evaluate import EvaluateConfig, evaluate_path, measure
-from flexmoe.exporter import rank_checkpoint
+from flexmoe.exporter import export, rank_checkpoint
 from flexmoe.family import load_stock
 from helpers import random_plan
 from minimal import made_pairs, write_pairs
 
+FOLDER = Path(__file__).parent / "offline_task"
 SMALL = {"data": "books.valid,math.valid", "samples": 3, "seq_len": 32}
 
 
@@ -56,7 +58,7 @@ def test_eval_saves_a_curve_that_pick_reads(family, pairs, tmp_path):
     assert "increase" in result.output and "12 pairs" in result.output
     written = json.loads(out.read_text())
     assert [row["pruned"] for row in written["budgets"]] == [0.0, 0.2, 0.4]  # 0 is measured, too
-    assert written["rows"] == evaluate_path(family, **SMALL)
+    assert written["rows"] == json.loads(json.dumps(evaluate_path(family, **SMALL)))
 
     curve = load_curve(family)
     assert list(curve.files) == ["books.valid", "math.valid"]
@@ -77,6 +79,92 @@ def test_eval_saves_a_curve_that_pick_reads(family, pairs, tmp_path):
     found = json.loads(result.stdout)
     assert found["pruned"] == 0.4 and found["bytes"] == point.bytes
     assert found["quality"]["kept"] == share
+
+
+def test_everything_at_once_is_printed_and_saved(family, pairs, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.chdir(FOLDER)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    asked = tmp_path / "prompts.jsonl"
+    asked.write_text('{"prompt": "The captain"}\n{"prompt": "{"}\n')
+    out = tmp_path / "all.json"
+    result = run(
+        f"eval {family} {options()} --pruned 0.4 --save --json {out} --pairs {pairs} --tasks "
+        f"agreement.yaml --task-limit 8 --generate data --generate-limit 3 --json-prompts {asked} "
+        "--max-new-tokens 12 --min-recovery 0.9999"
+    )
+    assert result.exit_code == 1, result.output
+    assert "the smallest that passes is the one at 0 % pruned" in result.output
+    for word in ("same top-1", "by file", "agreement", "sampled", "never end", "tool calls"):
+        assert word in result.output
+
+    curve, written = load_curve(family), json.loads(out.read_text())
+    whole, point = curve.budgets
+    assert (whole.kl, whole.agreement) == (0, 1)
+    assert point.kl_interval[0] < point.kl < point.kl_interval[1]
+    assert set(point.by_file) == set(point.files) and point.by_file["math.valid"].increase > 0
+    assert point.tasks["agreement"].n == 8 and point.tasks["agreement"].ratio > 0
+    assert set(point.generation) == {"greedy", "sampled"}
+    assert point.generation["greedy"].endless.n == 3 and point.structured.text.n == 2
+    assert curve.generation.name == "data" and curve.generation.settings["greedy"]
+    assert curve.structured.name == "prompts.jsonl" and curve.structured.n == 2
+    assert list(curve.tasks.files) == ["agreement.yaml"] and "lm_eval" in curve.versions
+    assert str(tmp_path) not in (family / "evaluation.json").read_text()
+    saved = json.loads((family / "evaluation.json").read_text())
+    assert {name: written[name] for name in ("date", "files", "hardware", "generation")} == {
+        name: saved[name] for name in ("date", "files", "hardware", "generation")
+    }
+    assert written["budgets"][1]["generation"] == saved["budgets"][1]["generation"]
+    assert run(f"pick {family} --keep 0.5 --by tasks").exit_code == 0
+
+
+def test_an_export_beside_its_base_is_as_the_family_says(family, tmp_path, monkeypatch):
+    export(family, tmp_path / "member", pruned=0.4, layout="ragged")
+    (whole, of_family) = measure(family, EvaluateConfig(**SMALL, pruned=(0.0, 0.4))).members
+    found = {}
+    for together in (True, False):
+        monkeypatch.setattr("flexmoe.compared.fit_together", lambda *_, fit=together: fit)
+        found[together] = measure(tmp_path / "member", EvaluateConfig(**SMALL, against="tiny"))
+        (row,) = found[together].members
+        assert row["pruned"] == 0.4 and found[together].against["model"] == "tiny"
+        assert found[together].against["nll"] == pytest.approx(whole["nll"], rel=1e-6)
+        for name in ("nll", "increase", "kept", "kl", "agreement"):
+            # float32 sums of matrices of other widths
+            assert row[name] == pytest.approx(of_family[name], rel=1e-4), name
+    result = run(f"eval {tmp_path}/member {options()} --against tiny --min-recovery 0.1")
+    assert result.exit_code == 0 and "all measured budgets keep at least 0.1" in result.output
+    result = run(f"eval {tmp_path}/member {options()} --against {family} --min-recovery 0.999")
+    assert result.exit_code == 1 and "no measured budget passes" in result.output
+
+
+def test_a_family_of_other_weights_is_compared_with_the_original(family):
+    """As after a recovery: budget 0 is no longer the model that the family is from."""
+    weights = load_file(family / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, family / "model.safetensors", {"format": "pt"})
+    config = EvaluateConfig(**SMALL, pruned=(0.4,), against="tiny", save=True)
+    measure(family, config)
+    curve = load_curve(family)
+    assert curve.against.model == "tiny" and [p.pruned for p in curve.budgets] == [0.4]
+    assert curve.budgets[0].kl > 0 and curve.budgets[0].increase == pytest.approx(
+        curve.budgets[0].nll - curve.against.nll
+    )
+
+
+def test_a_curve_of_the_first_version_is_read(family):
+    """What was added since may be absent."""
+    measure(family, EvaluateConfig(**SMALL, pruned=(0.4,), save=True))
+    path = family / "evaluation.json"
+    found = json.loads(path.read_text())
+    for name in ("command", "tasks", "generation", "structured", "against"):
+        del found[name]
+    for row in found["budgets"]:
+        for name in ("nll_interval", "by_file", "tasks", "generation", "structured", "kl",
+                     "kl_interval", "agreement", "agreement_interval"):  # fmt: skip
+            del row[name]
+    path.write_text(json.dumps(found))
+    assert load_curve(family).budgets[1].kl is None
+    assert run(f"pick {family} --keep 0.1").exit_code == 0
 
 
 def test_a_curve_goes_stale_with_the_weights(family):
@@ -128,6 +216,18 @@ def test_a_loss_that_is_no_number_is_not_saved(family):
         ("eval tiny --pairs-per-paradigm 3", "no effect without --pairs"),
         ("eval PLAN --pairs PAIRS --pairs-per-paradigm 0", "at least 1, found 0"),
         ("eval PLAN --pruned 0.7 --save", "the nearest is 0.4"),
+        ("eval PLAN --against nowhere", "nowhere"),
+        ("eval MODEL --min-recovery 0.9", "give the model it is from with --against"),
+        ("eval PLAN --min-recovery 95", "95 % is 0.95"),
+        ("eval PLAN --min-recovery 0.9 --by pair", "Did you mean 'pairs'"),
+        ("eval PLAN --min-recovery 0.9 --by pairs", "needs --pairs"),
+        ("eval PLAN --by pairs --pairs PAIRS", "--by has no effect without --min-recovery"),
+        ("eval PLAN --task-limit 3", "no effect without --tasks"),
+        ("eval PLAN --tasks ./nowhere.yaml", "there is no task './nowhere.yaml'"),
+        ("eval PLAN --generate nowhere.jsonl", "prompts file 'nowhere.jsonl' does not exist"),
+        ("eval PLAN --generate-limit 3", "no effect without --generate"),
+        ("eval PLAN --max-new-tokens 3", "no effect without --generate or --json-prompts"),
+        ("eval PLAN --generate data --max-new-tokens 2000", "lower --max-new-tokens"),
         ("pick tiny --keep 0.9", "not a flexmoe family or plan"),
         ("pick PLAN", "give --keep 0.95"),
         ("pick PLAN --keep 0.9", "has no saved curve"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexmoe.intervals import interval, resampled_means
+from flexmoe.intervals import interval, resampled_means, share_interval
 from flexmoe.losses import loss_rows
 
 
@@ -48,8 +48,26 @@ def test_one_item_has_no_interval():
     assert interval(np.full(100, np.inf)) is None
 
 
+def test_shares_are_never_certain():
+    assert share_interval(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+    assert share_interval(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-4)
+    low, high = share_interval(5, 20)
+    assert share_interval(15, 20) == pytest.approx((1 - high, 1 - low))
+    assert share_interval(20, 20)[1] == 1
+
+
 def losses(windows=40):
-    """Two files whose windows differ much more among each other than the budgets do."""
+    """Two files whose windows differ much more among each other than the budgets do: losses alone,
+    without a divergence or an agreement."""
+    found = _losses(windows)
+    return {b: {n: _only(loss_N) for n, loss_N in of.items()} for b, of in found.items()}
+
+
+def _only(loss_N):
+    return torch.stack([loss_N, *[torch.full_like(loss_N, math.nan)] * 2], 1)
+
+
+def _losses(windows):
     generator = torch.Generator().manual_seed(0)
     base = {n: 3 + torch.randn(windows, generator=generator).double() for n in ("a", "b")}
     noise = {n: 0.05 * torch.randn(windows, generator=generator).double() for n in base}
@@ -61,7 +79,9 @@ def test_loss_rows_are_paired_and_files_count_the_same():
     found[0.4]["b"], found[0.0]["b"] = found[0.4]["b"][:10], found[0.0]["b"][:10]
     rows = loss_rows(found)
     row, whole = rows[0.4], rows[0.0]
-    means = {b: sum(float(of.mean()) for of in files.values()) / 2 for b, files in found.items()}
+    means = {
+        b: sum(float(of[:, 0].mean()) for of in files.values()) / 2 for b, files in found.items()
+    }
     assert row["nll"] == pytest.approx(means[0.4])
     assert row["increase"] == pytest.approx(means[0.4] - means[0.0])
     assert row["kept"] == pytest.approx(math.exp(-row["increase"]))
@@ -69,14 +89,17 @@ def test_loss_rows_are_paired_and_files_count_the_same():
     assert low < row["increase"] < high
     assert row["kept_interval"] == pytest.approx((math.exp(-high), math.exp(-low)))
     assert whole["increase"] == 0 and whole["increase_interval"] == (0, 0) and whole["kept"] == 1
-    assert rows == loss_rows(found)
+    assert str(rows) == str(loss_rows(found))  # nan is not nan
+    assert row["by_file"]["b"]["increase"] == pytest.approx(
+        float((found[0.4]["b"] - found[0.0]["b"])[:, 0].mean())
+    )
 
 
 def test_paired_intervals_are_far_narrower_than_unpaired_ones():
     found = losses()
     low, high = loss_rows(found)[0.4]["increase_interval"]
     alone = [
-        resampled_means([of.numpy()[:, None] for of in found[b].values()], seed=seed)[:, 0]
+        resampled_means([of.numpy()[:, :1] for of in found[b].values()], seed=seed)[:, 0]
         for seed, b in enumerate((0.0, 0.4))
     ]
     unpaired = interval(alone[1] - alone[0])
@@ -85,6 +108,8 @@ def test_paired_intervals_are_far_narrower_than_unpaired_ones():
 
 def test_loss_rows_without_a_base_or_with_one_window():
     found = losses()
-    assert set(loss_rows({0.4: found[0.4]})[0.4]) == {"nll", "files"}
+    alone = loss_rows({0.4: found[0.4]})[0.4]
+    assert set(alone) == {"nll", "nll_interval", "files", "by_file"}
+    assert alone["by_file"]["a"]["nll"] == alone["files"]["a"]
     row = loss_rows(losses(windows=1))[0.4]
     assert row["increase"] > 0 and row["increase_interval"] is None and row["kept_interval"] is None

@@ -1,6 +1,7 @@
 """Minimal pairs: files, scores against a naive loop, accuracies and their intervals."""
 
 import gzip
+from functools import partial
 
 import pytest
 import torch
@@ -39,9 +40,15 @@ def test_pairs_are_scored_as_by_a_naive_loop(tiny, tmp_path):
     assert 0 < wanted.sum() < len(pairs)
     encoded = encode(pairs, tokenizer, model.config)
     for step in (1, 64, 4096):
-        switched = []
-        found = right_pairs(model, encoded, [0.0, 0.4], switched.append, tokens_per_step=step)
-        assert switched == [0.0, 0.4]
+        opened = []
+
+        def member(key, opened=opened):
+            opened.append(key)
+            return model
+
+        members = {key: partial(member, key) for key in (0.0, 0.4)}
+        found = right_pairs(members, encoded, tokens_per_step=step)
+        assert opened == [0.0, 0.4]
         assert torch.equal(found[0.0], wanted.double()) and torch.equal(found[0.4], found[0.0])
 
 
@@ -61,7 +68,7 @@ def test_the_same_tokens_are_scored_once_and_tie(tiny):
     pairs = [Pair("He runs.", "He runs.", "", "", 1), Pair("He runs.", "He run.", "", "", 2)]
     encoded = encode(pairs, tokenizer, model.config)
     assert len(encoded.sequences) == 2 and all(ids[0] == 0 for ids in encoded.sequences)
-    found = right_pairs(model, encoded, [0.0], lambda pruned: None)
+    found = right_pairs({0.0: lambda: model}, encoded)
     assert float(found[0.0][0]) == 0.5 and float(found[0.0][1]) in (0.0, 1.0)
 
 
@@ -182,6 +189,6 @@ def test_scores_that_are_no_numbers_are_refused(tiny):
     try:
         weight.data.fill_(float("nan"))
         with pytest.raises(FlexmoeError, match="not finite"):
-            right_pairs(model, encoded, [0.0], lambda pruned: None)
+            right_pairs({0.0: lambda: model}, encoded)
     finally:
         weight.data.copy_(kept)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmoe import __version__, cli_eval, cli_recover, cli_reweigh
+from flexmoe import __version__, cli_eval, cli_pick, cli_recover, cli_reweigh
 from flexmoe.cli_common import (
     Base,
     BatchSize,
@@ -189,8 +189,8 @@ def export(
 
 app.command(epilog=cli_recover.EXAMPLES)(cli_recover.recover)
 app.command(epilog=cli_reweigh.EXAMPLES)(cli_reweigh.reweigh)
-app.command("eval", epilog=cli_eval.EVAL_EXAMPLES)(cli_eval.evaluate)
-app.command("pick", epilog=cli_eval.PICK_EXAMPLES)(cli_eval.pick)
+app.command("eval", epilog=cli_eval.EXAMPLES)(cli_eval.evaluate)
+app.command("pick", epilog=cli_pick.EXAMPLES)(cli_pick.pick)
 
 
 @app.command()

@@ -1,16 +1,18 @@
-"""The commands that measure and choose: ``flexmoe eval | pick``."""
+"""The command that measures: ``flexmoe eval``."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from flexmoe.cli_common import Base, BatchSize, Device, quiet, say
 
-EVAL_EXAMPLES = """\
+EXAMPLES = """\
 [bold]Examples[/bold]
 
   flexmoe eval families/tiny --json tiny.json
@@ -19,22 +21,19 @@ EVAL_EXAMPLES = """\
 
   flexmoe eval families/tiny --pairs blimp.jsonl.gz --save       for: flexmoe pick
 
-  flexmoe eval tiny-40
-"""
-PICK_EXAMPLES = """\
-[bold]Examples[/bold]
+  flexmoe eval tiny-40 --against tiny --min-recovery 0.95        exit code 1 if it keeps less
 
-  flexmoe pick families/qwen3 --keep 0.95                        the poorest that keeps 95 %
-
-  flexmoe pick families/qwen3 --memory 24GiB                     the richest that fits
-
-  flexmoe pick families/qwen3 --params 20B --keep 0.9 --by pairs --json
+  flexmoe eval families/qwen3 --tasks arc_easy,./my_task.yaml --generate prompts.jsonl
 """
 
 
 def evaluate(
     path: Annotated[str, typer.Argument(help="family, plan, export, or any MoE checkpoint")],
     pruned: Annotated[str, typer.Option(help="budgets of a family: 0,0.4 or all")] = "all",
+    against: Annotated[
+        str | None,
+        typer.Option(help="model to compare with, measured too; default: budget 0 of a family"),
+    ] = None,
     data: Annotated[
         str,
         typer.Option(help="held-out text: FILE,... ('tiny': four domains, books.valid: one)"),
@@ -51,21 +50,55 @@ def evaluate(
     pairs_per_paradigm: Annotated[
         int | None, typer.Option(help="the first of each paradigm; default: all")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="of lm-evaluation-harness: arc_easy,./my_task.yaml")
+    ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option(help="the first documents of each task; default: all")
+    ] = None,
+    generate: Annotated[
+        str | None,
+        typer.Option(
+            help="do answers loop, or never end? FILE.jsonl[.gz] of prompt or messages, or 'data': "
+            "the beginnings of held-out windows"
+        ),
+    ] = None,
+    generate_limit: Annotated[
+        int | None, typer.Option(help="the first prompts; default: all of a file, 64 of 'data'")
+    ] = None,
+    json_prompts: Annotated[
+        Path | None,
+        typer.Option(help="are answers JSON, or tool calls that fit? FILE as for --generate"),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="of an answer, after which it never ends; default: 256")
+    ] = None,
+    min_recovery: Annotated[
+        float | None,
+        typer.Option(help="exit code 1 if a measured budget keeps less than this share: 0.95"),
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help="share of what, for --min-recovery: loss, pairs or tasks")
+    ] = "loss",
     save: Annotated[
         bool, typer.Option("--save", help="keep the curve in the family, for: flexmoe pick")
     ] = False,
-    json_out: Annotated[Path | None, typer.Option("--json", help="write the rows here")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="write all results here")] = None,
     base: Base = None,
     device: Device = "auto",
 ) -> None:
-    """Loss and perplexity on held-out text, for every budget and data file; minimal pairs, too.
+    """How good every budget is, on held-out text, minimal pairs, tasks and prompts of yours.
 
-    increase: of the loss over budget 0; kept: exp(-increase), the share of the likelihood per
-    token; ± is half of a 95% interval, paired where budgets are compared.
+    All is compared with budget 0, or the model --against, in the same run. increase: of the loss;
+    kept: exp(-increase), the share of the likelihood per token; KL: divergence of the predictions,
+    nats per token; top-1: how often the most likely token is the same; ± is half of a 95%
+    interval, paired where two are compared.
     """
     from flexmoe.config import budget_list
-    from flexmoe.evaluate import EvaluateConfig, measure
+    from flexmoe.evaluate import measure
+    from flexmoe.inputs import EvaluateConfig
     from flexmoe.progress import bar
+    from flexmoe.tables import tables
 
     quiet()
     config = EvaluateConfig(
@@ -79,143 +112,33 @@ def evaluate(
         pairs=pairs,
         pairs_per_paradigm=pairs_per_paradigm,
         save=save,
+        against=against,
+        tasks=[] if tasks is None else [name for name in tasks.split(",") if name],
+        task_limit=task_limit,
+        generate=generate,
+        generate_limit=generate_limit,
+        json_prompts=json_prompts,
+        max_new_tokens=max_new_tokens,
+        min_recovery=min_recovery,
+        by=by,
     )
-    done = measure(path, config, track=bar)
-    files = ", ".join(dict.fromkeys(row["data"] for row in done.rows))
-    say(_text_table(done.members, f"{path} on {files}"))
-    if pairs is not None:
-        say(_pairs_table(done.members, f"{path} on {pairs.name}"))
+    done = measure(path, config, command=_command(), track=bar)
+    for table in tables(done, path):
+        say(table)
     if json_out is not None:
         json_out.parent.mkdir(parents=True, exist_ok=True)
-        found = {"model": path, "rows": done.rows, "budgets": done.members}
+        found = {"model": path, **done.about, "against": done.against}
+        found |= {"rows": done.rows, "budgets": done.members}
         json_out.write_text(json.dumps(found, indent=1) + "\n")
     if done.saved is not None:
         say(f"saved in {done.saved}; next: flexmoe pick {path} --keep 0.95")
+    if done.verdict is not None:
+        typer.echo(done.verdict.text, err=not done.verdict.passed)
+        if not done.verdict.passed:
+            raise typer.Exit(1)
 
 
-def _text_table(members: list[dict[str, Any]], title: str) -> Any:
-    """Of each budget its size and loss; where there is a base, the increase over it with half of
-    its 95 % interval, and the share of the likelihood a token that is kept."""
-    from flexmoe.evaluate import perplexity
-    from flexmoe.report import count, size
-
-    table = _table(title, "pruned", "routed", "size", "loss", "perplexity", "increase", "kept")
-    for row in members:
-        cells = [count(row["routed_parameters"]), size(row["bytes"])]
-        cells += [f"{row['nll']:.3f}", f"{perplexity(row['nll']):.2f}"]
-        if row["pruned"] and "increase" in row:
-            increase = f"{row['increase']:+.3f}{_half(row['increase_interval'], 3)}"
-            cells += [increase, f"{row['kept']:.1%}"]
-        table.add_row(f"{100 * row['pruned']:.4g}%", *cells)
-    return table
-
-
-def _pairs_table(members: list[dict[str, Any]], title: str) -> Any:
-    """Of each budget its accuracy; where there is a base, the ratio to it, of all and of what is
-    above chance; each with half of its 95 % interval."""
-    table = _table(
-        f"{title}, {members[0]['pairs']['n']} pairs",
-        *("pruned", "right", "of the base's", "of its margin above chance"),
-    )
-    for row in members:
-        of, cells = row["pairs"], []
-        for name, spread in (
-            ("accuracy", "interval"),
-            ("ratio", "ratio_interval"),
-            ("margin_ratio", "margin_ratio_interval"),
-        ):
-            known = of[name] is not None and (row["pruned"] or name == "accuracy")
-            cells.append(f"{of[name]:.3f}{_half(of[spread], 3)}" if known else "")
-        table.add_row(f"{100 * row['pruned']:.4g}%", *cells)
-    return table
-
-
-def _table(title: str, *columns: str) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for name in columns:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _half(spread: Any, digits: int) -> str:
-    return "" if spread is None else f" ±{(spread[1] - spread[0]) / 2:.{digits}f}"
-
-
-def pick(
-    family: Annotated[str, typer.Argument(help="family folder, or a plan alone")],
-    keep: Annotated[
-        float | None, typer.Option(help="share of the full model's quality to keep: 0.95")
-    ] = None,
-    by: Annotated[
-        str, typer.Option(help="quality: loss (likelihood per token) or pairs (their accuracy)")
-    ] = "loss",
-    memory: Annotated[
-        str | None, typer.Option(help="room for the weights: 24GiB, 24GB, 500MB")
-    ] = None,
-    params: Annotated[
-        str | None, typer.Option(help="most parameters, all counted: 20B, 300M")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-) -> None:
-    """The member of a family that keeps a quality (the poorest) or fits a size (the richest).
-
-    Of several wishes all must hold; the richest that fits is taken then.
-    """
-    from flexmoe.pick import Wanted, parse_bytes, parse_count
-    from flexmoe.pick import pick as choose
-    from flexmoe.progress import bar
-
-    quiet()
-    wanted = Wanted(
-        keep=keep,
-        by=by,
-        memory=None if memory is None else parse_bytes(memory),
-        params=None if params is None else parse_count(params),
-    )
-    found = choose(family, wanted, track=bar)
-    if as_json:
-        chosen = found.candidate
-        fields = {
-            **chosen.member.model_dump(),
-            "parameters": chosen.parameters,
-            "quality": chosen.quality and chosen.quality.model_dump(),
-            "export": found.export,
-            "notes": found.notes,
-        }
-        typer.echo(json.dumps(fields, indent=1))
-    else:
-        typer.echo("\n".join(_lines(family, found)))  # not wrapped: commands are to be copied
-
-
-def _lines(family: str, found: Any) -> list[str]:
-    from flexmoe.report import count, size
-
-    member, quality = found.candidate.member, found.candidate.quality
-    lines = [
-        f"{family} at {100 * member.pruned:g} % pruned ({member.achieved:.2%} exactly)",
-        f"parameters  {count(found.candidate.parameters)}, of these "
-        f"{count(member.routed_parameters)} of routed experts",
-        f"size        {size(member.bytes)} ({member.bytes:,} bytes) as a ragged export: weights "
-        "only, activations and cache come on top",
-    ]
-    if quality is not None:
-        lines.append(
-            f"quality     keeps {quality.kept:.1%}{_range(quality.kept_interval)} of the "
-            f"likelihood per token: loss {quality.nll:.3f}, "
-            f"{quality.increase:+.3f} on {found.curve.data}"
-        )
-        if (of := quality.pairs) is not None:
-            line = f"            {of.accuracy:.1%}{_range(of.interval)} of pairs right"
-            if of.ratio is not None:
-                line += f", {of.ratio:.1%}{_range(of.ratio_interval)} of the full model's"
-            lines.append(line)
-    elif not found.notes:
-        lines.append("quality     not measured")
-    lines.append(f"export      {found.export or 'not needed: this is the full model'}")
-    return lines + [f"note        {note}" for note in found.notes]
-
-
-def _range(spread: tuple[float, float] | None) -> str:
-    return "" if spread is None else f" ({spread[0]:.1%} to {spread[1]:.1%})"
+def _command() -> str:
+    """The command line as it was given, of paths the last part: results are passed on."""
+    words = [Path(word).name if Path(word).exists() else word for word in sys.argv]
+    return shlex.join(words)

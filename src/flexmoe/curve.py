@@ -9,97 +9,23 @@ import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
-from transformers import PreTrainedModel
+from pydantic import ValidationError
 
 import flexmoe
 from flexmoe.checkpoint import CURVE_NAME, Checkpoint
-from flexmoe.data import tokens_sha256
+from flexmoe.compared import MODEL, Compared
 from flexmoe.errors import FlexmoeError
-from flexmoe.intervals import Interval
 from flexmoe.plan import JSON_NAME, read_manifest
 from flexmoe.progress import Track, silent
+from flexmoe.records import Curve, OfWeights
 
 FORMAT = 1
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class OfWeights(_Record):
-    """What a curve was measured on. ``plan_sha256``: of flexmoe.safetensors. ``weights_sha256``:
-    of the family's weights, see `of_weights`; for a plan alone what its recipe says of them."""
-
-    plan_sha256: str
-    weights_sha256: str
-
-
-class TextFile(_Record):
-    """One data file: its windows, tokens a window, and the sha256 of the very tokens."""
-
-    windows: int
-    seq_len: int
-    sha256: str
-
-
-class PairsFile(_Record):
-    """The pairs file: name and sha256, and how many of each paradigm were used (None: all)."""
-
-    name: str
-    sha256: str
-    per_paradigm: int | None
-
-
-class PairsPoint(_Record):
-    """Minimal pairs at one budget, see `flexmoe.pairs.pair_rows`."""
-
-    n: int
-    accuracy: float
-    interval: Interval | None
-    fields: dict[str, float]
-    ratio: float | None
-    ratio_interval: Interval | None
-    margin_ratio: float | None
-    margin_ratio_interval: Interval | None
-
-
-class Point(_Record):
-    """One budget: the figures of a `flexmoe.plan.Member`, and see `flexmoe.losses.loss_rows`."""
-
-    pruned: float
-    achieved: float
-    routed_parameters: int
-    active_parameters: int
-    bytes: int
-    nll: float
-    files: dict[str, float]
-    increase: float
-    increase_interval: Interval | None
-    kept: float
-    kept_interval: Interval | None
-    pairs: PairsPoint | None
-
-
-class Curve(_Record):
-    """``evaluation.json``: what was measured, on what, when, and a `Point` a budget."""
-
-    format: int
-    date: str
-    of: OfWeights
-    data: str
-    files: dict[str, TextFile]
-    pairs: PairsFile | None
-    hardware: str
-    dtype: str
-    versions: dict[str, str]
-    budgets: list[Point]
 
 
 def of_weights(folder: str | Path, track: Track = silent) -> OfWeights:
@@ -119,50 +45,45 @@ def of_weights(folder: str | Path, track: Track = silent) -> OfWeights:
     return OfWeights(plan_sha256=manifest.tensors_sha256, weights_sha256=weights)
 
 
+def about(compared: Compared, inputs: Mapping[str, Any], command: str | None) -> dict[str, Any]:
+    """When, how, on what and with what it was measured; ``inputs`` see `flexmoe.inputs.describe`.
+    To be called once a model was loaded."""
+    versions = {
+        "flexmoe": flexmoe.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if inputs["tasks"] is not None:
+        versions["lm_eval"] = version("lm_eval")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        **inputs,
+        "hardware": hardware(compared.device),
+        "dtype": str(compared.shelf.dtypes[MODEL]).removeprefix("torch."),
+        "versions": versions,
+    }
+
+
 def make_curve(
     of: OfWeights,
-    model: PreTrainedModel,
+    facts: Mapping[str, Any],
     members: Sequence[Mapping[str, Any]],
-    *,
-    data: str,
-    windows: Mapping[str, Tensor],
-    pairs: str | Path | None = None,
-    pairs_per_paradigm: int | None = None,
+    against: Mapping[str, Any] | None = None,
 ) -> Curve:
-    """The curve of ``members`` (see `flexmoe.evaluate.Measured`) as measured now with ``model``.
-    Raises `FlexmoeError` where a result is not finite."""
+    """The curve of ``members`` (see `flexmoe.evaluate.Measured`), with what `about` says of the
+    run. Raises `FlexmoeError` where a result is not finite."""
     try:
-        points = [Point.model_validate(member) for member in members]
+        return Curve.model_validate(
+            {**facts, "format": FORMAT, "of": of, "against": against, "budgets": list(members)}
+        )
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, first["loc"][-1:]))
         raise FlexmoeError(
             f"the curve is not saved: {where} is {first['input']} ({first['msg']}). Check that "
             "tokenizer and weights belong together, or evaluate in float32 (--device cpu)"
         ) from None
-    of_pairs = None
-    if pairs is not None:
-        sha256 = hashlib.sha256(Path(pairs).expanduser().read_bytes()).hexdigest()
-        of_pairs = PairsFile(name=Path(pairs).name, sha256=sha256, per_paradigm=pairs_per_paradigm)
-    return Curve(
-        format=FORMAT,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        of=of,
-        data=data,
-        files={
-            name: TextFile(windows=len(ids), seq_len=ids.shape[1], sha256=tokens_sha256(ids))
-            for name, ids in windows.items()
-        },
-        pairs=of_pairs,
-        hardware=hardware(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
-        versions={
-            "flexmoe": flexmoe.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        budgets=points,
-    )
 
 
 def hardware(device: torch.device) -> str:

@@ -1,34 +1,33 @@
-"""Evaluation: loss and perplexity on held-out text, per data file and budget."""
+"""Evaluation: every budget on held-out text, minimal pairs, tasks and prompts, beside its base."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
-from flexmoe.curve import check_can_save, make_curve, of_weights, save_curve
-from flexmoe.data import (
-    check_tokens,
-    evaluation_windows,
-    load_tokenizer,
-    pick_batch_size,
-    pick_seq_len,
-)
+from flexmoe.compared import Compared, compare
+from flexmoe.curve import about, check_can_save, make_curve, of_weights, save_curve
 from flexmoe.errors import FlexmoeError
-from flexmoe.experts import routed_parameters
-from flexmoe.family import find_folder, load, pick_device, set_budget
-from flexmoe.losses import loss_rows, window_losses
-from flexmoe.pairs import encode, pair_rows, read_pairs, right_pairs
-from flexmoe.plan import JSON_NAME, Plan, read_manifest
+from flexmoe.generate import ROWS, answers
+from flexmoe.health import health_row
+from flexmoe.inputs import SEED, EvaluateConfig, Inputs, describe, read_inputs
+from flexmoe.losses import DISTANCES, Losses, loss_rows, window_losses
+from flexmoe.members import BASE, Key, Members, budgets_of
+from flexmoe.pairs import pair_rows, right_pairs
 from flexmoe.progress import Track, silent
+from flexmoe.quality import Verdict, check_gate, gate
+from flexmoe.report import size
+from flexmoe.structured import structured_row
+from flexmoe.tasks import run_tasks, task_rows
 
 Row = dict[str, Any]
 
@@ -38,7 +37,8 @@ def evaluate(
 ) -> dict[str, Row]:
     """Loss of ``model`` as it is on windows [n, t] by name: ``tokens`` (predicted ones), ``nll``
     (nats a token) and ``perplexity`` of each."""
-    losses = window_losses(model, windows, [0.0], _as_it_is, batch_size=batch_size, track=track)
+    members: Members = {0.0: lambda: model}
+    losses = window_losses(members, windows, batch_size=batch_size, track=track)
     return {name: _row(losses[0.0][name], ids) for name, ids in windows.items()}
 
 
@@ -51,38 +51,27 @@ def budget_rows(
     track: Track = silent,
 ) -> list[Row]:
     """A row for every budget and data file of a model that switches (see `flexmoe.load`)."""
-    figures: dict[float, Row] = {}
-
-    def switch(pruned: float) -> None:
-        figures[pruned] = set_budget(model, pruned).model_dump()
-
-    losses = window_losses(model, windows, budgets, switch, batch_size=batch_size, track=track)
-    return _rows(losses, windows, figures)
+    members = budgets_of(model, budgets)
+    losses = window_losses(members, windows, batch_size=batch_size, track=track)
+    plan = model.flexmoe_plan
+    return _rows(losses, windows, {pruned: plan.member(pruned).model_dump() for pruned in budgets})
 
 
-def _as_it_is(pruned: float) -> None:
-    """The switch of a model that is one member."""
-
-
-def _row(loss_N: Tensor, ids: Tensor) -> Row:
-    nll = float(loss_N.mean())
+def _row(window_NM: Tensor, ids: Tensor) -> Row:
+    nll = float(window_NM[:, 0].mean())
     return {"tokens": ids[:, 1:].numel(), "nll": nll, "perplexity": perplexity(nll)}
 
 
-def _rows(
-    losses: Mapping[float, Mapping[str, Tensor]],
-    windows: Mapping[str, Tensor],
-    figures: Mapping[float, Row],
-) -> list[Row]:
+def _rows(losses: Losses, windows: Mapping[str, Tensor], figures: Mapping[Key, Row]) -> list[Row]:
     return [
         {
             "pruned": pruned,
             "data": name,
-            **_row(of_file[name], ids),
-            "routed_parameters": figures[pruned]["routed_parameters"],
-            "bytes": figures[pruned]["bytes"],
+            **_row(losses[pruned][name], ids),
+            "routed_parameters": of["routed_parameters"],
+            "bytes": of["bytes"],
         }
-        for pruned, of_file in losses.items()
+        for pruned, of in figures.items()
         for name, ids in windows.items()
     ]
 
@@ -98,34 +87,23 @@ def mean_nll(results: Mapping[str, Mapping[str, float]]) -> float:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """What to measure. ``data``: held-out text; ``pruned``: budgets of a family (None: all of
-    its); ``samples``: windows a data file (None: all); ``seq_len``, ``batch_size``: None picks
-    them; ``base``: weights for a plan alone; ``pairs``: a file of minimal pairs (see
-    `read_pairs`), of each paradigm the first ``pairs_per_paradigm``; ``save``: keep the curve in
-    the family's folder."""
-
-    data: str = "tiny"
-    pruned: Sequence[float] | None = None
-    samples: int | None = None
-    seq_len: int | None = None
-    batch_size: int | None = None
-    base: str | Path | None = None
-    device: str = "auto"
-    pairs: str | Path | None = None
-    pairs_per_paradigm: int | None = None
-    save: bool = False
-
-
-@dataclass(frozen=True)
 class Measured:
-    """What one run measured. ``rows``: a row a budget and data file. ``members``: a row a budget
-    with its figures, what `loss_rows` gives and, under ``pairs``, what `pair_rows` gives (None
-    without pairs). ``saved``: the file that holds the curve, if it was asked for."""
+    """What one run measured.
+
+    ``rows``: a row a budget and data file. ``members``: a row a budget with its figures, what
+    `loss_rows` gives, and under ``pairs``, ``tasks``, ``generation`` (by mode) and ``structured``
+    what `pair_rows`, `task_rows`, `health_row` and `structured_row` give, None where it was not
+    asked for. ``against``: the same of the base, where that is another model. ``about``: inputs
+    with their hashes, hardware, versions, date. ``saved``: the file that holds the curve, and
+    ``verdict`` that of the gate, if they were asked for.
+    """
 
     rows: list[Row]
     members: list[Row]
+    against: Row | None
+    about: Row
     saved: Path | None = None
+    verdict: Verdict | None = None
 
 
 def evaluate_path(
@@ -147,105 +125,138 @@ def evaluate_path(
 
 
 def measure(
-    path: str | Path, config: EvaluateConfig | None = None, *, track: Track = silent
+    path: str | Path,
+    config: EvaluateConfig | None = None,
+    *,
+    command: str | None = None,
+    track: Track = silent,
 ) -> Measured:
-    """Evaluate a family, plan, export or plain checkpoint on text and, if asked, minimal pairs.
+    """Evaluate a family, plan, export or plain checkpoint on all that ``config`` asks for.
 
-    Budgets are compared with budget 0 of the same run, where it is among them; with ``save`` it
-    always is. On the CPU the arithmetic is float32 whatever the checkpoint's dtype: as fast
-    there, and differences between budgets are not lost in rounding. What cannot work is refused
-    with a `FlexmoeError` before the model loads.
+    All members are measured on the same inputs in the same run as what they are compared with:
+    the model ``config.against``, or budget 0 where it is among them (with ``save`` or
+    ``min_recovery`` it always is). What cannot work is refused with a `FlexmoeError` before a
+    model loads. ``command`` is kept with the results.
     """
     config = config or EvaluateConfig()
-    if config.pairs is None and config.pairs_per_paradigm is not None:
-        raise FlexmoeError("--pairs-per-paradigm has no effect without --pairs FILE")
-    folder = find_folder(path)
-    plan = Plan.load(folder) if (folder / JSON_NAME).is_file() else None
     if config.save:
         check_can_save(path)
-    weights, budgets = folder, _budgets(path, folder, plan, config)
-    if plan is not None and not read_manifest(folder).ranked:
-        weights = resolve(config.base or plan.recipe.base_model)
-    settings = meta_model(weights).config
-    length = pick_seq_len(config.seq_len, settings)
-    size = pick_batch_size(config.batch_size, length)
-    pairs = [] if config.pairs is None else read_pairs(config.pairs, config.pairs_per_paradigm)
-    tokenizer = load_tokenizer(weights, settings)
-    windows = _windows(tokenizer, settings, length, config)
-    encoded = encode(pairs, tokenizer, settings) if pairs else None
-    made_of = of_weights(folder, track) if config.save else None
-
-    dtype = torch.float32 if pick_device(config.device).type == "cpu" else "auto"
-    first = config.pruned[0] if config.pruned and plan is None else None
-    model = load(path, first, base=config.base, device=config.device, dtype=dtype)
-    switch: Any = _as_it_is if plan is None else lambda pruned: set_budget(model, pruned)
-    figures = (
-        {budgets[0]: _figures(budgets[0], weights, model)}
-        if plan is None
-        else {pruned: plan.member(pruned).model_dump() for pruned in budgets}
+    if config.min_recovery is not None:
+        check_gate(config.min_recovery, config.by)
+    compared = compare(
+        path,
+        config.pruned,
+        base=config.base,
+        against=config.against,
+        with_base=config.save or config.min_recovery is not None,
+        device=config.device,
     )
-    losses = window_losses(model, windows, budgets, switch, batch_size=size, track=track)
-    of_pairs: dict[float, Row] = {}
-    if encoded is not None:
-        step = size * length  # what fits for text fits for pairs
-        right = right_pairs(model, encoded, budgets, switch, tokens_per_step=step, track=track)
-        of_pairs = pair_rows(pairs, right)
-    of_text = loss_rows(losses)
-    members = [{**figures[b], **of_text[b], "pairs": of_pairs.get(b)} for b in budgets]
-    saved = None
-    if made_of is not None:
-        curve = make_curve(
-            made_of,
-            model,
-            members,
-            data=config.data,
-            windows=windows,
-            pairs=config.pairs,
-            pairs_per_paradigm=config.pairs_per_paradigm,
-        )
-        saved = save_curve(folder, curve)
-    return Measured(_rows(losses, windows, figures), members, saved)
-
-
-def _budgets(
-    path: str | Path, folder: Path, plan: Plan | None, config: EvaluateConfig
-) -> tuple[float, ...]:
-    """The budgets to measure; of a model that is one member the share it was exported at."""
-    asked = config.pruned
-    if plan is None:
-        if asked is not None and len(asked) != 1:
-            raise FlexmoeError(
-                f"'{path}' is one member: --pruned has no effect on it, leave it out"
-            )
-        return (_exported_share(folder),)
-    budgets = plan.budgets if asked is None else tuple(dict.fromkeys(asked))
-    if config.save:  # the curve says what is lost: to what?
-        budgets = tuple(sorted({0.0, *budgets}))
-    for share in budgets:
-        plan.widths(share)  # refuse a share out of reach before the slow part
-    return budgets
-
-
-def _windows(
-    tokenizer: Any, settings: PreTrainedConfig, length: int, config: EvaluateConfig
-) -> dict[str, Tensor]:
-    windows = evaluation_windows(config.data, tokenizer, samples=config.samples, seq_len=length)
-    for ids in windows.values():
-        check_tokens(ids, settings)
-    return windows
-
-
-def _figures(pruned: float, weights: Path, model: PreTrainedModel) -> Row:
-    return {
-        "pruned": pruned,
-        "routed_parameters": routed_parameters(model),
-        "bytes": Checkpoint(weights).bytes,
+    inputs = read_inputs(compared, config)
+    made_of = of_weights(compared.folder, track) if config.save else None
+    losses = _losses(compared, inputs, track)
+    found = {
+        key: {**compared.figures(key), **row}
+        for key, row in loss_rows(losses, compared.base).items()
     }
+    for name, of in _others(compared, inputs, config, track).items():
+        for key in found:
+            found[key][name] = of.get(key)
+    members = [found[pruned] for pruned in compared.budgets]
+    against = None if BASE not in found else _base_row(str(config.against), found[BASE])
+    facts = about(compared, describe(inputs, config), command)
+    curve = None if made_of is None else make_curve(made_of, facts, members, against)
+    verdict = None
+    if config.min_recovery is not None:
+        verdict = gate(members, config.min_recovery, config.by)
+    return Measured(
+        rows=_file_rows(losses, inputs, {row["pruned"]: row for row in members}),
+        members=members,
+        against=against,
+        about=facts,
+        saved=None if curve is None else save_curve(compared.folder, curve),
+        verdict=verdict,
+    )
 
 
-def _exported_share(folder: Path) -> float:
-    """The share an export was asked for; what it came to where one width cannot be as exact."""
-    if not (folder / EXPORT_NAME).is_file():
-        return 0.0
-    about = json.loads((folder / EXPORT_NAME).read_text())
-    return about["achieved" if about["layout"] == "uniform" else "pruned"]
+def _losses(compared: Compared, inputs: Inputs, track: Track) -> Losses:
+    with _room_for_logits(compared, inputs) as folder:
+        return window_losses(
+            compared.members,
+            inputs.windows,
+            compared.base,
+            batch_size=inputs.batch_size,
+            folder=folder,
+            track=track,
+        )
+
+
+@contextmanager
+def _room_for_logits(compared: Compared, inputs: Inputs) -> Iterator[Path | None]:
+    """A temporary folder for the base's logits where the models are loaded in turn."""
+    if compared.together:
+        yield None
+        return
+    tokens = sum(ids[:, 1:].numel() for ids in inputs.windows.values())
+    itemsize = 4 if compared.device.type == "cpu" else 2
+    need = tokens * compared.settings.get_text_config().vocab_size * itemsize
+    with tempfile.TemporaryDirectory(prefix="flexmoe-logits-") as folder:
+        free = shutil.disk_usage(folder).free
+        if need > free:
+            raise FlexmoeError(
+                f"the models do not fit in memory together, and the base's predictions take "
+                f"{size(need)} on the disk of {Path(folder).parent}, which has {size(free)}: use "
+                "fewer --samples, or a larger disk (TMPDIR)"
+            )
+        yield Path(folder)
+
+
+def _others(
+    compared: Compared, inputs: Inputs, config: EvaluateConfig, track: Track
+) -> dict[str, dict[Key, Any]]:
+    """All but the losses, by what it is and by member; empty where it was not asked for."""
+    members, tokenizer = compared.members, compared.tokenizer
+    found: dict[str, dict[Key, Any]] = {
+        "pairs": {}, "tasks": {}, "generation": {}, "structured": {}
+    }  # fmt: skip
+    if inputs.encoded is not None:
+        step = inputs.batch_size * inputs.seq_len  # what fits for text fits for pairs
+        right = right_pairs(members, inputs.encoded, tokens_per_step=step, track=track)
+        found["pairs"] = dict(pair_rows(inputs.pairs, right, compared.base))
+    if inputs.tasks:
+        results = run_tasks(
+            members,
+            inputs.tasks,
+            tokenizer,
+            limit=config.task_limit,
+            batch_size=inputs.batch_size,
+        )
+        found["tasks"] = dict(task_rows(results, compared.base))
+    how: dict[str, Any] = {
+        "max_new_tokens": inputs.max_new_tokens,
+        "rows": config.batch_size or ROWS,
+        "seed": SEED,
+        "track": track,
+    }
+    if inputs.prompts:
+        found["generation"] = {key: {} for key in members}
+        for mode, settings in inputs.modes.items():
+            new = answers(members, inputs.prompts, settings, inputs.ends, what=mode, **how)
+            for key, given in new.items():
+                found["generation"][key][mode] = health_row(inputs.prompts, given, tokenizer)
+    if inputs.structured:
+        settings = inputs.modes["greedy"]
+        new = answers(members, inputs.structured, settings, inputs.ends, what="json", **how)
+        for key, given in new.items():
+            found["structured"][key] = structured_row(inputs.structured, given, tokenizer)
+    return found
+
+
+def _base_row(name: str, row: Row) -> Row:
+    """That of a base that is another model: without its distance to itself."""
+    own = {key: value for key, value in row.items() if key.split("_")[0] not in DISTANCES}
+    return {"model": name, **own}
+
+
+def _file_rows(losses: Losses, inputs: Inputs, members: Mapping[Key, Row]) -> list[Row]:
+    rows = _rows(losses, inputs.windows, members)
+    return [row | members[row["pruned"]]["by_file"][row["data"]] for row in rows]

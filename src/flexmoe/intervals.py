@@ -7,6 +7,7 @@ all of them cancels in differences and ratios (a paired interval).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ Interval = tuple[float, float]
 
 DRAWS = 4000
 LEVEL = 0.95
+Z = 1.959963984540054  # standard normal: 95 % lie within
 CHUNK = 4_000_000  # drawn items held at once
 
 
@@ -24,7 +26,7 @@ def resampled_means(
     strata: Sequence[Array],
     weights: Sequence[float] | None = None,
     *,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     draws: int = DRAWS,
 ) -> Array:
     """Means [draws, B] of resampled items.
@@ -58,3 +60,13 @@ def interval(values_R: Array, level: float = LEVEL) -> Interval | None:
     # an order statistic: nothing is interpolated towards an infinite neighbour
     low, high = np.quantile(values_R, [tail, 1 - tail], method="inverted_cdf")
     return (float(low), float(high)) if np.isfinite([low, high]).all() else None
+
+
+def share_interval(hits: int, n: int) -> Interval:
+    """The 95 % interval of a share, ``hits`` of ``n`` (Wilson, 1927, Probable inference, the law
+    of succession, and statistical inference): unlike resampling it does not take 0 of 20 for
+    certain."""
+    z2 = Z * Z
+    middle = (hits + z2 / 2) / (n + z2)
+    half = Z / (n + z2) * math.sqrt(hits * (n - hits) / n + z2 / 4)
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -6,11 +6,8 @@ the higher total log-probability, half right when both have the same; chance is 
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +20,11 @@ from torch import Tensor, nn
 from flexmoe.data import check_tokens
 from flexmoe.errors import FlexmoeError
 from flexmoe.intervals import Array, interval, resampled_means
+from flexmoe.jsonl import records
+from flexmoe.members import Key, Members
 from flexmoe.progress import Track, silent
 
 CHANCE = 0.5
-SUFFIXES = (".jsonl", ".jsonl.gz")
 NEEDED, OPTIONAL = ("sentence_good", "sentence_bad"), ("paradigm", "field")
 RATIOS = ("ratio", "ratio_interval", "margin_ratio", "margin_ratio_interval")
 
@@ -56,45 +54,20 @@ class Encoded:
 def read_pairs(path: str | Path, per_paradigm: int | None = None) -> list[Pair]:
     """The pairs of a ``.jsonl`` or ``.jsonl.gz`` file, the first ``per_paradigm`` of each paradigm
     (None: all). A `FlexmoeError` names the line that is no pair."""
-    path = Path(path).expanduser()
     if per_paradigm is not None and per_paradigm < 1:
         raise FlexmoeError(f"pairs per paradigm must be at least 1, found {per_paradigm}")
-    if not path.is_file():
-        raise FlexmoeError(
-            f"pairs file '{path}' does not exist. Give a file ({', '.join(SUFFIXES)}) with an "
-            "object a line: sentence_good, sentence_bad and, if you like, paradigm and field"
-        )
-    if not path.name.endswith(SUFFIXES):
-        raise FlexmoeError(f"'{path}': expected a file ending in {' or '.join(SUFFIXES)}")
+    fields = "sentence_good, sentence_bad and, if you like, paradigm and field"
     found: list[Pair] = []
     seen: Counter[str] = Counter()
-    try:
-        for pair in _pairs(path):
-            seen[pair.paradigm] += 1
-            if per_paradigm is None or seen[pair.paradigm] <= per_paradigm:
-                found.append(pair)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise FlexmoeError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    if not found:
-        raise FlexmoeError(f"{path} is empty: expected a pair of sentences a line")
+    for number, record in records(path, "pairs", fields):
+        pair = _pair(record, f"{path}, line {number}", number)
+        seen[pair.paradigm] += 1
+        if per_paradigm is None or seen[pair.paradigm] <= per_paradigm:
+            found.append(pair)
     return found
 
 
-def _pairs(path: Path) -> Iterator[Pair]:
-    opened: Any = gzip.open if path.name.endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _pair(line, f"{path}, line {number}", number)
-
-
-def _pair(line: str, where: str, number: int) -> Pair:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise FlexmoeError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise FlexmoeError(f"{where}: expected an object, found {type(record).__name__}")
+def _pair(record: dict[str, Any], where: str, number: int) -> Pair:
     for name in NEEDED:
         if not isinstance(record.get(name), str) or not record[name].strip():
             found = repr(record[name])[:60] if name in record else f"only {list(record)}"
@@ -161,25 +134,22 @@ def sequence_scores(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Ten
 
 
 def right_pairs(
-    model: nn.Module,
+    members: Members,
     encoded: Encoded,
-    budgets: Sequence[float],
-    switch: Callable[[float], object],
     *,
     tokens_per_step: int = 4096,
     track: Track = silent,
-) -> dict[float, Tensor]:
-    """Whether each pair is right, float64 [N] of 1, 0.5 (a tie) and 0, by budget.
-
-    ``switch(pruned)`` makes ``model`` compute a budget and is called once for each.
-    """
+) -> dict[Key, Tensor]:
+    """Whether each pair is right, float64 [N] of 1, 0.5 (a tie) and 0, by member."""
     slices = list(_slices(encoded.sequences, tokens_per_step))
-    scores: dict[float, list[Tensor]] = {pruned: [] for pruned in budgets}
-    for pruned, batch in track([(b, batch) for b in scores for batch in slices], "pairs"):
-        if not scores[pruned]:
-            switch(pruned)
-        scores[pruned].append(sequence_scores(model, encoded.sequences[batch]))
-    return {pruned: _right(torch.cat(found), encoded) for pruned, found in scores.items()}
+    scores: dict[Key, list[Tensor]] = {key: [] for key in members}
+    model: Any = None
+    for key, batch in track([(key, batch) for key in scores for batch in slices], "pairs"):
+        if not scores[key]:
+            model = None  # or it could not go before the next one comes
+            model = members[key]()
+        scores[key].append(sequence_scores(model, encoded.sequences[batch]))
+    return {key: _right(torch.cat(found), encoded) for key, found in scores.items()}
 
 
 def _slices(sequences: Sequence[Sequence[int]], tokens: int) -> Iterator[slice]:
@@ -202,13 +172,13 @@ def _right(scores: Tensor, encoded: Encoded) -> Tensor:
 
 
 def pair_rows(
-    pairs: Sequence[Pair], right: Mapping[float, Tensor], base: float = 0.0, *, seed: int = 0
-) -> dict[float, dict[str, Any]]:
-    """What `right_pairs` come to, by budget.
+    pairs: Sequence[Pair], right: Mapping[Key, Tensor], base: Key | None = 0.0, *, seed: int = 0
+) -> dict[Key, dict[str, Any]]:
+    """What `right_pairs` come to, by member.
 
     ``n``; ``accuracy`` (share of pairs right) and its 95 % ``interval``, over pairs drawn within
-    each paradigm; ``fields``, the accuracy of each field. Where the budget ``base`` is among
-    them: ``ratio`` of the accuracies and ``margin_ratio``, the ratio of what lies above chance,
+    each paradigm; ``fields``, the accuracy of each field. Where ``base`` is among them:
+    ``ratio`` of the accuracies and ``margin_ratio``, the ratio of what lies above chance,
     each with a paired interval; the latter are None where the base itself cannot be told from
     chance. Intervals are None where there are too few pairs for one.
     """
@@ -219,9 +189,9 @@ def pair_rows(
     means_RB = resampled_means([right_NB[group] for group in groups.values()], seed=seed)
     fields = _groups([pair.field for pair in pairs])
     fields.pop("", None)
-    whole = list(right).index(base) if base in right else None
+    whole = list(right).index(base) if base is not None and base in right else None
     rows = {}
-    for b, pruned in enumerate(right):
+    for b, key in enumerate(right):
         row: dict[str, Any] = {
             "n": len(pairs),
             "accuracy": float(right_NB[:, b].mean()),
@@ -232,7 +202,7 @@ def pair_rows(
         if whole is not None:
             accuracy = float(right_NB[:, whole].mean())
             row |= _ratios(row["accuracy"], accuracy, means_RB[:, b], means_RB[:, whole])
-        rows[pruned] = row
+        rows[key] = row
     return rows
 
 

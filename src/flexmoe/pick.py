@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flexmoe.checkpoint import Checkpoint
-from flexmoe.curve import Curve, Point, command, load_curve, stale
+from flexmoe.curve import command, load_curve, stale
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.family import find_folder
 from flexmoe.plan import Member, Plan, read_manifest
 from flexmoe.progress import Track, silent
+from flexmoe.quality import QUALITIES, kept
+from flexmoe.records import Curve, Point
 from flexmoe.report import count, size
 
 BYTES = {"": 1} | {
@@ -22,8 +24,12 @@ BYTES = {"": 1} | {
     for base, units in ((1000, ("kb", "mb", "gb", "tb")), (1024, ("kib", "mib", "gib", "tib")))
     for power, unit in enumerate(units, 1)
 }
+OPTIONS: dict[str, tuple[str, ...]] = {  # of flexmoe eval, to measure a quality
+    "loss": (),
+    "pairs": ("--pairs FILE",),
+    "tasks": ("--tasks NAMES",),
+}
 COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-QUALITIES = {"loss": "likelihood per token", "pairs": "accuracy on minimal pairs"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,8 @@ class Wanted:
     """What a member must do, all of it.
 
     ``keep``: keep at least this share of the base's quality: ``by`` loss, exp(-(loss increase)),
-    or by pairs, the ratio of the accuracies. ``memory``: weigh at most these bytes. ``params``:
-    have at most this many parameters, all of them counted.
+    by pairs, the ratio of the accuracies, or by tasks, the lowest ratio. ``memory``: weigh at most
+    these bytes. ``params``: have at most this many parameters, all of them counted.
     """
 
     keep: float | None = None
@@ -65,13 +71,10 @@ class Candidate:
     quality: Point | None = None
 
     def kept(self, by: str) -> float | None:
-        """The share of the base's quality it keeps, by ``loss`` or ``pairs``; None where that was
-        not measured."""
-        if self.quality is None:
-            return None
-        if by == "loss":
-            return self.quality.kept
-        return self.quality.pairs.ratio if self.quality.pairs else None
+        """The share of the base's quality it keeps, see `flexmoe.quality.kept`; None where that
+        was not measured."""
+        found = None if self.quality is None else kept(self.quality.model_dump(), by)
+        return None if found is None else found[0]
 
     def keeps(self, wanted: Wanted) -> bool:
         """Whether it was measured to keep as much as is ``wanted``."""
@@ -177,7 +180,7 @@ def pick(path: str | Path, wanted: Wanted, *, track: Track = silent) -> Picked:
     """
     folder = find_folder(path)
     plan = Plan.load(folder)
-    measure = command(path, *(["--pairs FILE"] if wanted.by == "pairs" else []))
+    measure = command(path, *OPTIONS[wanted.by])
     curve, notes = load_curve(folder), []
     measured = {point.pruned: point for point in curve.budgets} if curve else {}
     other = _other_parameters(folder, plan)

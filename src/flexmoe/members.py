@@ -1,0 +1,79 @@
+"""What one evaluation compares: budgets of a family, one model, and perhaps the base of either."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from flexmoe.checkpoint import Checkpoint
+from flexmoe.experts import routed_parameters
+from flexmoe.family import pick_device, set_budget
+
+BASE = "base"  # the key of a base that is another model; else a key is a pruned share
+Key = float | str
+# Each gives the model that computes it, and nothing else may be opened while that is used.
+Members = Mapping[Key, Callable[[], nn.Module]]
+
+USABLE = 0.8  # of the free memory: activations come on top of the weights
+
+
+def budgets_of(model: PreTrainedModel, budgets: Iterable[float]) -> Members:
+    """The members at ``budgets`` of a model that switches (see `flexmoe.load`)."""
+    return {pruned: partial(_at, lambda: model, pruned) for pruned in budgets}
+
+
+def _at(opened: Callable[[], PreTrainedModel], pruned: float) -> PreTrainedModel:
+    model = opened()
+    set_budget(model, pruned)
+    return model
+
+
+class Shelf:
+    """Models by name, loaded when they are first asked for. Where they do not fit ``together``,
+    the one before goes first. ``routed`` counts the routed-expert parameters of those that were
+    loaded, ``dtypes`` has their dtypes."""
+
+    def __init__(self, loaders: Mapping[str, Callable[[], PreTrainedModel]], *, together: bool):
+        self.loaders, self.together = loaders, together
+        self.models: dict[str, PreTrainedModel] = {}
+        self.routed: dict[str, int] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def open(self, name: str) -> PreTrainedModel:
+        """The model of that name."""
+        if name not in self.models:
+            if not self.together:
+                self.models.clear()
+            model = self.models[name] = self.loaders[name]()
+            self.routed[name], self.dtypes[name] = routed_parameters(model), model.dtype
+        return self.models[name]
+
+    def member(self, name: str) -> Callable[[], nn.Module]:
+        """The model of that name as it is."""
+        return partial(self.open, name)
+
+    def budget(self, name: str, pruned: float) -> Callable[[], nn.Module]:
+        """The model of that name, switched to a budget."""
+        return partial(_at, self.member(name), pruned)
+
+
+def fit_together(folders: Iterable[Path], device: str) -> bool:
+    """Whether the weights of all ``folders`` fit in the memory that is free on ``device``: on the
+    CPU in float32."""
+    where = pick_device(device)
+    found = [Checkpoint(folder) for folder in folders]
+    if where.type == "cuda":
+        need = sum(checkpoint.bytes for checkpoint in found)
+        free = torch.cuda.mem_get_info(where)[0]
+    else:
+        shapes = [info.shape for checkpoint in found for info in checkpoint.tensors.values()]
+        need = 4 * sum(map(math.prod, shapes))
+        free = psutil.virtual_memory().available
+    return need <= USABLE * free

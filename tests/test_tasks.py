@@ -1,0 +1,102 @@
+"""Tasks of lm-evaluation-harness: a task file with its own documents, run for real."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import flexmoe
+from flexmoe.data import TINY, load_tokenizer
+from flexmoe.errors import FlexmoeError
+from flexmoe.family import attach
+from flexmoe.members import budgets_of
+from flexmoe.pairs import sequence_scores
+from flexmoe.tasks import load_tasks, run_tasks, task_rows
+from helpers import random_plan
+
+FOLDER = Path(__file__).parent / "offline_task"
+lm_eval = pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(scope="module")
+def model():
+    found = flexmoe.load("tiny", dtype=torch.float32, device="cpu")
+    attach(found, random_plan(found, TINY / "model", (0.0, 0.6)), ranked=False)
+    return found
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    monkeypatch.chdir(FOLDER)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_an_offline_task_is_scored_as_by_hand(model, here):
+    tokenizer = load_tokenizer(TINY / "model", model.config)
+    tasks = load_tasks(["agreement.yaml"])
+    found = run_tasks(budgets_of(model, (0.0, 0.6)), tasks, tokenizer, limit=12)
+    rows = task_rows(found)
+    for pruned, of in rows.items():
+        flexmoe.set_budget(model, pruned)
+        right = [_is_right(model, tokenizer, doc) for doc in list(tasks[0].test_docs())[:12]]
+        row = of["agreement"]
+        assert row["metric"] == "acc" and row["n"] == 12
+        assert row["value"] == pytest.approx(sum(right) / 12)
+        assert row["interval"][0] <= row["value"] <= row["interval"][1]
+    assert rows[0.0]["agreement"]["value"] > 0.5
+    poorer = rows[0.6]["agreement"]
+    assert poorer["ratio"] == pytest.approx(poorer["value"] / rows[0.0]["agreement"]["value"])
+    assert rows[0.0]["agreement"]["ratio_interval"] == (1, 1)
+
+
+def _is_right(model, tokenizer, doc):
+    start = tokenizer(doc["start"])["input_ids"]
+    scores = []
+    for end in doc["ends"]:
+        ids = tokenizer(f"{doc['start']} {end}")["input_ids"]
+        assert ids[: len(start)] == start
+        # the first token has no score in either: the start is common
+        scores.append(float(sequence_scores(model, [ids])[0]))
+    return scores.index(max(scores)) == doc["right"]
+
+
+def results(value, items, *, error="N/A", better=True):
+    """What the harness gives for one task with one metric, and a group of it."""
+    samples = [{"filter": "none", "f": item} for item in items]
+    of = {"alias": "t", "f,none": value, "f_stderr,none": error}
+    return {
+        "results": {"t": of, "g": {"alias": "g", "f,none": value, "f_stderr,none": 0.1}},
+        "higher_is_better": {"t": {"f": better}, "g": {"f": better}},
+        "n-samples": {"t": {"original": 9, "effective": len(items)}},
+        "group_subtasks": {"g": ["t"]},
+        "samples": {"t": samples},
+    }
+
+
+def test_means_are_resampled_and_the_rest_has_the_harness_error():
+    mean = {0.0: results(0.5, [0, 1, 0, 1]), 0.4: results(0.25, [0, 1, 0, 0])}
+    rows = task_rows(mean)
+    assert rows[0.4]["t"]["ratio"] == 0.5 and rows[0.4]["t"]["interval"][0] == 0
+    assert rows[0.4]["g"]["n"] == 4 and rows[0.4]["g"]["ratio_interval"] is None
+    assert rows[0.4]["g"]["interval"] == pytest.approx((0.25 - 0.196, 0.25 + 0.196), abs=1e-4)
+    other = {0.0: results(7.5, [0, 1, 0, 1], error=0.5)}  # not the mean of these
+    assert task_rows(other)[0.0]["t"]["interval"] == pytest.approx((6.52, 8.48), abs=1e-3)
+    assert task_rows({0.0: results(7.5, [0, 1])})[0.0]["t"]["interval"] is None
+
+
+def test_no_ratio_where_less_is_better_or_the_base_has_nothing():
+    for of in (results(9.0, [9, 9], better=False), results(0.0, [0, 0])):
+        assert task_rows({0.0: of, 0.4: of})[0.4]["t"]["ratio"] is None
+    assert task_rows({0.4: results(0.5, [0, 1])})[0.4]["t"]["ratio"] is None
+
+
+def test_tasks_that_are_none(here, tmp_path):
+    with pytest.raises(FlexmoeError, match=r"no task 'nowhere\.yaml'"):
+        load_tasks(["nowhere.yaml"])
+    text = (FOLDER / "agreement.yaml").read_text()
+    (tmp_path / "far.yaml").write_text(text.replace("agreement.jsonl", "nowhere.jsonl"))
+    with pytest.raises(FlexmoeError, match=r"far\.yaml' cannot be loaded: .*data_files .* rel"):
+        load_tasks([str(tmp_path / "far.yaml")])
+    (tmp_path / "code.yaml").write_text(text + "unsafe_code: true\n")
+    with pytest.raises(FlexmoeError, match="runs code that the model writes"):
+        load_tasks([str(tmp_path / "code.yaml")])
