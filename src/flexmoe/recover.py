@@ -254,7 +254,8 @@ def recover(
     inputs = {"data_sha256": ready.data_sha256, "version": flexmoe.__version__}
     with work.on(plan_sha256=plan_sha256, **inputs):
         new, record = _recovered(ready, work, track)
-    by_first(lambda: _write(ready, new, record, out, track))
+    with work.writing():
+        by_first(lambda: _write(ready, new, record, out, track))
     work.clear()
     return record
 
