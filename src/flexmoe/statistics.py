@@ -109,7 +109,7 @@ def find_statistics(names: Iterable[str]) -> list[Statistic]:
 
 
 @dataclass
-class _Observer:
+class Observer:
     """Sits on one experts module during the pass and adds up its statistics."""
 
     layer: ExpertLayer
@@ -160,6 +160,14 @@ class _Observer:
                     self.stats[s.name].add_(s.function(weight.float(), grad.float() / tokens))
         parameter.grad = None
 
+    def result(self, seed: int) -> LayerStatistics:
+        """The layer's statistics after the pass, on the CPU."""
+        stats = self.stats
+        stats.values = {name: value.cpu() for name, value in stats.values.items()}
+        stats.seed = seed
+        stats.experts_per_token = round(float(stats["count_E"].sum()) / stats.tokens)
+        return stats
+
 
 def token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """Summed next-token cross-entropy in float32, nats; ``ids`` [n, t], ``logits`` [n, t, V]."""
@@ -184,7 +192,7 @@ def observe(
     """
     wanted = find_statistics(names)
     layers = expert_layers(model)
-    observers = [_Observer(layer, wanted) for layer in layers]
+    observers = [Observer(layer, wanted) for layer in layers]
     backward = any(s.when != "forward" for s in wanted)
     of_weights = any(s.when == "weights" for s in wanted)
     trainable = {p for p in model.parameters() if p.requires_grad}
@@ -195,7 +203,7 @@ def observe(
         for name, parameter in observer.layer.parameters.items() if of_weights else ():
             parameter.requires_grad_(True)
 
-            def collect(p: nn.Parameter, observer: _Observer = observer, name: str = name) -> None:
+            def collect(p: nn.Parameter, observer: Observer = observer, name: str = name) -> None:
                 observer.add_weights(name, p, tokens)
 
             handles.append(parameter.register_post_accumulate_grad_hook(collect))
@@ -223,12 +231,7 @@ def observe(
             del observer.layer.module.flexmoe_observer
         for parameter in model.parameters():
             parameter.requires_grad_(parameter in trainable)
-    for observer in observers:
-        stats = observer.stats
-        stats.values = {name: value.cpu() for name, value in stats.values.items()}
-        stats.seed = seed
-        stats.experts_per_token = round(float(stats["count_E"].sum()) / stats.tokens)
-    return {observer.layer.index: observer.stats for observer in observers}
+    return {observer.layer.index: observer.result(seed) for observer in observers}
 
 
 def observe_shared(
