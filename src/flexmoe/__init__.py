@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, Any
 from flexmoe._lazy import register_when_transformers_loads
 
 if TYPE_CHECKING:
+    from flexmoe.config import CompressConfig
     from flexmoe.errors import FlexmoeError
     from flexmoe.exporter import export
     from flexmoe.family import load, set_budget
     from flexmoe.learn import LearnConfig
     from flexmoe.methods import method
-    from flexmoe.pipeline import CompressConfig, compress
+    from flexmoe.pipeline import compress
     from flexmoe.plan import Plan
     from flexmoe.statistics import statistic
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "CompressConfig": "pipeline",
+    "CompressConfig": "config",
     "FlexmoeError": "errors",
     "LearnConfig": "learn",
     "Plan": "plan",

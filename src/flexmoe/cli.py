@@ -107,7 +107,7 @@ def compress(
     device: Device = "auto",
 ) -> None:
     """Turn a MoE checkpoint into a family: the ranked model and a plan for every budget."""
-    from flexmoe.pipeline import SETTINGS_OF, CompressConfig, budget_list
+    from flexmoe.config import SETTINGS_OF, CompressConfig, budget_list
     from flexmoe.pipeline import compress as run
     from flexmoe.progress import bar, silent
     from flexmoe.training import process_group, processes

@@ -63,8 +63,8 @@ def evaluate(
     increase: of the loss over budget 0; kept: exp(-increase), the share of the likelihood per
     token; ± is half of a 95% interval, paired where budgets are compared.
     """
+    from flexmoe.config import budget_list
     from flexmoe.evaluate import EvaluateConfig, measure
-    from flexmoe.pipeline import budget_list
     from flexmoe.progress import bar
 
     quiet()

@@ -17,6 +17,7 @@ import flexmoe
 from flexmoe.actions import ActionConfig, learn_widths
 from flexmoe.allocate import allocate, default_quantum, order_of, widths_from_path
 from flexmoe.checkpoint import Checkpoint, meta_model, resolve
+from flexmoe.config import SAMPLES, SETTINGS_OF, CompressConfig, check_config
 from flexmoe.data import (
     Windows,
     calibration_windows,
@@ -25,7 +26,7 @@ from flexmoe.data import (
     pick_batch_size,
     pick_seq_len,
 )
-from flexmoe.errors import FlexmoeError, did_you_mean
+from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import check_room, write_family
 from flexmoe.family import attach, load_stock, pick_device
@@ -34,118 +35,52 @@ from flexmoe.methods import find_method, score_layers
 from flexmoe.plan import LayerRecord, Plan, Recipe
 from flexmoe.progress import Track, silent
 from flexmoe.resume import Saved, Work
-from flexmoe.sharding import check_processes, gathered, shard_model
-from flexmoe.statistics import find_statistics, observe, observe_shared, thin_experts
+from flexmoe.sharding import gathered, shard_model
+from flexmoe.statistics import observe, observe_shared, thin_experts
 from flexmoe.trace import fingerprint, trace
 from flexmoe.training import by_first, part_of, share
 
-SAMPLES = 128  # windows of calibration text
-ALLOCATORS = ("uniform", "layer", "global", "learned", "actions")
-# the allocators that learn
-SETTINGS_OF: dict[str, type[LearnConfig] | type[ActionConfig]] = {
-    "learned": LearnConfig,
-    "actions": ActionConfig,
-}
-BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
+@dataclass(kw_only=True)
+class Prepared:
+    """All that is known before the weights are loaded.
 
-@dataclass(frozen=True)
-class CompressConfig:
-    """What `compress` can be told. None means the default that fits the model; the defaults are
-    those that measured best on held-out text (docs/log.md). ``shard`` splits the model over all
-    processes, see `sharding`."""
-
-    data: str | None = None
-    samples: int | None = None
-    seq_len: int | None = None
-    pruned: tuple[float, ...] = BUDGETS
-    method: str = "fisher"
-    allocate: str = "learned"
-    quantum: int | None = None
-    batch_size: int | None = None
-    micro_batch: int | None = None
-    checkpointing: bool = False
-    learn: LearnConfig | ActionConfig | None = None
-    seed: int = 0
-    device: str = "auto"
-    shard: bool = False
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether calibration text is read at all."""
-        return bool(find_method(self.method).needs) or self.allocate in SETTINGS_OF
-
-
-@dataclass
-class Ranked:
-    """A model in memory with its channels in order, and what is known of them.
-
-    ``score`` and ``order`` [E, I] of every layer describe the channels as they stand in ``model``:
-    ``order`` is their original index. ``bytes_full``
-    counts the checkpoint's tensors, ``bytes_per_parameter`` those of the experts.
+    ``weights_sha256`` is their `trace.fingerprint`; ``bytes_full`` counts the checkpoint's
+    tensors, ``bytes_per_parameter`` those of the experts. ``windows`` and ``tokenizer`` are None
+    where no text is read.
     """
 
     config: CompressConfig
+    base_model: str
     source: Path
-    model: PreTrainedModel
+    model_type: str
+    weights_sha256: str
     tokenizer: Any
     windows: Windows | None
     batch_size: int
     quantum: int
+    bytes_full: int
+    bytes_per_parameter: int
+
+
+@dataclass(kw_only=True)
+class Ranked(Prepared):
+    """A model in memory with its channels in order, and what is known of them.
+
+    ``score`` and ``order`` [E, I] of every layer describe the channels as they stand in ``model``:
+    ``order`` is their original index.
+    """
+
+    model: PreTrainedModel
     layers: dict[int, LayerRecord]
     score: dict[int, Tensor]
     order: dict[int, Tensor]
-    bytes_full: int
-    bytes_per_parameter: int
     recipe: Recipe
 
 
-def check_config(config: CompressConfig) -> None:
-    """Refuse what cannot work, or would have no effect, before anything slow starts."""
-    if config.allocate not in ALLOCATORS:
-        raise did_you_mean(config.allocate, ALLOCATORS, "allocator")
-    if not config.pruned or not all(0 < share < 1 for share in config.pruned):
-        raise FlexmoeError(
-            f"pruned shares must lie between 0 and 1, found {list(config.pruned)}: "
-            "0.4 means 40 % of the routed-expert parameters removed"
-        )
-    if config.quantum is not None and config.quantum < 1:
-        raise FlexmoeError(f"quantum must be at least 1 channel, found {config.quantum}")
-    pick_batch_size(config.batch_size, 1)
-    unread = ("data", "samples", "seq_len", "batch_size")
-    asked = [name for name in unread if getattr(config, name) is not None]
-    if asked and not config.needs_data:
-        raise FlexmoeError(
-            f"{', '.join(asked)} without effect: method '{config.method}' with allocate "
-            f"'{config.allocate}' looks at the weights only"
-        )
-    wanted = SETTINGS_OF.get(config.allocate)
-    if config.learn is not None and not (wanted and isinstance(config.learn, wanted)):
-        raise FlexmoeError(
-            f"settings of learning have no effect with allocate '{config.allocate}': use 'learned'"
-        )
-    for name in ("micro_batch", "checkpointing"):
-        if getattr(config, name) and config.allocate != "learned":
-            raise FlexmoeError(f"{name} has an effect with allocate 'learned' only")
-    if config.micro_batch is not None and config.micro_batch < 1:
-        raise FlexmoeError(f"micro-batch must be at least 1 window, found {config.micro_batch}")
-    if config.shard:
-        if config.allocate == "actions":
-            raise FlexmoeError("shard does not work with allocate 'actions': use 'learned'")
-        needs = find_statistics(find_method(config.method).needs)
-        if any(statistic.when == "weights" for statistic in needs):
-            raise FlexmoeError(
-                f"shard does not work with method '{config.method}', which looks at the gradients "
-                "of whole weights: use 'fisher' or 'heapr'"
-            )
-        check_processes()
-    pick_device(config.device)
-
-
-def rank_channels(model: str | Path, config: CompressConfig, track: Track = silent) -> Ranked:
-    """Observe the model on the calibration text, score its channels and put them in order."""
+def prepare(model: str | Path, config: CompressConfig) -> Prepared:
+    """Check and read all that can be without the model's weights."""
     check_config(config)
-    method = find_method(config.method)
     source = resolve(model)
     meta, checkpoint = meta_model(source), Checkpoint(source)
     traced = trace(checkpoint, meta)  # refuses weights it cannot find before the slow part
@@ -153,8 +88,7 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
     quantum = default_quantum(narrowest) if config.quantum is None else config.quantum
     if quantum > narrowest:
         raise FlexmoeError(f"quantum {quantum} is wider than an expert of {narrowest} channels")
-    tokenizer, windows = None, None
-    ids = torch.zeros(1, 2, dtype=torch.long)  # shows how many experts a token is sent to
+    tokenizer, windows, batch_size = None, None, 1
     if config.needs_data:
         tokenizer = load_tokenizer(source, meta.config)
         windows = calibration_windows(
@@ -164,22 +98,49 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
             seq_len=pick_seq_len(config.seq_len, meta.config),
             seed=config.seed,
         )
-        ids = check_tokens(windows.ids, meta.config)
-    batch_size = pick_batch_size(config.batch_size, ids.shape[1])
-    if windows:  # refuse what several processes cannot share before the slow part
-        share(ids.split(batch_size))
+        check_tokens(windows.ids, meta.config)
+        batch_size = pick_batch_size(config.batch_size, windows.ids.shape[1])
+        share(windows.ids.split(batch_size))  # refuses what several processes cannot share
         if config.allocate == "learned":
             part_of(torch.arange(batch_size))
             check_halves(batch_size)
+    stored = checkpoint.tensors[next(iter(traced.values())).stored[0].name]
+    return Prepared(
+        config=config,
+        # a folder by its full path, so that the plan finds it again
+        base_model=str(Path(model).resolve()) if Path(model).is_dir() else str(model),
+        source=source,
+        model_type=str(meta.config.model_type),
+        weights_sha256=fingerprint(checkpoint, traced),
+        tokenizer=tokenizer,
+        windows=windows,
+        batch_size=batch_size,
+        quantum=quantum,
+        bytes_full=checkpoint.bytes,
+        bytes_per_parameter=stored.bytes // math.prod(stored.shape),
+    )
+
+
+def rank_channels(model: str | Path, config: CompressConfig, track: Track = silent) -> Ranked:
+    """Observe the model on the calibration text, score its channels and put them in order."""
+    return rank(prepare(model, config), track)
+
+
+def rank(ready: Prepared, track: Track = silent) -> Ranked:
+    """`rank_channels` for what has been prepared."""
+    config, source, windows = ready.config, ready.source, ready.windows
+    method = find_method(config.method)
     # float32 on the CPU, where it is as fast; the checkpoint's own dtype on an accelerator
     dtype = torch.float32 if pick_device(config.device).type == "cpu" else "auto"
     network = load_stock(source, device="cpu" if config.shard else config.device, dtype=dtype)
     layers = expert_layers(network)
     if config.shard:
         shard_model(network, layers, pick_device(config.device))
+    # two tokens show how many experts a token is sent to
+    ids = windows.ids if windows else torch.zeros(1, 2, dtype=torch.long)
     see = observe_shared if windows else observe
     statistics = see(
-        network, ids, method.needs, batch_size=batch_size, seed=config.seed, track=track
+        network, ids, method.needs, batch_size=ready.batch_size, seed=config.seed, track=track
     )
     score: dict[int, Tensor] = {}
     for layer in layers:
@@ -194,29 +155,20 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
         )
         for layer in layers
     }
-    stored = checkpoint.tensors[next(iter(traced.values())).stored[0].name]
     return Ranked(
-        config=config,
-        source=source,
+        **vars(ready),
         model=network,
-        tokenizer=tokenizer,
-        windows=windows,
-        batch_size=batch_size,
-        quantum=quantum,
         layers=records,
         score={i: s.gather(1, order[i].long()) for i, s in score.items()},
         order=order,
-        bytes_full=checkpoint.bytes,
-        bytes_per_parameter=stored.bytes // math.prod(stored.shape),
         recipe=Recipe(
-            # a folder by its full path, so that the plan finds it again
-            base_model=str(Path(model).resolve()) if Path(model).is_dir() else str(model),
-            model_type=str(network.config.model_type),
+            base_model=ready.base_model,
+            model_type=ready.model_type,
             revision=source.name if source.parent.name == "snapshots" else None,
-            weights_sha256=fingerprint(checkpoint, traced),
+            weights_sha256=ready.weights_sha256,
             method=config.method,
             allocate=config.allocate,
-            settings={"batch_size": batch_size},
+            settings={"batch_size": ready.batch_size},
             data=windows.spec if windows else "",
             data_sha256=windows.sha256 if windows else "",
             samples=len(windows.ids) if windows else 0,
@@ -322,21 +274,8 @@ def compress(
     check_config(config)
     check_room(model, out)
     work = Work(out, {"model": str(model), **dataclasses.asdict(config)})
-    ranked = rank_channels(model, config, track)
+    ranked = rank(prepare(model, config), track)
     plan = make_plan(ranked, config.allocate, track, work.stage("learn"))
     by_first(lambda: write_family(ranked.source, plan, out, track))
     work.clear()
     return plan
-
-
-def budget_list(text: str) -> tuple[float, ...]:
-    """``0.1,0.2`` as shares; a `FlexmoeError` if there is none or one is no number."""
-    try:
-        shares = tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        shares = ()
-    if not shares:
-        raise FlexmoeError(
-            f"'{text}' is no list of pruned shares: write 0.4 or 0.1,0.2,0.4 (40 % is 0.4)"
-        )
-    return shares

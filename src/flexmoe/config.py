@@ -1,0 +1,105 @@
+"""What `compress` can be told, and the refusal of what cannot work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexmoe.actions import ActionConfig
+from flexmoe.data import pick_batch_size
+from flexmoe.errors import FlexmoeError, did_you_mean
+from flexmoe.family import pick_device
+from flexmoe.learn import LearnConfig
+from flexmoe.methods import find_method
+from flexmoe.sharding import check_processes
+from flexmoe.statistics import find_statistics
+
+SAMPLES = 128  # windows of calibration text
+ALLOCATORS = ("uniform", "layer", "global", "learned", "actions")
+# the allocators that learn
+SETTINGS_OF: dict[str, type[LearnConfig] | type[ActionConfig]] = {
+    "learned": LearnConfig,
+    "actions": ActionConfig,
+}
+BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """What `compress` can be told. None means the default that fits the model; the defaults are
+    those that measured best on held-out text (docs/log.md). ``shard`` splits the model over all
+    processes, see `sharding`."""
+
+    data: str | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+    pruned: tuple[float, ...] = BUDGETS
+    method: str = "fisher"
+    allocate: str = "learned"
+    quantum: int | None = None
+    batch_size: int | None = None
+    micro_batch: int | None = None
+    checkpointing: bool = False
+    learn: LearnConfig | ActionConfig | None = None
+    seed: int = 0
+    device: str = "auto"
+    shard: bool = False
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text is read at all."""
+        return bool(find_method(self.method).needs) or self.allocate in SETTINGS_OF
+
+
+def check_config(config: CompressConfig) -> None:
+    """Refuse what cannot work, or would have no effect, before anything slow starts."""
+    if config.allocate not in ALLOCATORS:
+        raise did_you_mean(config.allocate, ALLOCATORS, "allocator")
+    if not config.pruned or not all(0 < share < 1 for share in config.pruned):
+        raise FlexmoeError(
+            f"pruned shares must lie between 0 and 1, found {list(config.pruned)}: "
+            "0.4 means 40 % of the routed-expert parameters removed"
+        )
+    if config.quantum is not None and config.quantum < 1:
+        raise FlexmoeError(f"quantum must be at least 1 channel, found {config.quantum}")
+    pick_batch_size(config.batch_size, 1)
+    unread = ("data", "samples", "seq_len", "batch_size")
+    asked = [name for name in unread if getattr(config, name) is not None]
+    if asked and not config.needs_data:
+        raise FlexmoeError(
+            f"{', '.join(asked)} without effect: method '{config.method}' with allocate "
+            f"'{config.allocate}' looks at the weights only"
+        )
+    wanted = SETTINGS_OF.get(config.allocate)
+    if config.learn is not None and not (wanted and isinstance(config.learn, wanted)):
+        raise FlexmoeError(
+            f"settings of learning have no effect with allocate '{config.allocate}': use 'learned'"
+        )
+    for name in ("micro_batch", "checkpointing"):
+        if getattr(config, name) and config.allocate != "learned":
+            raise FlexmoeError(f"{name} has an effect with allocate 'learned' only")
+    if config.micro_batch is not None and config.micro_batch < 1:
+        raise FlexmoeError(f"micro-batch must be at least 1 window, found {config.micro_batch}")
+    if config.shard:
+        if config.allocate == "actions":
+            raise FlexmoeError("shard does not work with allocate 'actions': use 'learned'")
+        needs = find_statistics(find_method(config.method).needs)
+        if any(statistic.when == "weights" for statistic in needs):
+            raise FlexmoeError(
+                f"shard does not work with method '{config.method}', which looks at the gradients "
+                "of whole weights: use 'fisher' or 'heapr'"
+            )
+        check_processes()
+    pick_device(config.device)
+
+
+def budget_list(text: str) -> tuple[float, ...]:
+    """``0.1,0.2`` as shares; a `FlexmoeError` if there is none or one is no number."""
+    try:
+        shares = tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        shares = ()
+    if not shares:
+        raise FlexmoeError(
+            f"'{text}' is no list of pruned shares: write 0.4 or 0.1,0.2,0.4 (40 % is 0.4)"
+        )
+    return shares
