@@ -9,7 +9,7 @@ converter. What is not in memory is on the meta device.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from flexmoe.trace import TracedLayer, names_by_parameter, trace
 
 class LayerLoader:
     """``model`` is the stock model in eval mode, frozen; ``layers`` are its decoder layers, empty
-    but for those that are `resident`; ``experts`` its MoE layers by number.
+    but for those that are `resident`; ``experts`` its MoE layers by number. ``bytes_outside`` and
+    ``bytes_of`` each layer say what weights take in memory.
 
+    A context manager: what stands outside the decoder layers is there inside the block.
     ``dtype`` None is the one that config.json names. Raises `FlexmoeError` for a model without one
     list of decoder layers and for weights that are missing.
     """
@@ -45,8 +47,23 @@ class LayerLoader:
         self.layers = list(self.model.get_submodule(self.stack).children())
         self.conversions = get_model_conversion_mapping(self.model)
         self.names = self._names_by_layer()
-        self._read_outside()
+        self.empty = self.model.state_dict(keep_vars=True)
+        self.bytes_of = [_bytes(layer.state_dict(keep_vars=True)) for layer in self.layers]
+        self.bytes_outside = _bytes(self.empty) - sum(self.bytes_of)
+        for name, buffer in self.model.named_non_persistent_buffers():  # rotary tables and such
+            _put(self.model, name, torch.empty_like(buffer, device=device))
+        self.model.initialize_weights()  # fills those; on the meta device nothing happens
+
+    def __enter__(self) -> LayerLoader:
+        there = self._convert(self.names[None])
+        self.model.tie_weights(missing_keys=self.empty.keys() - there, recompute_mapping=False)
+        self._check_complete("", self.model)
         self.model.requires_grad_(False)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name, tensor in self.empty.items():
+            _put(self.model, name, tensor)
 
     @contextmanager
     def resident(self, index: int) -> Iterator[nn.Module]:
@@ -63,16 +80,6 @@ class LayerLoader:
             for name, tensor in empty.items():
                 _put(layer, name, tensor)
 
-    def bytes_of(self, index: int) -> int:
-        """What the weights of decoder layer ``index`` take in memory."""
-        return sum(t.nbytes for t in self.layers[index].state_dict().values())
-
-    @property
-    def bytes_outside(self) -> int:
-        """What the weights outside the decoder layers take, all the time."""
-        tensors = {id(t): t for t in self.model.state_dict(keep_vars=True).values()}
-        return sum(t.nbytes for t in tensors.values() if not t.is_meta)
-
     def _names_by_layer(self) -> dict[int | None, list[str]]:
         """The checkpoint's tensors but those of experts, by decoder layer (None: outside)."""
         experts = {piece.name for traced in self.traced.values() for piece in traced.stored}
@@ -82,15 +89,6 @@ class LayerLoader:
             place = int(number[1]) if number else None
             names[place] += [name for name in stored if name not in experts]
         return names
-
-    def _read_outside(self) -> None:
-        model = self.model
-        for name, buffer in model.named_non_persistent_buffers():  # rotary tables and the like
-            _put(model, name, torch.empty_like(buffer, device=self.device))
-        model.initialize_weights()  # fills those; on the meta device nothing happens
-        there = self._convert(self.names[None])
-        model.tie_weights(missing_keys=model.state_dict().keys() - there, recompute_mapping=False)
-        self._check_complete("", model)
 
     def _convert(self, names: list[str]) -> set[str]:
         """Read these tensors into the parameters and buffers that they are; returns whose."""
@@ -144,7 +142,12 @@ class _Stored:
         return self.checkpoint.tensor(self.name)
 
 
-def _stack(layers: Any) -> str:
+def _bytes(state: Mapping[str, Tensor]) -> int:
+    """What a state takes, tied weights once."""
+    return sum(t.nbytes for t in {id(t): t for t in state.values()}.values())
+
+
+def _stack(layers: Iterable[ExpertLayer]) -> str:
     """Name of the one list of decoder layers in which all experts stand."""
     stacks = sorted({re.split(r"\.\d+\.", layer.name)[0] for layer in layers})
     if len(stacks) > 1:

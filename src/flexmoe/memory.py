@@ -1,75 +1,71 @@
-"""Memory: what this process holds, what a piece of work takes, and smaller pieces when it is out."""
+"""Memory: what is held, the most that a piece of work holds, and smaller pieces when it is out."""
 
 from __future__ import annotations
 
 import logging
-import weakref
+import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import TypeVar
 
 import psutil
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 Result = TypeVar("Result")
 
+EVERY = 0.002  # seconds between two looks at what the process holds
 log = logging.getLogger("flexmoe")
 
 
 def held(device: torch.device) -> int:
-    """Bytes in use: of the whole process, libraries included, or of its tensors on a GPU."""
+    """Bytes in use: of this whole process, libraries included, or of its tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return psutil.Process().memory_info().rss
 
 
-def most_held(device: torch.device) -> int:
-    """The largest that `held` has ever been."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # what Linux counts in
+def text(size: float) -> str:
+    """Bytes as people give them: 1.25 GiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-class Allocated(TorchDispatchMode):
-    """Counts the bytes of tensors that are made inside the block: ``peak`` is the most that lived
-    at a time. Views count once; what kernels use inside of them is not seen."""
+class MostHeld:
+    """``bytes`` is the most that `held` was inside the block."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
+    def __init__(self, device: torch.device):
+        self.device, self.bytes = device, 0
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and not tensor.is_meta:
-                self._count(tensor.untyped_storage())
-        return out
+    def __enter__(self) -> MostHeld:
+        self.bytes = held(self.device)
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self.thread.start()
+        return self
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage._cdata, storage.nbytes()
-        if place in self.known:
-            return
-        self.known.add(place)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, place, size)
+    def _watch(self) -> None:
+        while not self.ended.wait(EVERY):
+            self.bytes = max(self.bytes, held(self.device))
 
-    def _forget(self, place: int, size: int) -> None:
-        self.known.discard(place)
-        self.now -= size
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.ended.set()
+            self.thread.join()
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is about memory, of this machine or of a GPU."""
+    """Whether ``error`` says that memory has run out, of this machine or of a GPU."""
     said = str(error).lower()
-    return isinstance(error, MemoryError | RuntimeError) and (
+    return (
         isinstance(error, MemoryError | torch.OutOfMemoryError)
         or "out of memory" in said
         or "allocate memory" in said
@@ -85,7 +81,7 @@ def fitting(run: Callable[[int], Result], size: int) -> tuple[Result, int]:
         except (MemoryError, RuntimeError) as error:
             if size == 1 or not out_of_memory(error):
                 raise
-        size //= 2  # outside the except block: what the failed try held is free now
+        size //= 2  # outside the except block: what the failed try held is free by now
         log.warning("out of memory: going on with %d windows at a time", size)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -30,13 +31,15 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import check_room, write_family
 from flexmoe.family import attach, load_stock, pick_device
+from flexmoe.fit import check_weights, observe_within
+from flexmoe.layer_loader import LayerLoader
 from flexmoe.learn import LearnConfig, check_halves, learn_positions
 from flexmoe.methods import find_method, score_layers
 from flexmoe.plan import LayerRecord, Plan, Recipe
 from flexmoe.progress import Track, silent
 from flexmoe.resume import Saved, Work
 from flexmoe.sharding import gathered, shard_model
-from flexmoe.statistics import observe, observe_shared, thin_experts
+from flexmoe.statistics import Statistics, observe, observe_shared, thin_experts
 from flexmoe.trace import fingerprint, trace
 from flexmoe.training import by_first, part_of, share
 
@@ -65,7 +68,8 @@ class Prepared:
 
 @dataclass(kw_only=True)
 class Ranked(Prepared):
-    """A model in memory with its channels in order, and what is known of them.
+    """A model in memory (on the meta device if it was observed layer by layer) with its channels
+    in order, and what is known of them.
 
     ``score`` and ``order`` [E, I] of every layer describe the channels as they stand in ``model``:
     ``order`` is their original index.
@@ -123,22 +127,22 @@ def prepare(model: str | Path, config: CompressConfig) -> Prepared:
 
 def rank_channels(model: str | Path, config: CompressConfig, track: Track = silent) -> Ranked:
     """Observe the model on the calibration text, score its channels and put them in order."""
-    return rank(prepare(model, config), track)
+    with TemporaryDirectory() as folder:
+        return rank(prepare(model, config), Work(Path(folder) / "ranked", {}), track)
 
 
-def rank(ready: Prepared, track: Track = silent) -> Ranked:
-    """`rank_channels` for what has been prepared."""
-    config, source, windows = ready.config, ready.source, ready.windows
-    method = find_method(config.method)
+Observed = tuple[PreTrainedModel, Statistics, dict[int, Tensor]]  # and the scores
+
+
+def _observe_whole(ready: Prepared, ids: Tensor, track: Track) -> Observed:
+    config, method = ready.config, find_method(ready.config.method)
     # float32 on the CPU, where it is as fast; the checkpoint's own dtype on an accelerator
     dtype = torch.float32 if pick_device(config.device).type == "cpu" else "auto"
-    network = load_stock(source, device="cpu" if config.shard else config.device, dtype=dtype)
+    network = load_stock(ready.source, device="cpu" if config.shard else config.device, dtype=dtype)
     layers = expert_layers(network)
     if config.shard:
         shard_model(network, layers, pick_device(config.device))
-    # two tokens show how many experts a token is sent to
-    ids = windows.ids if windows else torch.zeros(1, 2, dtype=torch.long)
-    see = observe_shared if windows else observe
+    see = observe_shared if ready.windows else observe
     statistics = see(
         network, ids, method.needs, batch_size=ready.batch_size, seed=config.seed, track=track
     )
@@ -146,8 +150,48 @@ def rank(ready: Prepared, track: Track = silent) -> Ranked:
     for layer in layers:
         with gathered(network, layer):  # a method may read the layer's weights
             score |= score_layers(method, [layer], statistics)
+    return network, statistics, score
+
+
+def _observe_by_layer(ready: Prepared, ids: Tensor, work: Work, track: Track) -> Observed:
+    """The same within ``config.memory``; the model is on the meta device afterwards."""
+    config, method = ready.config, find_method(ready.config.method)
+    assert config.memory is not None
+    device = pick_device(config.device)
+    dtype = torch.float32 if device.type == "cpu" else None
+    loader = LayerLoader(ready.source, device, dtype)
+    check_weights(loader, config.memory)
+    with loader:
+        statistics = observe_within(
+            loader,
+            ids,
+            method.needs,
+            work,
+            config.memory,
+            batch_size=ready.batch_size,
+            seed=config.seed,
+            track=track,
+        )
+        score: dict[int, Tensor] = {}
+        for i, layer in loader.experts.items():
+            with loader.resident(i):
+                score |= score_layers(method, [layer], statistics)
+    return loader.model, statistics, score
+
+
+def rank(ready: Prepared, work: Work, track: Track = silent) -> Ranked:
+    """`rank_channels` for what has been prepared; ``work`` keeps the state."""
+    config, source, windows = ready.config, ready.source, ready.windows
+    method = find_method(config.method)
+    # two tokens show how many experts a token is sent to
+    ids = windows.ids if windows else torch.zeros(1, 2, dtype=torch.long)
+    if config.memory is not None:
+        network, statistics, score = _observe_by_layer(ready, ids, work, track)
+    else:
+        network, statistics, score = _observe_whole(ready, ids, track)
+    layers = expert_layers(network)
     order = {i: order_of(s) for i, s in score.items()}
-    for layer in layers:
+    for layer in layers:  # without effect where the model is on the meta device
         layer.permute_(order[layer.index])
     records = {
         layer.index: LayerRecord(
@@ -274,7 +318,7 @@ def compress(
     check_config(config)
     check_room(model, out)
     work = Work(out, {"model": str(model), **dataclasses.asdict(config)})
-    ranked = rank(prepare(model, config), track)
+    ranked = rank(prepare(model, config), work, track)
     plan = make_plan(ranked, config.allocate, track, work.stage("learn"))
     by_first(lambda: write_family(ranked.source, plan, out, track))
     work.clear()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,20 @@ class Pass:
             *((self.backward, i) for i in range(last, experts[0] - 1, -1)),
         ]
 
+    def rehearse(self, index: int) -> None:
+        """Everything that is done with layer ``index``, from a gradient of ones: to be measured."""
+        for i in range(index + 1):
+            self.forward(i)
+        if self.backward_wanted:
+            windows = range(len(self.ids))
+            given = self.files.read(_output(index), windows)
+            ones = [
+                torch.ones_like(part) if part is not None and part.is_floating_point() else None
+                for part in tensors_of(given)
+            ]
+            self.files.write(_gradient(index), windows, same_form(given, ones))
+            self.backward(index)
+
     def forget(self, step: Step, index: int) -> None:
         """Remove what nothing after this step reads."""
         if step == self.backward:
@@ -132,11 +147,11 @@ class Pass:
             given = self.files.read(_output(index - 1), part) if index else None
             self.files.write(_output(index), part, self._run(index, given, self._ids(part)))
 
-        with self.loader.resident(index), torch.no_grad():
-            observer = self._observer(index, seen=not self.backward_wanted)
+        seen = () if self.backward_wanted else self.wanted
+        with self._observed(index, seen) as observer, torch.no_grad():
             for batch in self._batches():
                 self._in_parts(batch, observer, do)
-        return observer if not self.backward_wanted else None
+        return None if self.backward_wanted else observer
 
     def head(self, index: int) -> None:
         """The gradient of the loss by what the last layer, ``index``, gave."""
@@ -165,8 +180,7 @@ class Pass:
     def backward(self, index: int) -> Observer | None:
         """The gradient by what layer ``index`` got, from that by what it gave; observed here."""
         of_weights = any(s.when == "weights" for s in self.wanted)
-        with self.loader.resident(index):
-            observer = self._observer(index, seen=True)
+        with self._observed(index, self.wanted) as observer:
             weights = observer.layer.parameters if observer and of_weights else {}
             for parameter in weights.values():
                 parameter.requires_grad_(True)
@@ -201,14 +215,19 @@ class Pass:
     def _batches(self) -> list[range]:
         return _split(range(len(self.ids)), self.batch_size)
 
-    def _observer(self, index: int, *, seen: bool) -> Observer | None:
-        """What sits on the experts of a layer that is resident, if it has any."""
-        if index not in self.loader.experts:
-            return None
-        layer = self.loader.experts[index]
-        observer = Observer(layer, self.wanted if seen else ())
-        layer.module.flexmoe_observer = observer
-        return observer
+    @contextmanager
+    def _observed(self, index: int, wanted: Sequence[Statistic]) -> Iterator[Observer | None]:
+        """The layer is in memory inside the block, with an observer on its experts if it has any."""
+        with self.loader.resident(index):
+            if index not in self.loader.experts:
+                yield None
+                return
+            layer = self.loader.experts[index]
+            observer = layer.module.flexmoe_observer = Observer(layer, wanted)
+            try:
+                yield observer
+            finally:
+                del layer.module.flexmoe_observer
 
     def _in_parts(
         self, batch: range, observer: Observer | None, work: Callable[[range], None]
