@@ -33,8 +33,8 @@ from flexmoe.pick import parse_bytes
 from flexmoe.plan import Plan
 
 SIZES = {  # layers, experts, channels, hidden, and the memory allowed
-    "large": (116, 8, 512, 768, "560MiB"),
-    "small": (6, 8, 128, 256, "560MiB"),  # to try this script
+    "large": (128, 8, 512, 768, "640MiB"),
+    "small": (6, 8, 128, 256, "640MiB"),  # to try this script
 }
 LAYOUTS = ("uniform", "ragged", "masked")
 CALIBRATION = ["--samples", "4", "--seq-len", "64", "--batch-size", "4", "--allocate", "global"]
@@ -55,12 +55,19 @@ def write_checkpoint(path: Path, layers: int, experts: int, channels: int, hidde
         shapes = {n: p.shape for n, p in Qwen3MoeForCausalLM(config).state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     weight_map = {}
-    for part in ["model.embed", "model.norm", "lm_head", *(f"model.layers.{i}." for i in range(layers))]:
+    for part in [
+        "model.embed",
+        "model.norm",
+        "lm_head",
+        *(f"model.layers.{i}." for i in range(layers)),
+    ]:
         tensors = {}
         for name, shape in shapes.items():
             if name.startswith(part):
                 value = torch.randn(shape, generator=generator) * 0.02
-                tensors |= _hub(name, (value + 1 if name.endswith("norm.weight") else value).bfloat16())
+                tensors |= _hub(
+                    name, (value + 1 if name.endswith("norm.weight") else value).bfloat16()
+                )
         file = f"model-{part.strip('.')}.safetensors"
         save_file(tensors, path / file, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
@@ -133,7 +140,9 @@ def main() -> None:
             "memory_bytes": limit,
             "tokens": 4 * 64,
             "jobs": jobs,
-            "same_widths": all(torch.equal(streamed.width[i], in_memory.width[i]) for i in streamed.width),
+            "same_widths": all(
+                torch.equal(streamed.width[i], in_memory.width[i]) for i in streamed.width
+            ),
             "places_that_differ": max(moved),
         }
     print(json.dumps(result, indent=1))

@@ -144,6 +144,126 @@ def test_bad_data_is_refused(tmp_path, tokenizer, content, spec, message):
         calibration_windows(spec.format(file), tokenizer, samples=4, seq_len=64, seed=0)
 
 
+CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
+
+
+def chats(path, number, **field):
+    """A file of conversations; ``field`` replaces the last one."""
+    talks = [
+        {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "bot", "content": "a " * 30}]}
+        for n in range(number)
+    ]
+    path.write_text("".join(json.dumps(talk) + "\n" for talk in [*talks[:-1], field or talks[-1]]))
+    return path
+
+
+def test_conversations_are_packed_as_the_template_writes_them(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    file = chats(tmp_path / "chat.jsonl", 12)
+    with pytest.raises(FlexmoeError, match="no chat template"):
+        calibration_windows(str(file), tokenizer, samples=1, seq_len=16, seed=0)
+    tokenizer.chat_template = CHAT
+    ids = evaluation_windows(str(file), tokenizer, samples=None, seq_len=16)["chat"]
+    text = tokenizer.decode(ids.flatten())
+    assert text.startswith("<|user|>q0<|endoftext|><|bot|>a a a")
+    assert text.count("<|bot|>") == 12 and "<|endoftext|><|user|>q11" in text
+    mixed = calibration_windows(f"{file}:1,books.train:1", tokenizer, samples=8, seq_len=16, seed=0)
+    assert mixed.source_n.bincount().tolist() == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"messages": ["hello"]}, "line 3: 'messages' must be objects with a role"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, r"found \['conversations'\]"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "does not fit .*: roles must alternate"),
+    ],
+)
+def test_bad_conversations_are_refused(tmp_path, field, message):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    wrong = (
+        "{% if messages | length == 1 %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    )
+    tokenizer.chat_template = wrong + CHAT
+    file = chats(tmp_path / "chat.jsonl", 3, **field)
+    with pytest.raises(FlexmoeError, match=message):
+        evaluation_windows(str(file), tokenizer, samples=None, seq_len=8)
+
+
+def test_end_and_begin_stand_between_documents_where_they_differ(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    tokenizer.bos_token = "x"
+    file = lines(tmp_path / "x.jsonl", "hello there", "general words " * 20)
+    ids = evaluation_windows(str(file), tokenizer, samples=None, seq_len=8)["x"]
+    assert tokenizer.decode(ids.flatten()).startswith("xhello there<|endoftext|>xgeneral")
+
+
+def test_sources_and_weights_of_a_mixture(tmp_path, tokenizer):
+    a, b = tmp_path / "a" / "part.jsonl", tmp_path / "b" / "part.jsonl"
+    for file, text in ((a, "aaaa "), (b, "zzzz ")):
+        file.parent.mkdir()
+        lines(file, *[text * 200] * 20)
+    found = calibration_windows(f"{a}:512,{b}:256", tokenizer, samples=6, seq_len=16, seed=0)
+    assert found.sources == (str(a), str(b))  # of one name, so by their paths
+    assert found.source_n.bincount().tolist() == [4, 2]
+    for s, letter in enumerate("az"):
+        of_source = found.ids[found.source_n == s]
+        assert all(letter * 3 in tokenizer.decode(row) for row in of_source)
+    batches = found.batches(3)
+    assert [(name, len(ids)) for name, ids in batches] == [(str(a), 3), (str(a), 1), (str(b), 2)]
+    # given twice is given once, with both weights
+    twice = calibration_windows(f"{a}:1,{b}:1,{a}:1", tokenizer, samples=6, seq_len=16, seed=0)
+    assert twice.source_n.bincount().tolist() == [4, 2]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_folder_is_read_as_a_data_set(tmp_path, tokenizer, kind):
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = [{"text": f"number {n} of the words that are in this set"} for n in range(400)]
+    if kind == "jsonl":
+        lines(folder / "train.jsonl", *[row["text"] for row in rows])
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(folder / "train.parquet")
+    make = lambda seed: calibration_windows(  # noqa: E731
+        f"{folder}(train):2", tokenizer, samples=6, seq_len=16, seed=seed
+    )
+    first, again, other = make(0), make(0), make(1)
+    assert first.sha256 == again.sha256 != other.sha256
+    assert first.sources == (f"{folder}(train)",)
+    ordered = evaluation_windows(f"{folder}(train)", tokenizer, samples=2, seq_len=16)
+    assert "number 0 of the words" in tokenizer.decode(ordered[f"{folder}(train)"].flatten())
+    for wrong, message in (
+        (f"{folder}(test)", "split 'test'.*cannot be read: Bad split"),
+        (f"{folder}[other]", "'other' not found"),
+    ):
+        with pytest.raises(FlexmoeError, match=message):
+            calibration_windows(wrong, tokenizer, samples=1, seq_len=16, seed=0)
+
+
+def test_only_what_is_needed_of_a_stream_is_read(tokenizer, monkeypatch):
+    read = []
+
+    def endless(source, seed):
+        while True:
+            read.append(1)
+            yield {"text": "many words " * 10}
+
+    monkeypatch.setattr("flexmoe.sources._records", endless)
+    found = calibration_windows("some/set[en](train)", tokenizer, samples=2, seq_len=16, seed=0)
+    assert len(found.ids) == 2 and len(read) < 20
+    read.clear()
+    evaluation_windows("some/set", tokenizer, samples=2, seq_len=16)
+    assert len(read) < 5
+
+
+def test_without_a_network_a_hub_id_is_a_clear_error(tokenizer):
+    pytest.importorskip("datasets")
+    with pytest.raises(FlexmoeError, match=r"'a/b\[c\]\(d\)' \(split 'd'\) cannot be read: .*Hub"):
+        calibration_windows("a/b[c](d)", tokenizer, samples=1, seq_len=16, seed=0)
+
+
 def test_other_formats_are_refused(tmp_path, tokenizer):
     (tmp_path / "data.csv").write_text("x")
     with pytest.raises(FlexmoeError, match=r"expected a file ending in \.jsonl"):

@@ -200,7 +200,8 @@ def test_a_killed_compression_learns_on_to_the_same_plan(tmp_path, monkeypatch):
 
 
 def test_state_of_another_command_is_refused(tmp_path):
-    Work(tmp_path / "x", {"steps": 1}).stage("s").save(1, {"a": torch.ones(1)})
+    with Work(tmp_path / "x", {"steps": 1}).on():
+        pass
     with pytest.raises(FlexmoeError, match="steps 1 there, 2 now"):
         Work(tmp_path / "x", {"steps": 2})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,7 @@ from torch import Tensor
 from flexmoe.errors import FlexmoeError
 
 # What a decoder layer gives: hidden states [n, ...], or a tuple of such tensors and None.
-Output = Tensor | tuple[Tensor | None, ...]
+Output: TypeAlias = Tensor | tuple[Tensor | None, ...]
 
 
 def tensors_of(output: Output) -> list[Tensor | None]:
@@ -29,7 +30,7 @@ def same_form(output: Output, parts: Sequence[Tensor | None]) -> Output:
     return parts[0]
 
 
-def check_output(output: object, where: str) -> Output:
+def check_output(output: Any, where: str) -> Output:
     """``output`` if it can be kept; else a `FlexmoeError`."""
     parts = output if type(output) is tuple else (output,)
     if not all(part is None or isinstance(part, Tensor) for part in parts) or parts[0] is None:
@@ -39,7 +40,7 @@ def check_output(output: object, where: str) -> Output:
             "tuple that begins with them: this model cannot be read layer by layer, leave out "
             "--memory"
         )
-    return output  # type: ignore[return-value]
+    return output
 
 
 class Activations:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmoe import __version__, cli_eval, cli_recover
+from flexmoe import __version__, cli_eval, cli_recover, cli_reweigh
 from flexmoe.cli_common import (
     Base,
     BatchSize,
@@ -80,7 +80,7 @@ def compress(
     out: Annotated[Path, typer.Option("-o", "--out", help="family folder to make")],
     data: Annotated[
         str | None,
-        typer.Option(help="calibration text: FILE[:WEIGHT],... (.jsonl, .txt, .gz); default: tiny"),
+        typer.Option(help="calibration text: FILE, folder or hub id[:WEIGHT],...; default: tiny"),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(help="windows of calibration text; default: 128")
@@ -117,10 +117,12 @@ def compress(
 ) -> None:
     """Turn a MoE checkpoint into a family: the ranked model and a plan for every budget."""
     from flexmoe.config import SETTINGS_OF, CompressConfig, budget_list
-    from flexmoe.pipeline import compress as run
+    from flexmoe.coverage import coverage, in_short
+    from flexmoe.evidence import Evidence
     from flexmoe.family import pick_device
-    from flexmoe.memory import MostHeld, text
+    from flexmoe.memory import MostHeld, gib
     from flexmoe.pick import parse_bytes
+    from flexmoe.pipeline import compress as run
     from flexmoe.progress import bar, silent
     from flexmoe.training import process_group, processes
 
@@ -154,17 +156,12 @@ def compress(
             plan = run(model, out, config, track=bar if first else silent)
     if not first:
         return
-    if thin := plan.recipe.thin_experts:
-        number = sum(map(len, thin.values()))
-        where = ", ".join(f"layer {i}: {len(e)}" for i, e in list(thin.items())[:8])
-        say(
-            f"{number} experts saw fewer than 100 tokens ({where}): their order is a guess. Give "
-            "more or broader text with --data and --samples.",
-            style="yellow",
-        )
+    if config.needs_data:
+        text, thin = in_short(coverage(Evidence.load(out, plan.recipe.data_sha256)))
+        say(text, style="yellow" if thin else None)
     say(_plan_table(plan, f"{out}: {model} ranked by {method}, widths {allocate}"))
     if limit is not None:
-        say(f"at most {text(most.bytes)} of memory were held, {text(limit)} were allowed")
+        say(f"at most {gib(most.bytes)} of memory were held, {gib(limit)} were allowed")
     say(f"next: flexmoe eval {out}, or flexmoe export {out} --pruned 0.4 --layout uniform -o DIR")
 
 
@@ -210,6 +207,7 @@ def export(
 
 
 app.command(epilog=cli_recover.EXAMPLES)(cli_recover.recover)
+app.command(epilog=cli_reweigh.EXAMPLES)(cli_reweigh.reweigh)
 app.command("eval", epilog=cli_eval.EVAL_EXAMPLES)(cli_eval.evaluate)
 app.command("pick", epilog=cli_eval.PICK_EXAMPLES)(cli_eval.pick)
 

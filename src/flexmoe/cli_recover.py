@@ -30,7 +30,7 @@ def recover(
     ] = None,
     at: Annotated[float | None, typer.Option(help="recover at this one budget (scheme sp)")] = None,
     data: Annotated[
-        str, typer.Option(help="text: FILE[:WEIGHT],... (.jsonl, .txt, .gz); default: tiny")
+        str, typer.Option(help="text: FILE, folder or hub id[:WEIGHT],...; default: tiny")
     ] = "tiny",
     tokens: Annotated[
         int | None, typer.Option(help="tokens to train on; default: 1.2 million (router: half)")

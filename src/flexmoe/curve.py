@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import flexmoe
 from flexmoe.checkpoint import CURVE_NAME, Checkpoint
-from flexmoe.data import Windows
+from flexmoe.data import tokens_sha256
 from flexmoe.errors import FlexmoeError
 from flexmoe.intervals import Interval
 from flexmoe.plan import JSON_NAME, read_manifest
@@ -150,7 +150,7 @@ def make_curve(
         of=of,
         data=data,
         files={
-            name: TextFile(windows=len(ids), seq_len=ids.shape[1], sha256=Windows(ids, name).sha256)
+            name: TextFile(windows=len(ids), seq_len=ids.shape[1], sha256=tokens_sha256(ids))
             for name, ids in windows.items()
         },
         pairs=of_pairs,

@@ -1,13 +1,15 @@
-"""Calibration and evaluation text: files to token windows, drawn by a seed, with a content hash."""
+"""Calibration and evaluation text: sources to token windows, drawn by a seed, with their hash.
+
+Documents and conversations are packed: one after the other fills windows without a gap, so there is
+no padding that a statistic or a loss would have to leave out.
+"""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,96 +17,48 @@ import torch
 from torch import Tensor
 
 from flexmoe.errors import FlexmoeError
+from flexmoe.sources import TINY as TINY
+from flexmoe.sources import Document, Source, documents, parse_sources
 
-TINY = Path(__file__).parent / "tiny"
-SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One text file and its weight in a mixture."""
-
-    path: Path
-    weight: float = 1.0
-    weighted: str = ""  # the weight as it was written, if it was
-
-    @property
-    def name(self) -> str:
-        """File name without its suffixes: ``books.valid``."""
-        return self.path.name.removesuffix(".gz").removesuffix(".txt").removesuffix(".jsonl")
+CHARACTERS = 4  # about as many to a token
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows ``ids`` int64 [n, seq_len], all full (no padding), and where they are from."""
+    """Token windows ``ids`` int64 [n, seq_len], all full (no padding), and where they are from:
+    ``source_n`` [n] is the place in ``sources`` of each."""
 
     ids: Tensor
     spec: str
+    sources: tuple[str, ...]
+    source_n: Tensor
 
     @property
     def sha256(self) -> str:
-        """Hash of the very tokens."""
-        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+        """`tokens_sha256` of all windows."""
+        return tokens_sha256(self.ids)
+
+    def batches(self, size: int) -> list[tuple[str, Tensor]]:
+        """Batches of at most ``size`` windows, each of one source, source by source."""
+        found = []
+        for s, name in enumerate(self.sources):
+            of_source = self.ids[self.source_n == s]
+            found += [(name, batch) for batch in of_source.split(size) if len(batch)]
+        return found
 
 
-def parse_sources(spec: str, split: str) -> list[Source]:
-    """``a.jsonl.gz:512,b.txt`` as sources. Names of shipped texts are known too: ``tiny`` means
-    all four domains of ``split`` (``train`` or ``valid``), ``books.valid`` one of them."""
-    sources = []
-    for part in filter(None, (p.strip() for p in spec.split(","))):
-        name, colon, number = part.rpartition(":")
-        weighted = f":{number}"
-        if not colon or not number.replace(".", "", 1).isdigit():
-            name, number, weighted = part, "1", ""
-        if float(number) <= 0:
-            raise FlexmoeError(f"--data {part}: the weight must be above 0")
-        paths = [Path(name)]
-        if name == "tiny":
-            paths = sorted(TINY.glob(f"*.{split}.jsonl.gz"))
-        elif (TINY / f"{name}.jsonl.gz").is_file() and not paths[0].exists():
-            paths = [TINY / f"{name}.jsonl.gz"]
-        for path in paths:
-            if not path.is_file():
-                raise FlexmoeError(
-                    f"data file '{path}' does not exist. Give text files ({', '.join(SUFFIXES)}), "
-                    "several with commas, each with a weight if you like (a.jsonl:512,b.txt:256), "
-                    "or 'tiny' for the texts that come with flexmoe"
-                )
-            if not path.name.endswith(SUFFIXES):
-                raise FlexmoeError(f"'{path}': expected a file ending in {', '.join(SUFFIXES)}")
-        sources += [Source(path, float(number) / len(paths), weighted) for path in paths]
-    if not sources:
-        raise FlexmoeError("--data is empty: give at least one text file")
-    return sources
+def tokens_sha256(ids: Tensor) -> str:
+    """Hash of the very tokens."""
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
-def documents(path: Path) -> Iterator[str]:
-    """The texts of a file: one a line in JSON lines (field ``text``), else the whole file."""
-    opener = gzip.open if path.name.endswith(".gz") else open
-    try:
-        yield from _documents(path, opener)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise FlexmoeError(f"{path} cannot be read as UTF-8 text: {error}") from None
+@dataclass(frozen=True)
+class Piece:
+    """A part of a document, and whether the document begins and ends with it."""
 
-
-def _documents(path: Path, opener: Callable[..., Any]) -> Iterator[str]:
-    with opener(path, "rt", encoding="utf-8") as file:
-        if ".jsonl" not in path.name:
-            yield file.read()
-            return
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise FlexmoeError(f"{path}, line {number}: not valid JSON ({error})") from None
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                found = list(record) if isinstance(record, dict) else type(record).__name__
-                raise FlexmoeError(
-                    f"{path}, line {number}: expected an object with a field 'text', found {found}"
-                )
-            yield record["text"]
+    text: str
+    first: bool
+    last: bool
 
 
 def token_windows(
@@ -112,31 +66,70 @@ def token_windows(
 ) -> Tensor:
     """At most ``most`` windows [n, seq_len] of one source.
 
-    Documents stand in file order (seed None) or are cut into pieces of about four windows, which
-    are shuffled, so that few windows come from many documents. The tokenizer's begin or end token
-    stands before each document.
+    Documents stand in the source's order (seed None) or are cut into pieces of about four windows,
+    which are shuffled, so that few windows come from many documents. The tokenizer's begin token
+    stands before each document and its end token after it; between documents one is enough where
+    they are the same, or there is only one. Conversations stay whole and look as the tokenizer's
+    chat template makes them. Of a data set little more is read than needed.
     """
-    mark = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    size = 16 * seq_len if seed is not None else None  # characters, about four to a token
-    pieces = [piece for text in documents(source.path) for piece in _pieces(text, size)]
-    if seed is not None:
-        random.Random(f"{seed}/{source.name}").shuffle(pieces)
     need = None if most is None else most * seq_len
+    pieces = _pieces(documents(source, seed), source, tokenizer, None if seed is None else seq_len)
+    if seed is not None:
+        if not source.is_file and need is not None:
+            pieces = _until(pieces, 4 * CHARACTERS * need)
+        shuffled = list(pieces)
+        random.Random(f"{seed}/{source.name}").shuffle(shuffled)
+        pieces = iter(shuffled)
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if begin is None or begin == end:
+        begin, end = end, None
     tokens: list[int] = []
-    for first, text in pieces:
-        tokens += [mark] if first and mark is not None else []
-        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    for piece in pieces:
+        tokens += [begin] if piece.first and begin is not None else []
+        tokens += tokenizer(piece.text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens += [end] if piece.last and end is not None else []
         if need is not None and len(tokens) >= need:
             break
     count = len(tokens) // seq_len if most is None else min(most, len(tokens) // seq_len)
     return torch.tensor(tokens[: count * seq_len], dtype=torch.long).view(count, seq_len)
 
 
-def _pieces(text: str, size: int | None) -> list[tuple[bool, str]]:
-    """Parts of a document, and whether each is its beginning."""
-    if size is None:
-        return [(True, text)]
-    return [(at == 0, text[at : at + size]) for at in range(0, len(text), size)]
+def _pieces(
+    found: Iterable[Document], source: Source, tokenizer: Any, seq_len: int | None
+) -> Iterator[Piece]:
+    """Documents whole, or cut into pieces of about four windows of ``seq_len`` tokens."""
+    for number, document in enumerate(found, 1):
+        if not isinstance(document, str):
+            text = chat_text(document, tokenizer, f"{source.path}, conversation {number}")
+            yield Piece(text, False, False)  # the template has marks of its own
+            continue
+        size = len(document) if seq_len is None else 4 * CHARACTERS * seq_len
+        for at in range(0, len(document), max(size, 1)):
+            yield Piece(document[at : at + size], at == 0, at + size >= len(document))
+
+
+def _until(pieces: Iterable[Piece], characters: int) -> Iterator[Piece]:
+    """Pieces until there are so many characters."""
+    for piece in pieces:
+        yield piece
+        characters -= len(piece.text)
+        if characters <= 0:
+            return
+
+
+def chat_text(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> str:
+    """A conversation as the tokenizer's chat template writes it."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise FlexmoeError(
+            f"{where} has messages, and the model's tokenizer has no chat template: give text, or "
+            "the checkpoint of a chat model"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, TypeError) as error:
+        raise FlexmoeError(f"{where} does not fit the model's chat template: {error}") from None
 
 
 def load_tokenizer(folder: Path, config: Any) -> Any:
@@ -176,9 +169,10 @@ def calibration_windows(
     ``fewer`` a source that is too short gives what it has."""
     if samples < 1:
         raise FlexmoeError(f"samples must be at least 1, found {samples}")
-    sources = parse_sources(spec, "train")
+    sources = _mixture(parse_sources(spec, "train"))
     total = sum(source.weight for source in sources)
-    parts, drawn, weight = [], 0, 0.0
+    parts: list[Tensor] = []
+    drawn, weight = 0, 0.0
     for source in sources:
         weight += source.weight
         share = round(samples * weight / total) - drawn
@@ -191,25 +185,36 @@ def calibration_windows(
         parts.append(ids)
         drawn += share
     ids = torch.cat(parts)
+    source_n = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))
     shuffled = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
-    return Windows(ids[shuffled], spec)
+    names = tuple(source.name for source in sources)
+    return Windows(ids[shuffled], spec, names, source_n[shuffled])
+
+
+def _mixture(sources: list[Source]) -> list[Source]:
+    """Each source once; of one given several times the weights add up."""
+    found: dict[str, Source] = {}
+    for source in sources:
+        before = found[source.name].weight if source.name in found else 0.0
+        found[source.name] = replace(source, weight=before + source.weight)
+    return list(found.values())
 
 
 def evaluation_windows(
     spec: str, tokenizer: Any, *, samples: int | None, seq_len: int
 ) -> dict[str, Tensor]:
-    """The first ``samples`` windows (None: all) of each source in file order, by its name."""
+    """The first ``samples`` windows (None: all) of each source in its own order, by its name."""
     if samples is not None and samples < 1:
         raise FlexmoeError(f"samples must be at least 1, found {samples}")
     windows = {}
     for source in parse_sources(spec, "valid"):
         if weighted := source.weighted:
             raise FlexmoeError(f"a weight has no effect in an evaluation: leave out '{weighted}'")
+        if source.name in windows:
+            raise FlexmoeError(f"two data sources are named '{source.name}': give each once")
         ids = token_windows(source, tokenizer, seq_len, samples, None)
         if not len(ids):
             raise FlexmoeError(f"{source.path} is shorter than one window of {seq_len} tokens")
-        if source.name in windows:
-            raise FlexmoeError(f"two data files are named '{source.name}': their rows would mix")
         windows[source.name] = ids
     return windows
 

@@ -63,7 +63,7 @@ def demo(
     chosen = _compare(ranked, plans, choosing, console, track)
 
     console.rule("3. Write the family and export members")
-    family = write_family(ranked.source, plans[chosen], out / "family", track)
+    family = write_family(ranked.source, plans[chosen], out / "family", track, ranked.evidence)
     made = []
     for layout in ("uniform", "ragged"):
         done = export(family, out / f"{layout}-40", pruned=0.4, layout=layout, track=track)

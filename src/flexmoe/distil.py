@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from flexmoe.family import set_budget
-from flexmoe.progress import Track, silent
+from flexmoe.progress import Steps, Track, silent
 from flexmoe.resume import Saved
 from flexmoe.sharding import is_sharded
 from flexmoe.statistics import token_loss
@@ -185,7 +185,8 @@ def distil(
     mixed = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
     try:
         with activations_recomputed(model, checkpointing):
-            for step in track(range(start, schedule.steps), "recover"):
+            tokens = schedule.batch_size * ids.shape[1]
+            for step in track(Steps(start, schedule.steps, tokens), "recover"):
                 for group in optimizer.param_groups:
                     group["lr"] = schedule.rate(step)
                 rows = len(order[step])
@@ -197,7 +198,7 @@ def distil(
                     _sum_gradients(parameters)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
-                if saved is not None and saved.due:
+                if saved is not None and (saved.due or step + 1 == schedule.steps):
                     saved.save(step + 1, _state(parameters, optimizer, weights))
     finally:
         set_budget(model, 0.0)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
 from flexmoe.errors import FlexmoeError, did_you_mean
+from flexmoe.evidence import Evidence
 from flexmoe.experts import channel_activations
-from flexmoe.files import refuse_existing, written_beside
+from flexmoe.files import refuse_existing, remove_stale, written_beside
 from flexmoe.hf import FORMAT
 from flexmoe.plan import Plan, Recipe, read_manifest
 from flexmoe.progress import Track, silent
@@ -69,37 +70,28 @@ def rank_checkpoint(source: Path, plan: Plan, out: Path, track: Track = silent) 
     _compare(opened, cuts, Path(out), None, track)
 
 
-def write_family(source: Path, plan: Plan, out: str | Path, track: Track = silent) -> Path:
-    """The checkpoint ``source``, ranked, with the plan beside it, compared with the source before
-    it counts.
-
-    If the checkpoint cannot be written, the plan alone, which holds all that was computed, is kept
-    in ``OUT.plan``.
-    """
+def write_family(
+    source: Path,
+    plan: Plan,
+    out: str | Path,
+    track: Track = silent,
+    evidence: Evidence | None = None,
+) -> Path:
+    """The checkpoint ``source``, ranked, with the plan and what it rests on beside it, compared
+    with the source before it counts."""
     out = Path(out).expanduser()
-    try:
-        with written_beside(out) as partial:
-            rank_checkpoint(source, plan, partial, track)
-            plan.save(partial, ranked=True)
-    except (OSError, FlexmoeError) as error:
-        kept = _rescue(out)
-        refuse_existing(kept)
-        plan.save(kept)
-        raise FlexmoeError(
-            f"'{out}' could not be written: {error}. The plan is kept in '{kept}' and works with "
-            "the base model as it is"
-        ) from error
+    with written_beside(out) as partial:
+        rank_checkpoint(source, plan, partial, track)
+        if evidence is not None:
+            evidence.save(partial)
+        plan.save(partial, ranked=True)
     return out
-
-
-def _rescue(out: Path) -> Path:
-    return out.with_name(f"{out.name}.plan")
 
 
 def check_room(model: str | Path, out: str | Path) -> None:
     """`FlexmoeError` unless ``out`` can be made and the family fits on its disk."""
     refuse_existing(out)
-    refuse_existing(_rescue(Path(out)))  # never written over: it may hold an earlier rescue
+    remove_stale(out)
     parent = Path(out).expanduser().absolute().parent
     while not parent.exists():
         parent = parent.parent

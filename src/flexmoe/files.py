@@ -40,7 +40,7 @@ def written_beside(out: str | Path) -> Iterator[Path]:
     out = Path(out).expanduser().absolute()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(out)
+        remove_stale(out)
         partial = _partial(out, os.getpid())
         partial.mkdir()
     except OSError as error:
@@ -58,9 +58,11 @@ def _partial(out: Path, pid: int) -> Path:
     return out.with_name(f".{out.name}.partial-{pid}")
 
 
-def _remove_stale(out: Path) -> None:
+def remove_stale(out: str | Path) -> None:
+    """Remove what killed processes left of an unfinished ``out``."""
+    out = Path(out).expanduser().absolute()
     stem = _partial(out, 0).name.removesuffix("0")
-    for folder in out.parent.iterdir():
+    for folder in out.parent.iterdir() if out.parent.is_dir() else ():
         pid = folder.name.removeprefix(stem)
         if folder.name.startswith(stem) and pid.isdecimal() and not _in_use(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)

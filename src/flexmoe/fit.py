@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flexmoe.activations import Activations
+from flexmoe.data import Windows
 from flexmoe.errors import FlexmoeError
+from flexmoe.evidence import Evidence
 from flexmoe.layer_loader import LayerLoader
-from flexmoe.memory import MostHeld, held, text
+from flexmoe.memory import MostHeld, gib, held
 from flexmoe.progress import Track, silent
-from flexmoe.resume import Work
-from flexmoe.statistics import Statistics, find_statistics
-from flexmoe.streaming import Pass, observe_streamed
+from flexmoe.resume import Saved
+from flexmoe.statistics import find_statistics
+from flexmoe.streaming import Pass, gather_streamed
 from flexmoe.training import CHUNK
 
+# What is left alone for what the allocator keeps and libraries take later: measured, a few percent.
+SLACK_SHARE, SLACK_BYTES = 0.05, 32 * 2**20
 COPIES = 6  # of the logits in float32, the gradient and what the loss makes of them among these
 
 
@@ -30,86 +35,102 @@ def check_weights(loader: LayerLoader, memory: int) -> None:
     """`FlexmoeError` if ``memory`` bytes cannot hold what is in memory at any time: known from
     config.json, before a weight is read."""
     now, outside, layer = held(loader.device), loader.bytes_outside, max(loader.bytes_of)
-    if (needed := now + outside + layer) > memory:
+    if (needed := now + outside + layer) > _usable(memory):
         raise FlexmoeError(
-            f"{text(memory)} of memory are too little: {text(now)} are held already, embeddings and "
-            f"head take {text(outside)}, the largest decoder layer {text(layer)} "
-            f"({str(loader.dtype).removeprefix('torch.')}). Give --memory more than {text(needed)}"
+            f"{gib(memory)} of memory are too little: {gib(now)} are held already, embeddings and "
+            f"head take {gib(outside)}, the largest decoder layer {gib(layer)} "
+            f"({str(loader.dtype).removeprefix('torch.')}). Give --memory more than "
+            f"{gib(_with_slack(needed))}"
         )
 
 
-def observe_within(
-    loader: LayerLoader,
-    ids: Tensor,
-    names: Sequence[str],
-    work: Work,
+def _usable(memory: int) -> int:
+    return int(memory * (1 - SLACK_SHARE)) - SLACK_BYTES
+
+
+def _with_slack(needed: int) -> int:
+    return int((needed + SLACK_BYTES) / (1 - SLACK_SHARE))
+
+
+def gather_within(
     memory: int,
+    loader: LayerLoader,
+    windows: Windows,
+    names: Sequence[str],
     *,
-    batch_size: int = 8,
+    batch_size: int,
+    saved: Saved,
     seed: int = 0,
     track: Track = silent,
-) -> Statistics:
-    """`observe_streamed` with as many windows of a batch, and tokens at the head, at a time as fit
+) -> Evidence:
+    """`gather_streamed` with as many windows of a batch, and tokens at the head, at a time as fit
     into ``memory`` bytes. Raises `FlexmoeError` if one window does not fit, or the disk is too
     small for the activations."""
-    saved = work.stage("sizes")
-    if (state := saved.load()) is None:  # measured once: other sizes would round otherwise
-        sizes = _sizes(loader, ids, names, work, memory, batch_size)
-        state = 0, {name: torch.tensor(value) for name, value in sizes.items()}
-        saved.save(*state)
-    return observe_streamed(
+    kept = saved.work.stage("sizes")
+    if (state := kept.load()) is None:  # measured once: with other sizes sums would round otherwise
+        state = 0, _sizes(memory, loader, windows, names, batch_size, saved.work.path)
+        kept.save(*state)
+    return gather_streamed(
         loader,
-        ids,
+        windows,
         names,
-        work,
         batch_size=batch_size,
+        micro_batch=int(state[1]["micro_batch"]),
+        chunk=int(state[1]["chunk"]),
         seed=seed,
+        saved=saved,
         track=track,
-        **{name: int(value) for name, value in state[1].items()},
     )
 
 
 def _sizes(
-    loader: LayerLoader, ids: Tensor, names: Sequence[str], work: Work, memory: int, batch_size: int
-) -> dict[str, int]:
-    base, first = held(loader.device), min(loader.experts)
-    larger = max(loader.bytes_of) - loader.bytes_of[first]  # than the layer that is measured
-    files = Activations(work.path / "rehearsal", loader.device)
-    wanted = find_statistics(names)
+    memory: int,
+    loader: LayerLoader,
+    windows: Windows,
+    names: Sequence[str],
+    batch_size: int,
+    folder: Path,
+) -> dict[str, Tensor]:
+    base, first, largest = held(loader.device), min(loader.experts), max(loader.bytes_of)
+    files = Activations(folder / "rehearsal", loader.device)
+    wanted, ids, usable = find_statistics(names), windows.ids, _usable(memory)
 
-    def most(windows: int) -> int:
-        part = Pass(loader, ids[:windows], wanted, files, windows, windows, CHUNK)
+    def most(number: int) -> int:
+        some = Windows(ids[:number], "", ("",), torch.zeros(number))
+        part = Pass(loader, some, wanted, files, number, number, CHUNK)
         with MostHeld(loader.device) as seen:
             part.rehearse(first)
-        return seen.bytes + larger
+        return seen.bytes + largest - loader.bytes_of[first]
 
     try:
-        windows, peak = 1, most(1)
+        number, peak = 1, most(1)
         _check_disk(files, len(ids), len(loader.layers))
-        if peak > memory:
+        if peak > usable:
             raise FlexmoeError(
-                f"{text(memory)} of memory are too little for one window of {ids.shape[1]} tokens: "
-                f"it takes {text(peak)}. Give --memory more than that, or a shorter --seq-len"
+                f"{gib(memory)} of memory are too little for one window of {ids.shape[1]} tokens: "
+                f"it takes {gib(peak)}. Give --memory more than {gib(_with_slack(peak))}, or a shorter "
+                "--seq-len"
             )
-        each = peak - base - max(loader.bytes_of)
-        while 2 * windows <= min(batch_size, len(ids)) and peak + windows * each <= memory:
-            before, peak = peak, most(2 * windows)
-            if peak > memory:
+        each = peak - base - largest
+        while 2 * number <= min(batch_size, len(ids)) and peak + number * each <= usable:
+            before, peak = peak, most(2 * number)
+            if peak > usable:
                 break
-            each, windows = max(0, peak - before) // windows, 2 * windows
+            each, number = max(0, peak - before) // number, 2 * number
     finally:
         shutil.rmtree(files.path, ignore_errors=True)
     vocabulary = loader.model.config.get_text_config().vocab_size
-    tokens = (memory - held(loader.device)) // (COPIES * 4 * vocabulary)
-    return {"micro_batch": windows, "chunk": max(1, min(CHUNK, tokens))}
+    tokens = (usable - held(loader.device)) // (COPIES * 4 * vocabulary)
+    sizes = {"micro_batch": number, "chunk": max(1, min(CHUNK, tokens))}
+    return {name: torch.tensor(value) for name, value in sizes.items()}
 
 
 def _check_disk(files: Activations, windows: int, layers: int) -> None:
-    """`FlexmoeError` if the outputs of all layers for all windows do not fit beside what is made."""
+    """`FlexmoeError` if the outputs of all layers for all windows do not fit on its disk."""
     of_one = sum(file.stat().st_size for file in files.path.glob("output-0/*"))
     needed, free = of_one * windows * (layers + 1), shutil.disk_usage(files.path).free
     if needed > free:
         raise FlexmoeError(
-            f"the activations of {windows} windows need {text(needed)} of disk, '{files.path}' has "
-            f"{text(free)} free: use fewer --samples, a shorter --seq-len, or --out on another disk"
+            f"the activations of {windows} windows need {gib(needed)} of disk, '{files.path}' has "
+            f"{gib(free)} free: use fewer --samples, a shorter --seq-len, or --out on another disk"
         )

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers, experts_function
-from flexmoe.progress import Track, silent
+from flexmoe.progress import Steps, Track, silent
 from flexmoe.resume import Saved
 from flexmoe.sharding import in_step, is_sharded
 from flexmoe.training import (
@@ -145,7 +145,8 @@ def learn_positions(
     order = list(batches(torch.arange(len(ids)), batch_size, config.steps, seed))
     try:
         with activations_recomputed(model, checkpointing):
-            for step in track(range(start, config.steps), "learn"):
+            tokens = batch_size * ids.shape[1]
+            for step in track(Steps(start, config.steps, tokens), "learn"):
                 left = 1 - step / config.steps
                 jitter = config.jitter[1] + (config.jitter[0] - config.jitter[1]) * left
                 # of its own seed, so that a restart draws what an unbroken run would have
@@ -173,7 +174,7 @@ def learn_positions(
                 positions.value_X = positions.spread(
                     positions.value_X + config.step_size * left * moved_X
                 )
-                if saved is not None and saved.due:
+                if saved is not None and (saved.due or step + 1 == config.steps):
                     saved.save(step + 1, {"position": positions.value_X})
         mixed = [positions.spread(torch.lerp(first_X, positions.value_X, a)) for a in MIXES]
         positions.value_X = _best(model, positions, mixed, ids[: 4 * batch_size], micro_batch)

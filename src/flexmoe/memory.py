@@ -24,7 +24,7 @@ def held(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def text(size: float) -> str:
+def gib(size: float) -> str:
     """Bytes as people give them: 1.25 GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,54 +15,28 @@ from transformers import __version__ as transformers_version
 
 import flexmoe
 from flexmoe.actions import ActionConfig, learn_widths
-from flexmoe.allocate import allocate, default_quantum, order_of, widths_from_path
-from flexmoe.checkpoint import Checkpoint, meta_model, resolve
-from flexmoe.config import SAMPLES, SETTINGS_OF, CompressConfig, check_config
-from flexmoe.data import (
-    Windows,
-    calibration_windows,
-    check_tokens,
-    load_tokenizer,
-    pick_batch_size,
-    pick_seq_len,
-)
+from flexmoe.allocate import allocate, order_of, widths_from_path
+from flexmoe.config import SETTINGS_OF, CompressConfig, check_config
+from flexmoe.data import Windows
 from flexmoe.errors import FlexmoeError
+from flexmoe.evidence import Evidence, gather
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import check_room, write_family
 from flexmoe.family import attach, load_stock, pick_device
-from flexmoe.fit import check_weights, observe_within
+from flexmoe.fit import check_weights, gather_within
 from flexmoe.layer_loader import LayerLoader
-from flexmoe.learn import LearnConfig, check_halves, learn_positions
+from flexmoe.learn import LearnConfig, learn_positions
 from flexmoe.methods import find_method, score_layers
-from flexmoe.plan import LayerRecord, Plan, Recipe
+from flexmoe.plan import JSON_NAME, LayerRecord, Plan, Recipe
+from flexmoe.prepare import Prepared, prepare
 from flexmoe.progress import Track, silent
 from flexmoe.resume import Saved, Work
 from flexmoe.sharding import gathered, shard_model
-from flexmoe.statistics import Statistics, observe, observe_shared, thin_experts
-from flexmoe.trace import fingerprint, trace
-from flexmoe.training import by_first, part_of, share
+from flexmoe.statistics import Statistics, observe, thin_experts
+from flexmoe.training import by_first
 
-
-@dataclass(kw_only=True)
-class Prepared:
-    """All that is known before the weights are loaded.
-
-    ``weights_sha256`` is their `trace.fingerprint`; ``bytes_full`` counts the checkpoint's
-    tensors, ``bytes_per_parameter`` those of the experts. ``windows`` and ``tokenizer`` are None
-    where no text is read.
-    """
-
-    config: CompressConfig
-    base_model: str
-    source: Path
-    model_type: str
-    weights_sha256: str
-    tokenizer: Any
-    windows: Windows | None
-    batch_size: int
-    quantum: int
-    bytes_full: int
-    bytes_per_parameter: int
+# show how many experts a token is sent to, where no text is read
+TWO_TOKENS = Windows(torch.zeros(1, 2, dtype=torch.long), "", ("",), torch.zeros(1))
 
 
 @dataclass(kw_only=True)
@@ -72,123 +45,91 @@ class Ranked(Prepared):
     in order, and what is known of them.
 
     ``score`` and ``order`` [E, I] of every layer describe the channels as they stand in ``model``:
-    ``order`` is their original index.
+    ``order`` is their original index. ``evidence`` is what the pass saw, None without text.
     """
 
     model: PreTrainedModel
+    evidence: Evidence | None
     layers: dict[int, LayerRecord]
     score: dict[int, Tensor]
     order: dict[int, Tensor]
     recipe: Recipe
 
 
-def prepare(model: str | Path, config: CompressConfig) -> Prepared:
-    """Check and read all that can be without the model's weights."""
-    check_config(config)
-    source = resolve(model)
-    meta, checkpoint = meta_model(source), Checkpoint(source)
-    traced = trace(checkpoint, meta)  # refuses weights it cannot find before the slow part
-    narrowest = min(layer.shape.channels for layer in expert_layers(meta))
-    quantum = default_quantum(narrowest) if config.quantum is None else config.quantum
-    if quantum > narrowest:
-        raise FlexmoeError(f"quantum {quantum} is wider than an expert of {narrowest} channels")
-    tokenizer, windows, batch_size = None, None, 1
-    if config.needs_data:
-        tokenizer = load_tokenizer(source, meta.config)
-        windows = calibration_windows(
-            config.data or "tiny",
-            tokenizer,
-            samples=SAMPLES if config.samples is None else config.samples,
-            seq_len=pick_seq_len(config.seq_len, meta.config),
-            seed=config.seed,
-        )
-        check_tokens(windows.ids, meta.config)
-        batch_size = pick_batch_size(config.batch_size, windows.ids.shape[1])
-        share(windows.ids.split(batch_size))  # refuses what several processes cannot share
-        if config.allocate == "learned":
-            part_of(torch.arange(batch_size))
-            check_halves(batch_size)
-    stored = checkpoint.tensors[next(iter(traced.values())).stored[0].name]
-    return Prepared(
-        config=config,
-        # a folder by its full path, so that the plan finds it again
-        base_model=str(Path(model).resolve()) if Path(model).is_dir() else str(model),
-        source=source,
-        model_type=str(meta.config.model_type),
-        weights_sha256=fingerprint(checkpoint, traced),
-        tokenizer=tokenizer,
-        windows=windows,
-        batch_size=batch_size,
-        quantum=quantum,
-        bytes_full=checkpoint.bytes,
-        bytes_per_parameter=stored.bytes // math.prod(stored.shape),
-    )
-
-
 def rank_channels(model: str | Path, config: CompressConfig, track: Track = silent) -> Ranked:
     """Observe the model on the calibration text, score its channels and put them in order."""
-    with TemporaryDirectory() as folder:
-        return rank(prepare(model, config), Work(Path(folder) / "ranked", {}), track)
+    return rank(prepare(model, config), track)
 
 
-Observed = tuple[PreTrainedModel, Statistics, dict[int, Tensor]]  # and the scores
+class Seen(NamedTuple):
+    """What the pass gives, and the scores made of it. Without text there is no evidence."""
+
+    network: PreTrainedModel
+    evidence: Evidence | None
+    statistics: Statistics
+    score: dict[int, Tensor]
 
 
-def _observe_whole(ready: Prepared, ids: Tensor, track: Track) -> Observed:
-    config, method = ready.config, find_method(ready.config.method)
+def _observe_whole(ready: Prepared, track: Track, saved: Saved | None) -> Seen:
+    config, windows, method = ready.config, ready.windows, find_method(ready.config.method)
     # float32 on the CPU, where it is as fast; the checkpoint's own dtype on an accelerator
     dtype = torch.float32 if pick_device(config.device).type == "cpu" else "auto"
     network = load_stock(ready.source, device="cpu" if config.shard else config.device, dtype=dtype)
     layers = expert_layers(network)
     if config.shard:
         shard_model(network, layers, pick_device(config.device))
-    see = observe_shared if ready.windows else observe
-    statistics = see(
-        network, ids, method.needs, batch_size=ready.batch_size, seed=config.seed, track=track
-    )
+    evidence = None
+    if windows:
+        evidence = gather(
+            network,
+            windows,
+            method.needs,
+            batch_size=ready.batch_size,
+            seed=config.seed,
+            saved=saved,
+            track=track,
+        )
+        statistics = evidence.mixed()
+    else:
+        statistics = observe(network, TWO_TOKENS.ids, method.needs, seed=config.seed)
     score: dict[int, Tensor] = {}
     for layer in layers:
         with gathered(network, layer):  # a method may read the layer's weights
             score |= score_layers(method, [layer], statistics)
-    return network, statistics, score
+    return Seen(network, evidence, statistics, score)
 
 
-def _observe_by_layer(ready: Prepared, ids: Tensor, work: Work, track: Track) -> Observed:
+def _observe_by_layer(ready: Prepared, track: Track, saved: Saved | None) -> Seen:
     """The same within ``config.memory``; the model is on the meta device afterwards."""
-    config, method = ready.config, find_method(ready.config.method)
+    config, windows, method = ready.config, ready.windows, find_method(ready.config.method)
     assert config.memory is not None
     device = pick_device(config.device)
-    dtype = torch.float32 if device.type == "cpu" else None
-    loader = LayerLoader(ready.source, device, dtype)
+    loader = LayerLoader(ready.source, device, torch.float32 if device.type == "cpu" else None)
     check_weights(loader, config.memory)
-    with loader:
-        statistics = observe_within(
-            loader,
-            ids,
-            method.needs,
-            work,
+    with loader, TemporaryDirectory() as folder:
+        evidence = gather_within(
             config.memory,
+            loader,
+            windows or TWO_TOKENS,
+            method.needs,
             batch_size=ready.batch_size,
             seed=config.seed,
+            saved=saved or Work(folder, {}).stage("observe"),
             track=track,
         )
+        statistics = evidence.mixed()
         score: dict[int, Tensor] = {}
         for i, layer in loader.experts.items():
             with loader.resident(i):
                 score |= score_layers(method, [layer], statistics)
-    return loader.model, statistics, score
+    return Seen(loader.model, evidence if windows else None, statistics, score)
 
 
-def rank(ready: Prepared, work: Work, track: Track = silent) -> Ranked:
-    """`rank_channels` for what has been prepared; ``work`` keeps the state."""
+def rank(ready: Prepared, track: Track = silent, saved: Saved | None = None) -> Ranked:
+    """`rank_channels` for what has been prepared; ``saved`` keeps what the pass saw."""
     config, source, windows = ready.config, ready.source, ready.windows
-    method = find_method(config.method)
-    # two tokens show how many experts a token is sent to
-    ids = windows.ids if windows else torch.zeros(1, 2, dtype=torch.long)
-    if config.memory is not None:
-        network, statistics, score = _observe_by_layer(ready, ids, work, track)
-    else:
-        network, statistics, score = _observe_whole(ready, ids, track)
+    see = _observe_whole if config.memory is None else _observe_by_layer
+    network, evidence, statistics, score = see(ready, track, saved)
     layers = expert_layers(network)
     order = {i: order_of(s) for i, s in score.items()}
     for layer in layers:  # without effect where the model is on the meta device
@@ -202,6 +143,7 @@ def rank(ready: Prepared, work: Work, track: Track = silent) -> Ranked:
     return Ranked(
         **vars(ready),
         model=network,
+        evidence=evidence,
         layers=records,
         score={i: s.gather(1, order[i].long()) for i, s in score.items()},
         order=order,
@@ -218,7 +160,7 @@ def rank(ready: Prepared, work: Work, track: Track = silent) -> Ranked:
             samples=len(windows.ids) if windows else 0,
             seq_len=windows.ids.shape[1] if windows else 0,
             seed=config.seed,
-            thin_experts=thin_experts(statistics) if method.needs else {},
+            thin_experts=thin_experts(statistics) if windows else {},
             versions={
                 "flexmoe": flexmoe.__version__,
                 "torch": torch.__version__,
@@ -311,15 +253,47 @@ def compress(
 ) -> Plan:
     """Turn a MoE checkpoint into a family folder ``out``; returns its plan.
 
-    ``model`` is a folder, a hub id or ``tiny``. Nothing half-written is left when it fails. Of
+    ``model`` is a folder, a hub id or ``tiny``. Nothing half-written is left when it fails. A run
+    that was killed goes on from its last state when it is started again with the same settings. Of
     several processes (see `training.process_group`) the first one writes.
     """
     config = config or CompressConfig()
     check_config(config)
-    check_room(model, out)
     work = Work(out, {"model": str(model), **dataclasses.asdict(config)})
-    ranked = rank(prepare(model, config), work, track)
-    plan = make_plan(ranked, config.allocate, track, work.stage("learn"))
-    by_first(lambda: write_family(ranked.source, plan, out, track))
+    if work.begun and (Path(out) / JSON_NAME).is_file():  # killed when all was done
+        by_first(work.clear)
+        return Plan.load(out)
+    check_room(model, out)
+    ready = prepare(model, config)
+    with work.on(**ready.inputs):
+        plan, evidence = _plan(ready, work, track)
+    try:
+        by_first(lambda: write_family(ready.source, plan, out, track, evidence))
+    except (OSError, FlexmoeError) as error:
+        raise FlexmoeError(
+            f"'{out}' could not be written: {error}. What was computed is kept in '{work.path}': "
+            "the same command goes on from there"
+        ) from error
     work.clear()
     return plan
+
+
+def _plan(ready: Prepared, work: Work, track: Track) -> tuple[Plan, Evidence | None]:
+    """The plan and what it rests on, computed or as an earlier run kept them."""
+    kept = work.path / "plan"
+    if (kept / JSON_NAME).is_file():
+        plan = Plan.load(kept)
+        read = ready.windows is not None
+        return plan, Evidence.load(kept, plan.recipe.data_sha256) if read else None
+    ranked = rank(ready, track, work.stage("observe"))
+    plan = make_plan(ranked, ready.config.allocate, track, work.stage("learn"))
+    evidence = ranked.evidence
+
+    def keep() -> None:
+        kept.mkdir(exist_ok=True)
+        if evidence:
+            evidence.save(kept)
+        plan.save(kept)
+
+    by_first(keep)
+    return plan, evidence

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import flexmoe
 from flexmoe.checkpoint import resolve
 from flexmoe.data import (
     calibration_windows,
@@ -31,9 +33,9 @@ from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.experts import ExpertLayer, expert_layers
 from flexmoe.exporter import copy_others
 from flexmoe.family import find_folder, load, pick_device
-from flexmoe.files import refuse_existing, written_beside
+from flexmoe.files import refuse_existing, remove_stale, written_beside
 from flexmoe.lora import lora_experts
-from flexmoe.plan import Plan, read_manifest
+from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.progress import Track, silent
 from flexmoe.refit import refit
 from flexmoe.resume import Work
@@ -116,6 +118,7 @@ class Prepared:
 
     config: RecoverConfig
     folder: Path
+    base: str | Path | None
     plan: Plan
     source: Source
     ids: Tensor
@@ -171,7 +174,7 @@ def prepare(family: str | Path, config: RecoverConfig, base: str | Path | None =
         seed=config.seed,
     )
     trained = sum(p.numel() for p in trained_parameters(source.model, config.mode).values())
-    return Prepared(config, folder, plan, source, ids, windows.sha256, schedule, trained)
+    return Prepared(config, folder, base, plan, source, ids, windows.sha256, schedule, trained)
 
 
 def default_rate(mode: str, hidden: int) -> float:
@@ -239,12 +242,31 @@ def recover(
     before the model is loaded.
     """
     config = config or RecoverConfig()
+    work = Work(out, {"family": str(family), "base": str(base), **asdict(config)})
+    if work.begun and (Path(out) / JSON_NAME).is_file():  # killed when all was done
+        by_first(work.clear)
+        return read_manifest(out).recipe.recovery[-1]
     refuse_existing(out)
+    remove_stale(out)
     ready = prepare(family, config, base)
     announce(ready)
-    work = Work(out, {"family": str(family), "base": str(base), **asdict(config)})
+    plan_sha256 = hashlib.sha256((ready.folder / JSON_NAME).read_bytes()).hexdigest()
+    inputs = {"data_sha256": ready.data_sha256, "version": flexmoe.__version__}
+    with work.on(plan_sha256=plan_sha256, **inputs):
+        new, record = _recovered(ready, work, track)
+    by_first(lambda: _write(ready, new, record, out, track))
+    work.clear()
+    return record
+
+
+def _recovered(
+    ready: Prepared, work: Work, track: Track
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """New weights by parameter name, whole and on the CPU (of several processes the first one has
+    them), and the record of how they came about."""
+    config = ready.config
     device = "cpu" if config.shard else config.device
-    model = load(family, base=base, device=device, dtype=torch.float32)
+    model = load(ready.folder, base=ready.base, device=device, dtype=torch.float32)
     if config.shard:
         shard_model(model, expert_layers(model), pick_device(config.device))
     record: dict[str, Any] = {
@@ -261,9 +283,7 @@ def recover(
             full = whole(parameter.detach())  # of sharded ones all processes must ask together
             if processes()[0] == 0:
                 new[name] = full
-    by_first(lambda: _write(ready, new, record, out, track))
-    work.clear()
-    return record
+    return new, record
 
 
 def _write(

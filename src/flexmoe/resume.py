@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.training import processes
 
 SETTINGS_NAME = "settings.json"
-EVERY = 20.0  # seconds between two writes of the same state
+EVERY = (
+    20.0  # seconds between two writes of the same state; more where a write takes above a second
+)
 
 
 def work_folder(out: str | Path) -> Path:
@@ -36,30 +39,57 @@ class Work:
     def __init__(self, out: str | Path, settings: Mapping[str, Any]):
         self.path = work_folder(out)
         # the device is no part of the result, and every process has its own
-        settings = {name: value for name, value in settings.items() if name != "device"}
-        self.settings = json.loads(json.dumps(settings, default=str))
-        found = self.path / SETTINGS_NAME
-        if found.is_file():
-            before = json.loads(found.read_text())
-            if before != self.settings:
-                keys = before.keys() | self.settings.keys()
-                other = sorted(k for k in keys if before.get(k) != self.settings.get(k))
-                said = ", ".join(
-                    f"{k} {before.get(k)} there, {self.settings.get(k)} now" for k in other[:3]
-                )
-                raise FlexmoeError(
-                    f"'{self.path}' keeps the state of another command for the same folder "
-                    f"({said}): give that command again to go on, or remove '{self.path}'"
-                )
+        self.settings = {name: value for name, value in settings.items() if name != "device"}
+        self._refuse_other("settings", self.settings)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is state of this command."""
+        return (self.path / SETTINGS_NAME).is_file()
+
+    @contextmanager
+    def on(self, **inputs: str) -> Iterator[None]:
+        """Inside the block there is state of this command, run on these ``inputs`` (their hashes):
+        with others than before it is not continued either. A `FlexmoeError` ends it: the same
+        command would end in the same way."""
+        self._refuse_other("inputs", inputs)
+        if processes()[0] == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"settings": self.settings, "inputs": inputs}, default=str)
+            _replace(self.path / SETTINGS_NAME, text.encode())
+        try:
+            yield
+        except FlexmoeError:
+            self.clear()
+            raise
+
+    def _refuse_other(self, part: str, mine: Mapping[str, Any]) -> None:
+        if not self.begun:
+            return
+        before = json.loads((self.path / SETTINGS_NAME).read_text())[part]
+        now = json.loads(json.dumps(mine, default=str))
+        other = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        if other:
+            said = ", ".join(f"{k} {before.get(k)} there, {now.get(k)} now" for k in other[:3])
+            raise FlexmoeError(
+                f"'{self.path}' keeps the state of another command for the same folder "
+                f"({said}): give that command again to go on, or remove '{self.path}'"
+            )
 
     def stage(self, name: str) -> Saved:
         """The state of one stage of the work."""
         return Saved(self, name)
 
     def clear(self) -> None:
-        """All is done: the state goes."""
-        if processes()[0] == 0:
-            shutil.rmtree(self.path, ignore_errors=True)
+        """The state goes; what says whose it is goes last, or half of it could pass for another
+        command's."""
+        if processes()[0] == 0 and self.path.is_dir():
+            for found in self.path.iterdir():
+                if found.is_dir():
+                    shutil.rmtree(found)
+                elif found.name != SETTINGS_NAME:
+                    found.unlink()
+            shutil.rmtree(self.path)
 
 
 class Saved:
@@ -68,52 +98,59 @@ class Saved:
     def __init__(self, work: Work, name: str):
         self.work, self.name = work, name
         self.path = work.path / f"{name}.safetensors"
-        self.written = time.monotonic()
+        self.written, self.took = time.monotonic(), 0.0
 
     def load(self) -> tuple[int, dict[str, Tensor]] | None:
         """(step, tensors) of the last write; None where there is none."""
         about = self.path.with_suffix(".json")
         if not about.is_file():
             return None
-        record = json.loads(about.read_text())
-        data = self.work.path / record["file"]
         try:
-            if hashlib.sha256(data.read_bytes()).hexdigest() != record["sha256"]:
+            record = json.loads(about.read_text())
+            data = self.work.path / record["file"]
+            if _sha256(data) != record["sha256"]:
                 raise SafetensorError("its checksum is not what was written")
             return record["step"], load_file(data)
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, SafetensorError) as error:
             raise FlexmoeError(
-                f"the state in '{data}' is damaged ({error}): remove '{self.work.path}' to begin "
-                "again"
+                f"the state of stage '{self.name}' in '{self.work.path}' is damaged ({error}): "
+                "remove that folder to begin again"
             ) from None
 
     @property
     def due(self) -> bool:
-        """Whether the last write is long enough ago; the first process's clock counts for all."""
-        answer = [time.monotonic() - self.written >= EVERY]
+        """Whether the last write is long enough ago, so that writing takes a twentieth of the time
+        at most; the first process's clock counts for all."""
+        answer = [time.monotonic() - self.written >= EVERY * max(1.0, self.took)]
         if processes()[1] > 1:
             dist.broadcast_object_list(answer, src=0)
         return answer[0]
 
     def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep the state (of several processes the first one writes)."""
+        begin = time.monotonic()
+        if processes()[0] == 0:
+            self._write(step, tensors)
         self.written = time.monotonic()
-        if processes()[0]:
-            return
+        self.took = self.written - begin
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         self.work.path.mkdir(parents=True, exist_ok=True)
-        _replace(self.work.path / SETTINGS_NAME, json.dumps(self.work.settings).encode())
         # two files in turn: the record names the one that is whole
         data = self.path.with_name(f"{self.name}-{step}.safetensors")
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, data)
-        record = {
-            "step": step,
-            "file": data.name,
-            "sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
-        }
+        record = {"step": step, "file": data.name, "sha256": _sha256(data)}
+        with data.open("rb") as stream:
+            os.fsync(stream.fileno())
         _replace(self.path.with_suffix(".json"), json.dumps(record).encode())
         for old in self.work.path.glob(f"{self.name}-*.safetensors"):
             if old != data:
                 old.unlink()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -6,19 +6,17 @@ pass adds them up per expert in float64. All are sums (or maxima), so parts of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.experts import ExpertLayer, Routing, expert_layers, experts_function
 from flexmoe.progress import Track, silent
-from flexmoe.sharding import is_sharded
-from flexmoe.training import processes, share
 
 THIN = 100  # fewer tokens than this are thin evidence for an expert
 
@@ -75,24 +73,56 @@ class LayerStatistics:
     values: dict[str, Tensor]
     tokens: int = 0
     batches: int = 0
-    experts_per_token: int = 0
     seed: int = 0
 
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name]
 
+    @property
+    def experts_per_token(self) -> int:
+        """How many experts a token is sent to."""
+        return round(float(self["count_E"].sum()) / max(self.tokens, 1))
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the sums."""
+        self.values = {name: value.to(device) for name, value in self.values.items()}
+
     def merge(self, other: LayerStatistics) -> None:
         """Add what another part of the pass saw."""
         for name, value in other.values.items():
-            largest = name in STATISTICS and STATISTICS[name].merge == "max"
             mine = self.values[name]
-            self.values[name] = torch.maximum(mine, value) if largest else mine + value
+            self.values[name] = torch.maximum(mine, value) if is_max(name) else mine + value
         self.tokens += other.tokens
         self.batches += other.batches
-        self.experts_per_token = max(self.experts_per_token, other.experts_per_token)
+
+    def scaled(self, factor: float) -> LayerStatistics:
+        """As if ``factor`` times as many tokens of the same kind had been seen: sums grow with
+        them, maxima stay."""
+        values = {n: v.clone() if is_max(n) else v * factor for n, v in self.values.items()}
+        tokens, batches = round(self.tokens * factor), round(self.batches * factor)
+        return LayerStatistics(values, tokens, batches, self.seed)
 
 
 Statistics = dict[int, LayerStatistics]
+
+
+def is_max(name: str) -> bool:
+    """Whether a statistic is a maximum over tokens, not a sum."""
+    return name in STATISTICS and STATISTICS[name].merge == "max"
+
+
+def empty_statistics(
+    layers: Sequence[ExpertLayer], wanted: Sequence[Statistic], seed: int = 0
+) -> Statistics:
+    """Statistics that have seen nothing."""
+    return {
+        layer.index: LayerStatistics(
+            {"count_E": torch.zeros(layer.E, dtype=torch.float64)}
+            | {s.name: torch.zeros(layer.E, layer.I, dtype=torch.float64) for s in wanted},
+            seed=seed,
+        )
+        for layer in layers
+    }
 
 
 def find_statistics(names: Iterable[str]) -> list[Statistic]:
@@ -108,21 +138,14 @@ def find_statistics(names: Iterable[str]) -> list[Statistic]:
     return [STATISTICS[name] for name in dict.fromkeys(names)]
 
 
-@dataclass
 class Observer:
-    """Sits on one experts module during the pass and adds up its statistics."""
+    """Sits on one experts module during the pass and adds up in ``stats``, which stand where the
+    module is."""
 
-    layer: ExpertLayer
-    wanted: Sequence[Statistic]
-    stats: LayerStatistics = field(init=False)
+    stats: LayerStatistics
 
-    def __post_init__(self) -> None:
-        E, I = self.layer.E, self.layer.I
-        device = self.layer.module.down_proj.device
-        values = {"count_E": torch.zeros(E, dtype=torch.float64, device=device)}
-        for s in self.wanted:
-            values[s.name] = torch.zeros(E, I, dtype=torch.float64, device=device)
-        self.stats = LayerStatistics(values)
+    def __init__(self, layer: ExpertLayer, wanted: Sequence[Statistic]):
+        self.layer, self.wanted = layer, wanted
 
     def __call__(self, routing: Routing, h_SI: Tensor) -> Tensor:
         self.stats["count_E"].add_(torch.bincount(routing.expert_S, minlength=self.layer.E))
@@ -160,14 +183,6 @@ class Observer:
                     self.stats[s.name].add_(s.function(weight.float(), grad.float() / tokens))
         parameter.grad = None
 
-    def result(self, seed: int) -> LayerStatistics:
-        """The layer's statistics after the pass, on the CPU."""
-        stats = self.stats
-        stats.values = {name: value.cpu() for name, value in stats.values.items()}
-        stats.seed = seed
-        stats.experts_per_token = round(float(stats["count_E"].sum()) / stats.tokens)
-        return stats
-
 
 def token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """Summed next-token cross-entropy in float32, nats; ``ids`` [n, t], ``logits`` [n, t, V]."""
@@ -175,24 +190,19 @@ def token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(predicted, ids[:, 1:].flatten(), reduction="sum")
 
 
-def observe(
-    model: nn.Module,
-    ids: Tensor,
-    names: Sequence[str],
-    *,
-    batch_size: int = 8,
-    seed: int = 0,
-    track: Track = silent,
-) -> Statistics:
-    """One pass over calibration windows ``ids`` [n, t] that fills the named statistics.
+Look = Callable[[Tensor, Statistics], None]
+
+
+@contextmanager
+def watched(model: nn.Module, wanted: Sequence[Statistic]) -> Iterator[Look]:
+    """Inside the block ``look(ids, into)`` runs the model on windows ``ids`` [n, t] and adds what
+    its experts do to the statistics ``into``, which move to the model's device.
 
     Forward only when nothing asks for gradients. All weights are frozen but those a ``weights``
     statistic needs, so the backward pass is cheaper than a plain one. The loss is the sum over
     tokens: a token counts the same in any batch.
     """
-    wanted = find_statistics(names)
-    layers = expert_layers(model)
-    observers = [Observer(layer, wanted) for layer in layers]
+    observers = [Observer(layer, wanted) for layer in expert_layers(model)]
     backward = any(s.when != "forward" for s in wanted)
     of_weights = any(s.when == "weights" for s in wanted)
     trainable = {p for p in model.parameters() if p.requires_grad}
@@ -208,22 +218,29 @@ def observe(
 
             handles.append(parameter.register_post_accumulate_grad_hook(collect))
     device = next(model.parameters()).device
+
+    def look(ids: Tensor, into: Statistics) -> None:
+        nonlocal tokens
+        tokens = ids[:, 1:].numel()
+        for observer in observers:
+            observer.stats = into[observer.layer.index]
+            observer.stats.to(device)
+        ids = ids.to(device)
+        loss = token_loss(model(input_ids=ids, use_cache=False).logits, ids)
+        if not torch.isfinite(loss):
+            raise FlexmoeError(
+                "the model's loss on the calibration data is not finite: check that the "
+                "tokenizer belongs to the model, or run in float32"
+            )
+        if backward:
+            loss.backward()
+        for observer in observers:
+            observer.stats.tokens += ids.numel()
+            observer.stats.batches += 1
+
     try:
         with experts_function(model, "flexmoe_observe"), torch.set_grad_enabled(backward):
-            for batch in track(ids.split(batch_size), "observe"):
-                batch = batch.to(device)
-                tokens = batch[:, 1:].numel()
-                loss = token_loss(model(input_ids=batch, use_cache=False).logits, batch)
-                if not torch.isfinite(loss):
-                    raise FlexmoeError(
-                        "the model's loss on the calibration data is not finite: check that the "
-                        "tokenizer belongs to the model, or run in float32"
-                    )
-                if backward:
-                    loss.backward()
-                for observer in observers:
-                    observer.stats.tokens += batch.numel()
-                    observer.stats.batches += 1
+            yield look
     finally:
         for handle in handles:
             handle.remove()
@@ -231,10 +248,9 @@ def observe(
             del observer.layer.module.flexmoe_observer
         for parameter in model.parameters():
             parameter.requires_grad_(parameter in trainable)
-    return {observer.layer.index: observer.result(seed) for observer in observers}
 
 
-def observe_shared(
+def observe(
     model: nn.Module,
     ids: Tensor,
     names: Sequence[str],
@@ -243,24 +259,15 @@ def observe_shared(
     seed: int = 0,
     track: Track = silent,
 ) -> Statistics:
-    """`observe` by all processes together: each looks at its part of the batches, and all get the
-    statistics of the whole pass."""
-    batches, world = ids.split(batch_size), processes()[1]
-    mine = share(batches)
-    found = observe(
-        model, torch.cat(list(mine)), names, batch_size=batch_size, seed=seed, track=track
-    )
-    if is_sharded(model) and len(mine) < len(batches[::world]):
-        # sharded weights are gathered by all together, so who is out of batches plays along
-        observe(model, ids[:1, :2], names)
-    if world == 1:
-        return found
-    parts: list[Statistics] = [{} for _ in range(world)]
-    dist.all_gather_object(parts, found)
-    for other in parts[1:]:
-        for i, stats in other.items():
-            parts[0][i].merge(stats)
-    return parts[0]
+    """One pass over windows ``ids`` [n, t] that fills the named statistics."""
+    wanted = find_statistics(names)
+    found = empty_statistics(expert_layers(model), wanted, seed)
+    with watched(model, wanted) as look:
+        for batch in track(ids.split(batch_size), "observe"):
+            look(batch, found)
+    for stats in found.values():
+        stats.to("cpu")
+    return found
 
 
 def thin_experts(statistics: Statistics, at_least: int = THIN) -> dict[int, list[int]]:

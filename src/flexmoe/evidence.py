@@ -1,0 +1,205 @@
+"""What a pass over calibration text saw, source by source, and its file beside a family.
+
+All statistics are sums, so those of a mixture are the weighted sum of those of its sources: another
+mixture needs no other pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from flexmoe.data import Windows
+from flexmoe.errors import FlexmoeError
+from flexmoe.experts import expert_layers
+from flexmoe.progress import Steps, Track, silent
+from flexmoe.resume import Saved
+from flexmoe.sharding import is_sharded
+from flexmoe.statistics import (
+    LayerStatistics,
+    Statistics,
+    empty_statistics,
+    find_statistics,
+    watched,
+)
+from flexmoe.training import processes, share
+
+FILE_NAME = "statistics.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Statistics of every source of a pass by its name, channels in the order of the base model;
+    ``data_sha256`` of all tokens read."""
+
+    sources: dict[str, Statistics]
+    data_sha256: str
+
+    def mixed(self, weight: Mapping[str, float] | None = None) -> Statistics:
+        """The statistics of a mixture of the sources.
+
+        By default as they were read. With ``weight`` only the sources named there, each scaled so
+        that tokens are shared in proportion to the weights and are as many together as before.
+        Maxima are not scaled.
+        """
+        if weight is None:
+            factor = dict.fromkeys(self.sources, 1.0)
+        else:
+            tokens = {name: _tokens(self.sources[name]) for name in weight}
+            each = sum(tokens.values()) / sum(weight.values())
+            factor = {name: weight[name] * each / tokens[name] for name in weight}
+        found: Statistics = {}
+        for name, times in factor.items():
+            for i, stats in self.sources[name].items():
+                if i in found:
+                    found[i].merge(stats.scaled(times))
+                else:
+                    found[i] = stats.scaled(times)
+        return found
+
+    def only(self, names: Iterable[str]) -> Evidence:
+        """The same with these sources alone."""
+        return Evidence({name: self.sources[name] for name in names}, self.data_sha256)
+
+    # --- as tensors and files ------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums as float64 ``{source}.{layer}.{statistic}``, sources by number, and what each
+        source saw: ``{source}.seen`` int64 [tokens, batches, seed]."""
+        found = {}
+        for s, statistics in enumerate(self.sources.values()):
+            first = next(iter(statistics.values()))
+            found[f"{s}.seen"] = torch.tensor([first.tokens, first.batches, first.seed])
+            for i, stats in statistics.items():
+                found |= {f"{s}.{i}.{name}": value.cpu() for name, value in stats.values.items()}
+        return found
+
+    @classmethod
+    def from_tensors(
+        cls, names: list[str], tensors: Mapping[str, Tensor], data_sha256: str
+    ) -> Evidence:
+        """The reverse of `tensors` for sources of these names."""
+        sources: dict[str, Statistics] = {name: {} for name in names}
+        for key, value in tensors.items():
+            s, _, rest = key.partition(".")
+            i, _, name = rest.partition(".")
+            if name:
+                statistics = sources[names[int(s)]]
+                tokens, batches, seed = tensors[f"{s}.seen"].tolist()
+                stats = statistics.setdefault(
+                    int(i), LayerStatistics({}, int(tokens), int(batches), int(seed))
+                )
+                stats.values[name] = value
+        ordered = {name: dict(sorted(found.items())) for name, found in sources.items()}
+        return cls(ordered, data_sha256)
+
+    def save(self, folder: Path) -> None:
+        """Write ``statistics.safetensors``: a channel takes 8 bytes a statistic and source."""
+        tensors = self.tensors()
+        about: dict[str, Any] = {
+            "format": FORMAT,
+            "data_sha256": self.data_sha256,
+            "sources": list(self.sources),
+        }
+        about["sha256"] = _digest(about, tensors)
+        (folder / FILE_NAME).write_bytes(save(tensors, {"flexmoe": json.dumps(about)}))
+
+    @classmethod
+    def load(cls, folder: str | Path, data_sha256: str) -> Evidence:
+        """Read what `compress` kept in a family, which is made from data of this sha256."""
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            raise FlexmoeError(
+                f"'{folder}' keeps no statistics ({FILE_NAME}): they are in the folder that "
+                "compress made, if its method or allocator reads text"
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["flexmoe"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            wanted = about.pop("sha256")
+            sound = about["format"] == FORMAT and _digest(about, tensors) == wanted
+        except (SafetensorError, ValueError, LookupError, TypeError) as error:
+            raise FlexmoeError(f"{path} is damaged ({error}): compress again") from None
+        if not sound:
+            raise FlexmoeError(f"{path} is damaged: its sha256 does not fit, compress again")
+        if about["data_sha256"] != data_sha256:
+            raise FlexmoeError(f"{path} is of other data than the plan beside it: compress again")
+        return cls.from_tensors(about["sources"], tensors, data_sha256)
+
+
+def _tokens(statistics: Statistics) -> int:
+    return next(iter(statistics.values())).tokens
+
+
+def _digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def gather(
+    model: nn.Module,
+    windows: Windows,
+    names: tuple[str, ...],
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    saved: Saved | None = None,
+    track: Track = silent,
+) -> Evidence:
+    """One pass over all calibration windows that fills the named statistics, source by source.
+
+    Several processes look at a part of the batches each, and all get the evidence of the whole
+    pass. ``saved`` keeps it when it is complete, and on the way where there is one process.
+    """
+    wanted, layers = find_statistics(names), expert_layers(model)
+    every, world = windows.batches(batch_size), processes()[1]
+    batches = share(every)
+    found = Evidence(
+        {name: empty_statistics(layers, wanted, seed) for name in windows.sources}, windows.sha256
+    )
+    start = 0
+    if saved is not None and (state := saved.load()) is not None:
+        start, tensors = state
+        found = Evidence.from_tensors(list(windows.sources), tensors, windows.sha256)
+        if start == len(every):
+            return found
+    tokens = batch_size * windows.ids.shape[1] * world
+    with watched(model, wanted) as look:
+        for at in track(Steps(start, len(batches), tokens), "observe"):
+            source, ids = batches[at]
+            into = found.sources[source]
+            look(ids, into)
+            if at + 1 == len(batches) or batches[at + 1][0] != source:
+                for stats in into.values():  # one source's at a time stand on the device
+                    stats.to("cpu")
+            if saved is not None and world == 1 and saved.due:
+                saved.save(at + 1, found.tensors())
+        if is_sharded(model) and len(batches) < len(every[::world]):
+            # sharded weights are gathered by all together, so who is out of batches plays along
+            look(windows.ids[:1, :2], empty_statistics(layers, wanted))
+    if world > 1:
+        parts: list[Evidence] = [found] * world
+        dist.all_gather_object(parts, found)
+        found = parts[0]
+        for other in parts[1:]:
+            for name, statistics in found.sources.items():
+                for i, stats in statistics.items():
+                    stats.merge(other.sources[name][i])
+    if saved is not None:
+        saved.save(len(every), found.tensors())
+    return found

@@ -1,0 +1,105 @@
+"""What is known of a compression before any weight is loaded: the checks, and the text."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flexmoe
+from flexmoe.allocate import default_quantum
+from flexmoe.checkpoint import Checkpoint, meta_model, resolve
+from flexmoe.config import SAMPLES, CompressConfig, check_config
+from flexmoe.data import (
+    Windows,
+    calibration_windows,
+    check_tokens,
+    load_tokenizer,
+    pick_batch_size,
+    pick_seq_len,
+)
+from flexmoe.errors import FlexmoeError
+from flexmoe.experts import expert_layers
+from flexmoe.learn import check_halves
+from flexmoe.trace import fingerprint, trace
+from flexmoe.training import part_of, share
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """All that is known before the weights are loaded.
+
+    ``weights_sha256`` is their `trace.fingerprint`; ``bytes_full`` counts the checkpoint's
+    tensors, ``bytes_per_parameter`` those of the experts. ``windows`` and ``tokenizer`` are None
+    where no text is read.
+    """
+
+    config: CompressConfig
+    base_model: str
+    source: Path
+    model_type: str
+    weights_sha256: str
+    tokenizer: Any
+    windows: Windows | None
+    batch_size: int
+    quantum: int
+    bytes_full: int
+    bytes_per_parameter: int
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What the result depends on beside the command: hashes of what that names, our version."""
+        inputs = {"weights_sha256": self.weights_sha256, "version": flexmoe.__version__}
+        if self.windows:
+            inputs["data_sha256"] = self.windows.sha256
+        path = Path(self.config.method.rpartition(":")[0])
+        if path.is_file():
+            inputs["method_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return inputs
+
+
+def prepare(model: str | Path, config: CompressConfig) -> Prepared:
+    """Check and read all that can be without the model's weights."""
+    check_config(config)
+    source = resolve(model)
+    meta, checkpoint = meta_model(source), Checkpoint(source)
+    traced = trace(checkpoint, meta)  # refuses weights it cannot find before the slow part
+    narrowest = min(layer.shape.channels for layer in expert_layers(meta))
+    quantum = default_quantum(narrowest) if config.quantum is None else config.quantum
+    if quantum > narrowest:
+        raise FlexmoeError(f"quantum {quantum} is wider than an expert of {narrowest} channels")
+    tokenizer, windows, batch_size = None, None, 1
+    if config.needs_data:
+        tokenizer = load_tokenizer(source, meta.config)
+        windows = calibration_windows(
+            config.data or "tiny",
+            tokenizer,
+            samples=SAMPLES if config.samples is None else config.samples,
+            seq_len=pick_seq_len(config.seq_len, meta.config),
+            seed=config.seed,
+        )
+        check_tokens(windows.ids, meta.config)
+        batch_size = pick_batch_size(config.batch_size, windows.ids.shape[1])
+        share(windows.batches(batch_size))  # refuses what several processes cannot share
+        if config.allocate == "learned":
+            part_of(torch.arange(batch_size))
+            check_halves(batch_size)
+    stored = checkpoint.tensors[next(iter(traced.values())).stored[0].name]
+    return Prepared(
+        config=config,
+        # a folder by its full path, so that the plan finds it again
+        base_model=str(Path(model).resolve()) if Path(model).is_dir() else str(model),
+        source=source,
+        model_type=str(meta.config.model_type),
+        weights_sha256=fingerprint(checkpoint, traced),
+        tokenizer=tokenizer,
+        windows=windows,
+        batch_size=batch_size,
+        quantum=quantum,
+        bytes_full=checkpoint.bytes,
+        bytes_per_parameter=stored.bytes // math.prod(stored.shape),
+    )
