@@ -108,8 +108,8 @@ def _sizes(
         if peak > usable:
             raise FlexmoeError(
                 f"{gib(memory)} of memory are too little for one window of {ids.shape[1]} tokens: "
-                f"it takes {gib(peak)}. Give --memory more than {gib(_with_slack(peak))}, or a shorter "
-                "--seq-len"
+                f"it takes {gib(peak)}. Give --memory more than {gib(_with_slack(peak))}, or a "
+                "shorter --seq-len"
             )
         each = peak - base - largest
         while 2 * number <= min(batch_size, len(ids)) and peak + number * each <= usable:

@@ -133,11 +133,12 @@ class Pass:
 
     def rehearse(self, index: int) -> None:
         """Everything that is done with layer ``index``, from a gradient of ones: to be measured."""
-        found = self.empty()
-        for i in range(index + 1):
-            self.forward(i, found)
-        if self.backward_wanted:
-            places = range(len(self.ids))
+        found, places = self.empty(), range(len(self.ids))
+        with experts_function(self.loader.model, "flexmoe_observe"):
+            for i in range(index + 1):
+                self.forward(i, found)
+            if not self.backward_wanted:
+                return
             given = self.files.read(_output(index), places)
             ones = [
                 torch.ones_like(part) if part is not None and part.is_floating_point() else None
