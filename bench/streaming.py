@@ -28,7 +28,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from common import save
 from flexmoe.checkpoint import INDEX_NAME, Checkpoint
 from flexmoe.data import TINY
-from flexmoe.memory import text
+from flexmoe.memory import gib
 from flexmoe.pick import parse_bytes
 from flexmoe.plan import Plan
 
@@ -147,8 +147,8 @@ def main() -> None:
         }
     print(json.dumps(result, indent=1))
     print(
-        f"{text(result['checkpoint_bytes'])} with {text(limit)}: "
-        + ", ".join(f"{name} {text(job['peak_bytes'])}" for name, job in jobs.items())
+        f"{gib(result['checkpoint_bytes'])} with {gib(limit)}: "
+        + ", ".join(f"{name} {gib(job['peak_bytes'])}" for name, job in jobs.items())
     )
     if options.size == "large":
         save("streaming", result)
