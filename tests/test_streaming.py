@@ -1,4 +1,4 @@
-"""The pass layer by layer gives what the pass over the whole model gives, and goes on after a kill."""
+"""The pass layer by layer gives what that over the whole model gives, and survives a kill."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.family import load_stock
 from flexmoe.fit import check_weights, gather_within
 from flexmoe.layer_loader import LayerLoader
-from flexmoe.memory import fitting, held
+from flexmoe.memory import held
 from flexmoe.pipeline import compress
 from flexmoe.resume import Work
 from flexmoe.statistics import observe
@@ -52,16 +52,8 @@ def streamed(path, folder, names=NAMES, **settings):
         return gather_streamed(loader, windows(), names, saved=saved(folder), **settings)
 
 
-def checkpoint(name, path, **config):
-    """A tiny model of the zoo on disk, with four layers where ``config`` is given."""
-    model = zoo.tiny_model(name)
-    if config:
-        settings = zoo.tiny_config(name)
-        for key, value in config.items():
-            setattr(settings, key, value)
-        torch.manual_seed(0)
-        model = zoo.model_class(name)(settings).float().eval()
-    model.save_pretrained(path)
+def checkpoint(name, path):
+    zoo.tiny_model(name).save_pretrained(path)
     return path
 
 
@@ -189,26 +181,24 @@ def test_smaller_micro_batches_instead_of_an_out_of_memory_death(message, tmp_pa
     assert largest_difference(got, want) < TOLERANCE
 
 
-def test_other_errors_and_single_windows_are_not_tried_again():
-    with pytest.raises(RuntimeError, match="shape"):
-        fitting(lambda size: (_ for _ in ()).throw(RuntimeError("shape mismatch")), 8)
-    with pytest.raises(MemoryError):
-        fitting(lambda size: (_ for _ in ()).throw(MemoryError()), 8)
-    assert fitting(lambda size: size, 8) == (8, 8)
-
-
-def test_models_whose_layers_need_more_are_refused(tmp_path):
-    """Residuals of several layers before (inkling2), and keys and values of another layer."""
-    residual = checkpoint(
-        "inkling2_text",
-        tmp_path / "residual",
-        num_hidden_layers=4,
-        layer_types=None,
-        mlp_layer_types=["sparse"] * 4,
-        n_layers_per_attn_res_block=1,
-    )
-    with pytest.raises(FlexmoeError, match="cannot be read layer by layer"):
-        streamed(residual, tmp_path / "a")
+@pytest.mark.parametrize(
+    ("name", "config", "reason"),
+    [  # residuals of several layers before; keys and values of another layer
+        ("inkling2_text", {"n_layers_per_attn_res_block": 1}, "layers before that one"),
+        (
+            "gemma4_text",
+            {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+            "finds nothing",
+        ),
+    ],
+)
+def test_models_whose_layers_need_more_are_refused(name, config, reason, tmp_path, monkeypatch):
+    monkeypatch.setitem(zoo.COMMON, "num_hidden_layers", 4)
+    monkeypatch.setitem(zoo.COMMON, "mlp_layer_types", ["sparse"] * 4)
+    monkeypatch.setitem(zoo.EXTRA, name, zoo.EXTRA.get(name, {}) | config)
+    path = checkpoint(name, tmp_path / "model")
+    with pytest.raises(FlexmoeError, match=f"cannot be read layer by layer.*{reason}"):
+        streamed(path, tmp_path)
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path):
@@ -216,7 +206,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight[0, 0] = torch.nan
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(FlexmoeError, match="decoder layer 1 gives .* not finite"):
+    with pytest.raises(FlexmoeError, match=r"decoder layer 1 gives .* not finite"):
         streamed(tmp_path / "model", tmp_path)
 
 
@@ -225,9 +215,7 @@ def test_a_missing_weight_is_named(tmp_path):
     state = model.state_dict()
     del state["model.layers.1.self_attn.o_proj.weight"]
     model.save_pretrained(tmp_path / "model", state_dict=state)
-    with pytest.raises(
-        FlexmoeError, match=r"nothing .* for model.layers.1.self_attn.o_proj.weight"
-    ):
+    with pytest.raises(FlexmoeError, match=r"nothing .* for model.layers.1.self_attn"):
         streamed(tmp_path / "model", tmp_path)
 
 

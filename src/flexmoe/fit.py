@@ -19,7 +19,7 @@ from flexmoe.data import Windows
 from flexmoe.errors import FlexmoeError
 from flexmoe.evidence import Evidence
 from flexmoe.layer_loader import LayerLoader
-from flexmoe.memory import MostHeld, gib, held
+from flexmoe.memory import MicroBatch, MostHeld, gib, held
 from flexmoe.progress import Track, silent
 from flexmoe.resume import Saved
 from flexmoe.statistics import find_statistics
@@ -97,7 +97,7 @@ def _sizes(
 
     def most(number: int) -> int:
         some = Windows(ids[:number], "", ("",), torch.zeros(number))
-        part = Pass(loader, some, wanted, files, number, number, CHUNK)
+        part = Pass(loader, some, wanted, files, number, MicroBatch(number), CHUNK)
         with MostHeld(loader.device) as seen:
             part.rehearse(first)
         return seen.bytes + largest - loader.bytes_of[first]

@@ -72,16 +72,24 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def fitting(run: Callable[[int], Result], size: int) -> tuple[Result, int]:
-    """``run(size)``, again with half the size whenever memory runs out; returns what it gave and
-    the size that did. ``run`` must be able to start over."""
-    while True:
-        try:
-            return run(size), size
-        except (MemoryError, RuntimeError) as error:
-            if size == 1 or not out_of_memory(error):
-                raise
-        size //= 2  # outside the except block: what the failed try held is free by now
-        log.warning("out of memory: going on with %d windows at a time", size)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+class MicroBatch:
+    """How many windows go at a time: ``size``, halved for good whenever memory runs out."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def run(self, work: Callable[[int], Result], most: int) -> Result:
+        """``work(size)`` with a size of at most ``most``, again with half of it when memory runs
+        out: it must be able to start over."""
+        while True:
+            size = min(self.size, most)
+            try:
+                return work(size)
+            except (MemoryError, RuntimeError) as error:
+                if size == 1 or not out_of_memory(error):
+                    raise
+            # outside the except block: what the failed try held is free by now
+            self.size = size // 2
+            log.warning("out of memory: going on with %d windows at a time", self.size)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()

@@ -24,7 +24,7 @@ from flexmoe.data import Windows
 from flexmoe.evidence import Evidence
 from flexmoe.experts import Routing, experts_function
 from flexmoe.layer_loader import LayerLoader
-from flexmoe.memory import fitting
+from flexmoe.memory import MicroBatch
 from flexmoe.one_layer import not_finite, run_layer
 from flexmoe.progress import Track, silent
 from flexmoe.resume import Saved
@@ -52,19 +52,17 @@ def gather_streamed(
     layer before gave them.
     """
     files = Activations(saved.work.path / "activations", loader.device)
-    streamed = Pass(
-        loader, windows, find_statistics(names), files, batch_size, micro_batch or batch_size, chunk
-    )
+    micro = MicroBatch(micro_batch or batch_size)
+    streamed = Pass(loader, windows, find_statistics(names), files, batch_size, micro, chunk)
     found, done, steps = streamed.empty(seed), 0, streamed.steps()
     if (state := saved.load()) is not None:
         done, tensors = state
-        streamed.micro_batch = int(tensors.pop("micro_batch"))
+        micro.size = int(tensors.pop("micro_batch"))
         found = Evidence.from_tensors(list(windows.sources), tensors, windows.sha256)
     with experts_function(loader.model, "flexmoe_observe"):
         for number, (step, index) in enumerate(track(steps[done:], "observe"), done + 1):
             step(index, found)
-            size = torch.tensor(streamed.micro_batch)
-            saved.save(number, found.tensors() | {"micro_batch": size})
+            saved.save(number, found.tensors() | {"micro_batch": torch.tensor(micro.size)})
             streamed.forget(step, index)
     return found
 
@@ -92,7 +90,7 @@ class Pass:
     wanted: Sequence[Statistic]
     files: Activations
     batch_size: int
-    micro_batch: int
+    micro: MicroBatch
     chunk: int
 
     def __post_init__(self) -> None:
@@ -265,10 +263,7 @@ class Pass:
             for part in _split(batch.places, size):
                 work(part)
 
-        size = min(self.micro_batch, len(batch.places))
-        _, fits = fitting(run, size)
-        if fits < size:
-            self.micro_batch = fits
+        self.micro.run(run, len(batch.places))
 
 
 def _leaves(output: Output) -> Output:
