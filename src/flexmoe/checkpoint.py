@@ -234,10 +234,13 @@ def _refuse_quantized(where: str | Path, config: dict[str, Any]) -> None:
         )
 
 
-def meta_model(path: str | Path, config: dict[str, Any] | None = None) -> PreTrainedModel:
+def meta_model(
+    path: str | Path, config: dict[str, Any] | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """The stock model of a checkpoint on the meta device: shapes and functions, no weights.
 
-    ``config`` replaces what `read_config` gives. A ragged export gives the model at full width.
+    ``config`` replaces what `read_config` gives, ``dtype`` the one it names. A ragged export gives
+    the model at full width.
     """
     found = deepcopy(read_config(path) if config is None else config)
     _refuse_quantized(path, found)
@@ -247,12 +250,13 @@ def meta_model(path: str | Path, config: dict[str, Any] | None = None) -> PreTra
         raise FlexmoeError(f"transformers {transformers.__version__} has no model_type '{kind}'")
     try:
         settings = CONFIG_MAPPING[kind].from_dict(found)
+        given = {} if dtype is None else {"dtype": dtype}
         with torch.device("meta"):
             if type(settings) in AutoModelForCausalLM._model_mapping:
-                return AutoModelForCausalLM.from_config(settings)
+                return AutoModelForCausalLM.from_config(settings, **given)
             for name in names:
                 if hasattr(transformers, name):
-                    return getattr(transformers, name)(settings)
+                    return getattr(transformers, name)._from_config(settings, **given)
     except UNBUILDABLE as error:
         raise FlexmoeError(
             f"transformers {transformers.__version__} cannot build the '{kind}' model of "

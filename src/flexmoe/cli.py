@@ -46,6 +46,8 @@ COMPRESS_EXAMPLES = """\
 
   flexmoe compress ./model -o family --method ./mine.py:score
 
+  flexmoe compress ./larger-than-memory -o family --memory 8GiB
+
   torchrun --nproc-per-node 8 -m flexmoe compress ./Qwen3-30B-A3B -o families/qwen3 --shard
 """
 EXPORT_EXAMPLES = """\
@@ -91,8 +93,11 @@ def compress(
     ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
     method: Annotated[str, typer.Option(help="NAME or FILE.py:FUNCTION; see: methods")] = "fisher",
     allocate: Annotated[
-        str, typer.Option(help="learned, global, layer, uniform, actions")
-    ] = "learned",
+        str | None,
+        typer.Option(
+            help="learned, global, layer, uniform, actions; default: learned, global with --memory"
+        ),
+    ] = None,
     quantum: Annotated[
         int | None, typer.Option(help="widths are multiples of this; default: 32, less when tiny")
     ] = None,
@@ -103,6 +108,10 @@ def compress(
     micro_batch: MicroBatch = None,
     checkpointing: Checkpointing = False,
     shard: Shard = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="hold no more than this, as 8GiB: the model is read layer by layer"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="draws windows, random scores and actions")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -110,11 +119,17 @@ def compress(
     from flexmoe.config import SETTINGS_OF, CompressConfig, budget_list
     from flexmoe.coverage import coverage, in_short
     from flexmoe.evidence import Evidence
+    from flexmoe.family import pick_device
+    from flexmoe.memory import MostHeld, gib
+    from flexmoe.pick import parse_bytes
     from flexmoe.pipeline import compress as run
     from flexmoe.progress import bar, silent
     from flexmoe.training import process_group, processes
 
     quiet()
+    limit = None if memory is None else parse_bytes(memory)
+    if allocate is None:
+        allocate = "learned" if limit is None else "global"
     learn = None
     if learn_steps is not None:
         learn = SETTINGS_OF.get(allocate, SETTINGS_OF["learned"])(steps=learn_steps)
@@ -134,15 +149,19 @@ def compress(
             seed=seed,
             device=place,
             shard=shard,
+            memory=limit,
         )
         first = processes()[0] == 0
-        plan = run(model, out, config, track=bar if first else silent)
+        with MostHeld(pick_device(place)) as most:
+            plan = run(model, out, config, track=bar if first else silent)
     if not first:
         return
     if config.needs_data:
         text, thin = in_short(coverage(Evidence.load(out, plan.recipe.data_sha256)))
         say(text, style="yellow" if thin else None)
     say(_plan_table(plan, f"{out}: {model} ranked by {method}, widths {allocate}"))
+    if limit is not None:
+        say(f"at most {gib(most.bytes)} of memory were held, {gib(limit)} were allowed")
     say(f"next: flexmoe eval {out}, or flexmoe export {out} --pruned 0.4 --layout uniform -o DIR")
 
 

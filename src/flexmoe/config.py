@@ -12,6 +12,7 @@ from flexmoe.learn import LearnConfig
 from flexmoe.methods import find_method
 from flexmoe.sharding import check_processes
 from flexmoe.statistics import find_statistics
+from flexmoe.training import processes
 
 SAMPLES = 128  # windows of calibration text
 ALLOCATORS = ("uniform", "layer", "global", "learned", "actions")
@@ -27,7 +28,8 @@ BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 class CompressConfig:
     """What `compress` can be told. None means the default that fits the model; the defaults are
     those that measured best on held-out text (docs/log.md). ``shard`` splits the model over all
-    processes, see `sharding`."""
+    processes, see `sharding`. With ``memory`` (bytes) the model is observed layer by layer and no
+    more than that is held, see `streaming`."""
 
     data: str | None = None
     samples: int | None = None
@@ -43,6 +45,7 @@ class CompressConfig:
     seed: int = 0
     device: str = "auto"
     shard: bool = False
+    memory: int | None = None
 
     @property
     def needs_data(self) -> bool:
@@ -89,6 +92,17 @@ def check_config(config: CompressConfig) -> None:
                 "of whole weights: use 'fisher' or 'heapr'"
             )
         check_processes()
+    if config.memory is not None:
+        if config.allocate in SETTINGS_OF:
+            raise FlexmoeError(
+                f"allocate '{config.allocate}' needs the whole model in memory: with a limit of "
+                "memory use --allocate global"
+            )
+        if config.shard or processes()[1] > 1:
+            raise FlexmoeError(
+                "a limit of memory works with one process: leave out torchrun and --shard, or "
+                "--memory"
+            )
     pick_device(config.device)
 
 

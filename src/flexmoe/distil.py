@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from flexmoe.family import set_budget
+from flexmoe.memory import MicroBatch
 from flexmoe.progress import Steps, Track, silent
 from flexmoe.resume import Saved
 from flexmoe.sharding import is_sharded
@@ -182,7 +184,14 @@ def distil(
     if not weights and scheme == "family":
         probe = ids[order[0]]
         weights = stratum_weights(model, probe, poorest, schedule.micro_batch)
+    micro = MicroBatch(schedule.micro_batch)
     mixed = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+
+    def backward(batch: Tensor, parts: Sequence[Part], size: int) -> None:
+        optimizer.zero_grad()
+        with mixed:
+            _backward(model, teacher, batch, parts, size, device)
+
     try:
         with activations_recomputed(model, checkpointing):
             tokens = schedule.batch_size * ids.shape[1]
@@ -191,9 +200,11 @@ def distil(
                     group["lr"] = schedule.rate(step)
                 rows = len(order[step])
                 parts = parts_of_step(scheme, at, poorest, rows, step, weights, schedule.seed)
-                optimizer.zero_grad()
-                with mixed:
-                    _backward(model, teacher, ids[order[step]], parts, schedule.micro_batch, device)
+                work = partial(backward, ids[order[step]], parts)
+                if is_sharded(model):  # all processes make the same calls
+                    work(micro.size)
+                else:
+                    micro.run(work, rows)
                 if processes()[1] > 1 and not is_sharded(model):
                     _sum_gradients(parameters)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -21,12 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers, experts_function
+from flexmoe.memory import MicroBatch
 from flexmoe.progress import Steps, Track, silent
 from flexmoe.resume import Saved
 from flexmoe.sharding import in_step, is_sharded
@@ -137,6 +139,7 @@ def learn_positions(
     first_X = positions.value_X
     device = next(model.parameters()).device
     check_halves(batch_size)
+    micro = MicroBatch(micro_batch or batch_size)
     model.requires_grad_(False)
     start = 0
     if saved is not None and (state := saved.load()) is not None:
@@ -164,10 +167,12 @@ def learn_positions(
                 for half in range(2):
                     chosen = part_of(torch.arange(batch_size))
                     windows = ids[order[step][chosen[chosen % 2 == half]]].to(device)
-                    parts = windows.split(micro_batch or batch_size) if len(windows) else ()
-                    if is_sharded(model):
-                        parts = in_step(parts, ids[:1].to(device))
-                    halves.append(_worth(model, layers, parts, kept))
+                    if is_sharded(model):  # all processes make the same calls
+                        parts = in_step(_split(windows, micro.size), ids[:1].to(device))
+                        halves.append(_worth(model, layers, parts, kept))
+                    else:
+                        work = partial(_worth_by, model, layers, kept, windows)
+                        halves.append(micro.run(work, max(1, len(windows))))
                 for (pruned, _), *worth_2X in zip(draws, *halves, strict=True):
                     step_X = edge_step(positions.value_X, torch.stack(worth_2X), pruned, jitter)
                     moved_X += step_X
@@ -177,12 +182,16 @@ def learn_positions(
                 if saved is not None and (saved.due or step + 1 == config.steps):
                     saved.save(step + 1, {"position": positions.value_X})
         mixed = [positions.spread(torch.lerp(first_X, positions.value_X, a)) for a in MIXES]
-        positions.value_X = _best(model, positions, mixed, ids[: 4 * batch_size], micro_batch)
+        positions.value_X = _best(model, positions, mixed, ids[: 4 * batch_size], micro.size)
     finally:
         for layer in layers:
             for name in ("flexmoe_mask_EI", "flexmoe_load_E"):
                 layer.module.__dict__.pop(name, None)
     return positions.by_layer(positions.value_X)
+
+
+def _split(windows: Tensor, size: int) -> Sequence[Tensor]:
+    return windows.split(size) if len(windows) else ()
 
 
 @torch.no_grad()
@@ -191,7 +200,7 @@ def _best(
     positions: Positions,
     candidates: Sequence[Tensor],
     ids: Tensor,
-    micro_batch: int | None,
+    micro_batch: int,
 ) -> Tensor:
     """The candidate [X] with the lowest divergence from the full model, as a ratio to the first
     one's at four budgets: a run too short to learn anything ends no worse than it began."""
@@ -199,7 +208,7 @@ def _best(
     windows = part_of(ids[: len(ids) // world * world])
     device = next(model.parameters()).device
     found = torch.zeros(len(candidates), len(CHECKED), dtype=torch.float64)
-    for part in windows.split(micro_batch or len(windows)):
+    for part in windows.split(micro_batch):
         part = part.to(device)
         teacher = model(input_ids=part, use_cache=False).logits
         for c, value_X in enumerate(candidates):
@@ -212,6 +221,17 @@ def _best(
                 found[c, b] += float(divergence(student, teacher))
     add_up([found])
     return candidates[int((found / found[0].clamp_min(1e-12)).mean(1).argmin())]
+
+
+def _worth_by(
+    model: nn.Module,
+    layers: Sequence[ExpertLayer],
+    kept: Sequence[Mapping[int, Tensor]],
+    windows: Tensor,
+    size: int,
+) -> list[Tensor]:
+    """`_worth` by ``windows``, ``size`` of them at a time."""
+    return _worth(model, layers, _split(windows, size), kept)
 
 
 def _worth(

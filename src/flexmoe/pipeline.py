@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +17,13 @@ import flexmoe
 from flexmoe.actions import ActionConfig, learn_widths
 from flexmoe.allocate import allocate, order_of, widths_from_path
 from flexmoe.config import SETTINGS_OF, CompressConfig, check_config
+from flexmoe.data import Windows
 from flexmoe.evidence import Evidence, gather
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import check_room, write_family
 from flexmoe.family import attach, load_stock, pick_device
+from flexmoe.fit import check_weights, gather_within
+from flexmoe.layer_loader import LayerLoader
 from flexmoe.learn import LearnConfig, learn_positions
 from flexmoe.methods import find_method, score_layers
 from flexmoe.plan import JSON_NAME, LayerRecord, Plan, Recipe
@@ -26,13 +31,17 @@ from flexmoe.prepare import Prepared, prepare
 from flexmoe.progress import Track, silent
 from flexmoe.resume import Saved, Work
 from flexmoe.sharding import gathered, shard_model
-from flexmoe.statistics import observe, thin_experts
+from flexmoe.statistics import Statistics, observe, thin_experts
 from flexmoe.training import by_first
+
+# show how many experts a token is sent to, where no text is read
+TWO_TOKENS = Windows(torch.zeros(1, 2, dtype=torch.long), "", ("",), torch.zeros(1))
 
 
 @dataclass(kw_only=True)
 class Ranked(Prepared):
-    """A model in memory with its channels in order, and what is known of them.
+    """A model in memory (on the meta device if it was observed layer by layer) with its channels
+    in order, and what is known of them.
 
     ``score`` and ``order`` [E, I] of every layer describe the channels as they stand in ``model``:
     ``order`` is their original index. ``evidence`` is what the pass saw, None without text.
@@ -51,13 +60,20 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
     return rank(prepare(model, config), track)
 
 
-def rank(ready: Prepared, track: Track = silent, saved: Saved | None = None) -> Ranked:
-    """`rank_channels` for what has been prepared; ``saved`` keeps what the pass saw."""
-    config, source, windows = ready.config, ready.source, ready.windows
-    method = find_method(config.method)
+class Seen(NamedTuple):
+    """What the pass gives, and the scores made of it. Without text there is no evidence."""
+
+    network: PreTrainedModel
+    evidence: Evidence | None
+    statistics: Statistics
+    score: dict[int, Tensor]
+
+
+def _observe_whole(ready: Prepared, track: Track, saved: Saved | None) -> Seen:
+    config, windows, method = ready.config, ready.windows, find_method(ready.config.method)
     # float32 on the CPU, where it is as fast; the checkpoint's own dtype on an accelerator
     dtype = torch.float32 if pick_device(config.device).type == "cpu" else "auto"
-    network = load_stock(source, device="cpu" if config.shard else config.device, dtype=dtype)
+    network = load_stock(ready.source, device="cpu" if config.shard else config.device, dtype=dtype)
     layers = expert_layers(network)
     if config.shard:
         shard_model(network, layers, pick_device(config.device))
@@ -73,15 +89,49 @@ def rank(ready: Prepared, track: Track = silent, saved: Saved | None = None) -> 
             track=track,
         )
         statistics = evidence.mixed()
-    else:  # two tokens show how many experts a token is sent to
-        two = torch.zeros(1, 2, dtype=torch.long)
-        statistics = observe(network, two, method.needs, seed=config.seed)
+    else:
+        statistics = observe(network, TWO_TOKENS.ids, method.needs, seed=config.seed)
     score: dict[int, Tensor] = {}
     for layer in layers:
         with gathered(network, layer):  # a method may read the layer's weights
             score |= score_layers(method, [layer], statistics)
+    return Seen(network, evidence, statistics, score)
+
+
+def _observe_by_layer(ready: Prepared, track: Track, saved: Saved | None) -> Seen:
+    """The same within ``config.memory``; the model is on the meta device afterwards."""
+    config, windows, method = ready.config, ready.windows, find_method(ready.config.method)
+    assert config.memory is not None
+    device = pick_device(config.device)
+    loader = LayerLoader(ready.source, device, torch.float32 if device.type == "cpu" else None)
+    check_weights(loader, config.memory)
+    with loader, TemporaryDirectory() as folder:
+        evidence = gather_within(
+            config.memory,
+            loader,
+            windows or TWO_TOKENS,
+            method.needs,
+            batch_size=ready.batch_size,
+            seed=config.seed,
+            saved=saved or Work(folder, {}).stage("observe"),
+            track=track,
+        )
+        statistics = evidence.mixed()
+        score: dict[int, Tensor] = {}
+        for i, layer in loader.experts.items():
+            with loader.resident(i):
+                score |= score_layers(method, [layer], statistics)
+    return Seen(loader.model, evidence if windows else None, statistics, score)
+
+
+def rank(ready: Prepared, track: Track = silent, saved: Saved | None = None) -> Ranked:
+    """`rank_channels` for what has been prepared; ``saved`` keeps what the pass saw."""
+    config, source, windows = ready.config, ready.source, ready.windows
+    see = _observe_whole if config.memory is None else _observe_by_layer
+    network, evidence, statistics, score = see(ready, track, saved)
+    layers = expert_layers(network)
     order = {i: order_of(s) for i, s in score.items()}
-    for layer in layers:
+    for layer in layers:  # without effect where the model is on the meta device
         layer.permute_(order[layer.index])
     records = {
         layer.index: LayerRecord(

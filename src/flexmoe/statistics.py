@@ -6,6 +6,7 @@ pass adds them up per expert in float64. All are sums (or maxima), so parts of a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.experts import ExpertLayer, Routing, expert_layers, experts_function
+from flexmoe.memory import MicroBatch
 from flexmoe.progress import Track, silent
+from flexmoe.sharding import is_sharded
 
 THIN = 100  # fewer tokens than this are thin evidence for an expert
 
@@ -138,7 +141,7 @@ def find_statistics(names: Iterable[str]) -> list[Statistic]:
     return [STATISTICS[name] for name in dict.fromkeys(names)]
 
 
-class _Observer:
+class Observer:
     """Sits on one experts module during the pass and adds up in ``stats``, which stand where the
     module is."""
 
@@ -200,20 +203,21 @@ def watched(model: nn.Module, wanted: Sequence[Statistic]) -> Iterator[Look]:
 
     Forward only when nothing asks for gradients. All weights are frozen but those a ``weights``
     statistic needs, so the backward pass is cheaper than a plain one. The loss is the sum over
-    tokens: a token counts the same in any batch.
+    tokens: a token counts the same in any batch. Where memory runs out a batch goes in parts,
+    except for ``weights`` statistics, which look at the gradient of the whole batch.
     """
-    observers = [_Observer(layer, wanted) for layer in expert_layers(model)]
+    observers = [Observer(layer, wanted) for layer in expert_layers(model)]
     backward = any(s.when != "forward" for s in wanted)
     of_weights = any(s.when == "weights" for s in wanted)
     trainable = {p for p in model.parameters() if p.requires_grad}
-    handles, tokens = [], 1
+    handles, tokens, micro = [], 1, MicroBatch(sys.maxsize)
     model.requires_grad_(False)
     for observer in observers:
         observer.layer.module.flexmoe_observer = observer
         for name, parameter in observer.layer.parameters.items() if of_weights else ():
             parameter.requires_grad_(True)
 
-            def collect(p: nn.Parameter, observer: _Observer = observer, name: str = name) -> None:
+            def collect(p: nn.Parameter, observer: Observer = observer, name: str = name) -> None:
                 observer.add_weights(name, p, tokens)
 
             handles.append(parameter.register_post_accumulate_grad_hook(collect))
@@ -226,14 +230,25 @@ def watched(model: nn.Module, wanted: Sequence[Statistic]) -> Iterator[Look]:
             observer.stats = into[observer.layer.index]
             observer.stats.to(device)
         ids = ids.to(device)
-        loss = token_loss(model(input_ids=ids, use_cache=False).logits, ids)
-        if not torch.isfinite(loss):
-            raise FlexmoeError(
-                "the model's loss on the calibration data is not finite: check that the "
-                "tokenizer belongs to the model, or run in float32"
-            )
-        if backward:
-            loss.backward()
+        before = [dict(observer.stats.values) for observer in observers]
+
+        def run(size: int) -> None:
+            for observer, values in zip(observers, before, strict=True):  # as before a failed try
+                observer.stats.values = {name: value.clone() for name, value in values.items()}
+            for part in ids.split(size):
+                loss = token_loss(model(input_ids=part, use_cache=False).logits, part)
+                if not torch.isfinite(loss):
+                    raise FlexmoeError(
+                        "the model's loss on the calibration data is not finite: check that the "
+                        "tokenizer belongs to the model, or run in float32"
+                    )
+                if backward:
+                    loss.backward()
+
+        if of_weights or is_sharded(model):  # gradients of a batch, or calls made by all together
+            run(len(ids))
+        else:
+            micro.run(run, len(ids))
         for observer in observers:
             observer.stats.tokens += ids.numel()
             observer.stats.batches += 1

@@ -131,6 +131,17 @@ def parameter_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str,
     return found
 
 
+def names_by_parameter(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, list[str]]:
+    """The checkpoint tensors that each parameter of ``model`` is made of (where a converter makes
+    several of the same tensors, the first one); those that the model does not have are left out."""
+    names = _Names(model)
+    return {
+        parameter: [name for group in patterns.values() for name in group]
+        for parameter, patterns in names.groups(checkpoint.tensors).items()
+        if parameter in names.state
+    }
+
+
 def fingerprint(checkpoint: Checkpoint, layers: dict[int, TracedLayer]) -> str:
     """sha256 of the down channels of expert 0 of every layer, as stored: it tells these very
     weights in this very order of channels from all others."""

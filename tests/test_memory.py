@@ -1,0 +1,102 @@
+"""Smaller pieces instead of an out-of-memory death, in every pass over text, with equal results."""
+
+import pytest
+import torch
+
+import zoo
+from flexmoe.experts import expert_layers
+from flexmoe.learn import LearnConfig, learn_positions
+from flexmoe.memory import MicroBatch, MostHeld, gib, held, out_of_memory
+from flexmoe.statistics import observe
+
+CPU = torch.device("cpu")
+# Sums of the same float32 numbers, grouped otherwise.
+TOLERANCE = 1e-4
+
+
+def ids(number=8):
+    return torch.randint(3, 60, (number, 12), generator=torch.Generator().manual_seed(0))
+
+
+class Short:
+    """A model that runs out of memory for more than ``most`` windows, after it has computed."""
+
+    def __init__(self, model, most):
+        self.forward, self.most, self.sizes = model.forward, most, []
+
+    def __call__(self, input_ids, **settings):
+        found = self.forward(input_ids=input_ids, **settings)
+        self.sizes.append(len(input_ids))
+        if len(input_ids) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+
+def test_the_size_is_halved_for_good_and_a_small_batch_changes_nothing():
+    micro, tried = MicroBatch(8), []
+
+    def work(size):
+        tried.append(size)
+        if size > 2:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return size
+
+    assert micro.run(work, 1) == 1 and micro.size == 8
+    assert micro.run(work, 6) == 1  # 6 and 3 are too many
+    assert micro.run(work, 6) == 1 and tried == [1, 6, 3, 1, 1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), MemoryError()])
+def test_other_errors_and_single_windows_are_not_tried_again(error):
+    def work(size):
+        raise error
+
+    with pytest.raises(type(error)):
+        MicroBatch(1 if out_of_memory(error) else 8).run(work, 8)
+
+
+def test_observe_goes_on_with_smaller_parts():
+    model = zoo.tiny_model("qwen3_moe")
+    names = ["fisher_EI", "energy_sum_EI", "energy_max_EI"]
+    want = observe(model, ids(), names, batch_size=4)
+    model.forward = short = Short(model, 2)
+    got = observe(model, ids(), names, batch_size=4)
+    assert short.sizes == [4, 2, 2, 2, 2]
+    for i, stats in want.items():
+        assert torch.equal(got[i]["count_E"], stats["count_E"])  # nothing is counted twice
+        assert (got[i].tokens, got[i].batches) == (stats.tokens, stats.batches)
+        for name in names:
+            assert torch.allclose(got[i][name], stats[name], rtol=TOLERANCE, atol=1e-9), name
+
+
+def test_gradients_of_whole_batches_are_not_split():
+    model = zoo.tiny_model("qwen3_moe")
+    model.forward = Short(model, 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        observe(model, ids(), ["taylor_EI"], batch_size=4)
+
+
+def test_learning_goes_on_with_smaller_parts():
+    model = zoo.tiny_model("qwen3_moe")
+    generator = torch.Generator().manual_seed(0)
+    layers = expert_layers(model)
+    score = {x.index: torch.rand(x.E, x.I, generator=generator).double() for x in layers}
+    config = LearnConfig(steps=2)
+    want = learn_positions(model, ids(), score, config, batch_size=4)
+    model.forward = short = Short(model, 1)
+    got = learn_positions(model, ids(), score, config, batch_size=4)
+    assert short.sizes[:2] == [2, 1] and set(short.sizes[1:]) == {1}
+    for i in want:
+        assert torch.allclose(got[i], want[i], atol=1e-2)
+        assert float((got[i] - want[i]).abs().mean()) < 1e-3
+
+
+def test_the_most_that_is_held_is_seen_when_it_is_gone():
+    with MostHeld(CPU) as most:
+        before = held(CPU)
+        block = torch.ones(2**25)  # 128 MiB
+        for _ in range(20):
+            block.mul_(1.0)
+        del block
+    assert 100 * 2**20 < most.bytes - before < 200 * 2**20
+    assert gib(2**29) == "512 MiB" and gib(1.5 * 2**30) == "1.50 GiB"
