@@ -143,7 +143,7 @@ class Checkpoint:
             self.files = ["model.safetensors"]
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.files:
-            self.tensors |= _read_header(self.path / file)
+            self.tensors |= read_header(self.path / file)
 
     @property
     def bytes(self) -> int:
@@ -186,7 +186,8 @@ class Checkpoint:
         return found
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file; a `FlexmoeError` if it is missing or damaged."""
     if not path.is_file():
         raise FlexmoeError(f"{path} is missing: the checkpoint is incomplete, download it again")
     with path.open("rb") as file:

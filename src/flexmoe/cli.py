@@ -1,4 +1,4 @@
-"""The command line: ``flexmoe compress | recover | export | eval | pick | methods | demo``.
+"""The command line: ``flexmoe doctor | compress | recover | export | eval | pick | methods | demo``.
 
 Heavy imports happen inside the commands, so that ``--help`` is quick.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmoe import __version__, cli_eval, cli_recover
+from flexmoe import __version__, cli_doctor, cli_eval, cli_recover
 from flexmoe.cli_common import (
     Base,
     BatchSize,
@@ -190,6 +190,7 @@ def export(
     )
 
 
+app.command(epilog=cli_doctor.EXAMPLES)(cli_doctor.doctor)
 app.command(epilog=cli_recover.EXAMPLES)(cli_recover.recover)
 app.command("eval", epilog=cli_eval.EVAL_EXAMPLES)(cli_eval.evaluate)
 app.command("pick", epilog=cli_eval.PICK_EXAMPLES)(cli_eval.pick)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -47,6 +48,8 @@ def load_stock(
     folder = resolve(path)
     loader = type(meta_model(folder))
     place = {"device_map": target} if (target := pick_device(device)).type != "cpu" else {}
+    if not place:  # reading ahead would hold all experts twice: apart, and as one tensor
+        os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     return loader.from_pretrained(folder, dtype=dtype, **place).eval()
 
 

@@ -176,7 +176,9 @@ def learn_positions(
                 if saved is not None and saved.due:
                     saved.save(step + 1, {"position": positions.value_X})
         mixed = [positions.spread(torch.lerp(first_X, positions.value_X, a)) for a in MIXES]
-        positions.value_X = _best(model, positions, mixed, ids[: 4 * batch_size], micro_batch)
+        positions.value_X = _best(
+            model, positions, mixed, ids[: 4 * batch_size], micro_batch or batch_size
+        )
     finally:
         for layer in layers:
             for name in ("flexmoe_mask_EI", "flexmoe_load_E"):
@@ -190,7 +192,7 @@ def _best(
     positions: Positions,
     candidates: Sequence[Tensor],
     ids: Tensor,
-    micro_batch: int | None,
+    micro_batch: int,
 ) -> Tensor:
     """The candidate [X] with the lowest divergence from the full model, as a ratio to the first
     one's at four budgets: a run too short to learn anything ends no worse than it began."""
@@ -198,7 +200,7 @@ def _best(
     windows = part_of(ids[: len(ids) // world * world])
     device = next(model.parameters()).device
     found = torch.zeros(len(candidates), len(CHECKED), dtype=torch.float64)
-    for part in windows.split(micro_batch or len(windows)):
+    for part in windows.split(micro_batch):
         part = part.to(device)
         teacher = model(input_ids=part, use_cache=False).logits
         for c, value_X in enumerate(candidates):

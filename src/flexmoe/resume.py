@@ -78,7 +78,7 @@ class Saved:
         record = json.loads(about.read_text())
         data = self.work.path / record["file"]
         try:
-            if hashlib.sha256(data.read_bytes()).hexdigest() != record["sha256"]:
+            if _sha256(data) != record["sha256"]:
                 raise SafetensorError("its checksum is not what was written")
             return record["step"], load_file(data)
         except (OSError, SafetensorError) as error:
@@ -108,12 +108,17 @@ class Saved:
         record = {
             "step": step,
             "file": data.name,
-            "sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
+            "sha256": _sha256(data),
         }
         _replace(self.path.with_suffix(".json"), json.dumps(record).encode())
         for old in self.work.path.glob(f"{self.name}-*.safetensors"):
             if old != data:
                 old.unlink()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:  # the state may be three times the weights: never whole in memory
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -9,6 +9,7 @@ own converter turns them into hub tensors, and the numbers found there say what 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -129,6 +130,33 @@ def parameter_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str,
             if checkpoint.tensors[stored[0]].shape == tuple(names.state[parameter].shape):
                 found[stored[0]] = parameter
     return found
+
+
+def missing_parameters(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Raise `FlexmoeError` naming the parameters of ``model`` that no tensor of ``checkpoint`` is
+    loaded into, or one of another shape: transformers would go on with random numbers."""
+    names = _Names(model)
+    stored = names.groups(checkpoint.tensors)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    optional = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or []]
+    lost, other = [], []
+    for name, parameter in model.named_parameters():
+        found = [one for group in stored.get(name, {}).values() for one in group]
+        if not found and name not in tied and not any(p.search(name) for p in optional):
+            lost.append(name)
+        plain = len(found) == 1 and list(stored[name]) == [None]
+        if plain and checkpoint.tensors[found[0]].shape != tuple(parameter.shape):
+            other.append(
+                f"{found[0]} is {list(checkpoint.tensors[found[0]].shape)}, expected "
+                f"{list(parameter.shape)}"
+            )
+    if lost or other:
+        what = [f"{len(lost)} parameters are in no file ({', '.join(lost[:3])})"] if lost else []
+        raise FlexmoeError(
+            f"the weights in {checkpoint.path} are not those of its config.json: "
+            + "; ".join(what + other[:3])
+            + ". A file is missing or of another model, download it again"
+        )
 
 
 def fingerprint(checkpoint: Checkpoint, layers: dict[int, TracedLayer]) -> str:
