@@ -62,13 +62,18 @@ def resolve(model: str | Path) -> Path:
     return path
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether ``model`` looks like ``owner/name``."""
+    return not model.startswith((".", "/", "~")) and model.count("/") == 1
+
+
 def _download(model: str) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     others = ["*/*.safetensors", "original/*", "consolidated*"]  # the same weights once more
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if not is_hub_id(model):
         raise FlexmoeError(
             f"there is no folder '{model}', and it is no hub id either (those look like "
             "'allenai/OLMoE-1B-7B-0924'; 'tiny' is the model inside the package)"
@@ -245,7 +250,11 @@ def meta_model(path: str | Path, config: dict[str, Any] | None = None) -> PreTra
     found.pop("quantization_config", None)
     kind, names = found.get("model_type"), found.get("architectures") or []
     if kind not in CONFIG_MAPPING:
-        raise FlexmoeError(f"transformers {transformers.__version__} has no model_type '{kind}'")
+        own = " (its code comes with the checkpoint, and such code is never run)"
+        raise FlexmoeError(
+            f"transformers {transformers.__version__} has no model_type '{kind}'"
+            + own * bool(found.get("auto_map"))
+        )
     try:
         settings = CONFIG_MAPPING[kind].from_dict(found)
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The command line: ``flexmoe doctor | compress | recover | export | eval | pick | methods | demo``.
+"""The command line: ``flexmoe doctor | compress | recover | export | eval | pick | demo`` ...
 
 Heavy imports happen inside the commands, so that ``--help`` is quick.
 """
@@ -107,6 +107,7 @@ def compress(
     device: Device = "auto",
 ) -> None:
     """Turn a MoE checkpoint into a family: the ranked model and a plan for every budget."""
+    from flexmoe.doctor import before_compress
     from flexmoe.pipeline import SETTINGS_OF, CompressConfig, budget_list
     from flexmoe.pipeline import compress as run
     from flexmoe.progress import bar, silent
@@ -134,6 +135,9 @@ def compress(
             shard=shard,
         )
         first = processes()[0] == 0
+        for line in before_compress(model, out, config):
+            if first:
+                say(f"warning: {line}", style="yellow")
         plan = run(model, out, config, track=bar if first else silent)
     if not first:
         return
@@ -233,6 +237,11 @@ def main() -> None:
         app()
     except FlexmoeError as error:
         print(f"flexmoe: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"flexmoe: {error.strerror}: '{error.filename}'", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if "out of memory" not in str(error).lower():

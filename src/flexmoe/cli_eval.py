@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from flexmoe.cli_common import Base, BatchSize, Device, quiet, say
+from flexmoe.files import check_file
 
 EVAL_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -68,6 +69,8 @@ def evaluate(
     from flexmoe.progress import bar
 
     quiet()
+    if json_out is not None:
+        check_file(json_out)
     config = EvaluateConfig(
         data=data,
         pruned=None if pruned == "all" else budget_list(pruned),

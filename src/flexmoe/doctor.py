@@ -6,9 +6,9 @@ Reads configs and shard headers only; what shapes can tell is asked of a model w
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,14 +17,23 @@ from transformers import PreTrainedModel
 
 import flexmoe
 from flexmoe.allocate import default_quantum
-from flexmoe.checkpoint import Checkpoint, meta_model, read_config, read_header, resolve
+from flexmoe.checkpoint import (
+    Checkpoint,
+    is_hub_id,
+    meta_model,
+    read_config,
+    read_header,
+    resolve,
+)
 from flexmoe.data import load_tokenizer, pick_batch_size, pick_seq_len
 from flexmoe.errors import FlexmoeError
-from flexmoe.estimates import Estimator, Need
+from flexmoe.estimates import Estimator, Need, free_memory
 from flexmoe.experts import LAYOUT_FLAGS, ExpertLayer, expert_layers, routed_parameters
-from flexmoe.exporter import LAYOUTS, check_room
+from flexmoe.exporter import LAYOUTS, check_out
 from flexmoe.family import pick_device
+from flexmoe.files import free_disk
 from flexmoe.learn import check_halves
+from flexmoe.methods import find_method
 from flexmoe.pipeline import BUDGETS, CompressConfig, check_config
 from flexmoe.plan import JSON_NAME, Plan
 from flexmoe.recover import MODES, RecoverConfig
@@ -103,10 +112,10 @@ def examine(
 ) -> Diagnosis:
     """Examine a checkpoint, or a family, for `compress` with ``config`` into ``out``; with
     ``everything`` also for recovery and exports."""
-    config = config or CompressConfig()
-    found = Diagnosis(str(model))
-    found.attempt(lambda: check_config(config))
-    device = found.attempt(lambda: pick_device(config.device))
+    found, wanted = Diagnosis(str(model)), config or CompressConfig()
+    found.attempt(lambda: check_config(wanted))
+    device = found.attempt(lambda: pick_device(wanted.device))
+    config = CompressConfig() if found.problems else wanted  # those refused have no needs
     folder = found.attempt(lambda: local_folder(model))
     if folder is None:
         return found
@@ -134,7 +143,7 @@ def examine(
     traced = checkpoint and found.attempt(lambda: trace(checkpoint, network))
     if checkpoint and traced:
         found.attempt(lambda: missing_parameters(checkpoint, network))
-    if checkpoint and traced and device:
+    if checkpoint and traced and device and (everything or not found.problems):
         _estimate(found, Estimator(checkpoint, traced, device), config, out, everything)
     if everything and checkpoint and traced:
         _exports(found, checkpoint, traced)
@@ -145,24 +154,21 @@ def before_compress(model: str | Path, out: str | Path, config: CompressConfig) 
     """What `compress` should tell its user before it starts. Raises `FlexmoeError` with every
     reason why it would fail."""
     check_config(config)
-    check_room(model, out)
-    found = examine(model, config, out, everything=False)
+    check_out(out)
+    found = examine(resolve(model), config, out, everything=False)
+    if len(found.problems) > 1:
+        raise FlexmoeError("\n- ".join([f"{model} cannot be compressed:", *found.problems]))
     if found.problems:
-        several = len(found.problems) > 1
-        raise FlexmoeError(
-            "\n".join(f"- {p}" for p in ("it cannot work:", *found.problems))[2:]
-            if several
-            else found.problems[0]
-        )
+        raise FlexmoeError(found.problems[0])
     return found.warnings
 
 
 def local_folder(model: str | Path) -> Path:
     """The folder of a checkpoint that is on this machine; nothing is downloaded."""
     path = Path(model).expanduser()
-    if path.is_dir() or str(model) == "tiny" or str(model).count("/") != 1 or path.is_absolute():
-        if path.is_dir() and (path / "config.json").is_file():
-            return path
+    if (path / "config.json").is_file():
+        return path
+    if path.is_dir() or not is_hub_id(str(model)):
         return resolve(model)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -183,7 +189,7 @@ def open_checkpoint(folder: Path, found: Diagnosis) -> Checkpoint | None:
     except FlexmoeError as error:
         first = str(error)
     for file in sorted(folder.glob("*.safetensors")):
-        found.attempt(lambda file=file: read_header(file))
+        found.attempt(partial(read_header, file))
     if first not in found.problems:
         found.problems.insert(0, first)
     return None
@@ -243,7 +249,7 @@ def _estimate(
 ) -> None:
     found.device, found.dtype = str(estimator.device), str(estimator.stored).removeprefix("torch.")
     found.memory_free = free_memory(estimator.device)
-    found.disk_free = shutil.disk_usage(_existing(Path(out or "."))).free
+    found.disk_free = free_disk(out or ".")
     try:
         top_k = estimator.top_k
     except RuntimeError as error:
@@ -254,17 +260,17 @@ def _estimate(
         )
         return
     found.experts_per_token = top_k
+    found.attempt(lambda: estimator.try_method(find_method(config.method)))
     if top_k:
         idle = sum(
             t.layer.shape.parameters * (1 - top_k / t.layer.E) for t in estimator.traced.values()
         )
         found.parameters["active"] = round(found.parameters["total"] - idle)
-    if not found.problems:  # settings that are refused have no needs
-        found.needs.append(estimator.compress(config))
+    found.needs.append(estimator.compress(config))
     if everything:
         for mode in MODES:
             recover = RecoverConfig(mode=mode, device=config.device)
-            need = found.attempt(lambda r=recover: estimator.recover(r, found.memory_free))
+            need = found.attempt(partial(estimator.recover, recover, found.memory_free))
             found.needs += [need] if need else []
     for need in found.needs:
         _compare(found, need)
@@ -294,9 +300,7 @@ def _compare(found: Diagnosis, need: Need) -> None:
         (found.problems if need.job == "compress" else found.warnings).append(text)
 
 
-def _exports(
-    found: Diagnosis, checkpoint: Checkpoint, traced: dict[int, TracedLayer]
-) -> None:
+def _exports(found: Diagnosis, checkpoint: Checkpoint, traced: dict[int, TracedLayer]) -> None:
     estimator = Estimator(checkpoint, traced, torch.device("cpu"))
     size = export_sizes(checkpoint, traced, found)
     for layout in LAYOUTS:
@@ -338,28 +342,6 @@ def export_sizes(
     return size
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; on the CPU what the control group leaves, if that is less."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil  # comes with accelerate
-
-    free = int(psutil.virtual_memory().available)
-    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
-        free = min(free, int(most) - int(used.read_text()))
-    return free
-
-
-def _existing(path: Path) -> Path:
-    path = path.expanduser().absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
 def report(found: Diagnosis) -> dict[str, Any]:
     """Everything as JSON, with the version that said so."""
-    import dataclasses
-
-    return {"flexmoe": flexmoe.__version__, **dataclasses.asdict(found)}
+    return {"flexmoe": flexmoe.__version__, **asdict(found)}

@@ -315,7 +315,7 @@ def _materialize(model: nn.Module, dtype: torch.dtype) -> None:
                     empty = torch.empty(old.shape, dtype=wanted)
                     made = nn.Parameter(empty, requires_grad=False) if own else empty
                     new[id(old)] = (old, made)  # the old one too, so that its id stays its own
-                store[name] = new[id(old)][1]  # type: ignore[assignment]
+                store[name] = new[id(old)][1]
 
 
 def _signature(layer: nn.Module) -> Any:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,12 +28,13 @@ from flexmoe.data import pick_batch_size, pick_seq_len
 from flexmoe.distil import STRATA
 from flexmoe.dryrun import Cost, DryRun
 from flexmoe.experts import expert_layers, routed_parameters
+from flexmoe.family import pick_device
 from flexmoe.learn import CHECKED, MIXES, LearnConfig
-from flexmoe.methods import find_method
+from flexmoe.methods import Method, check_shape, find_method, score_layer
 from flexmoe.pipeline import SAMPLES, CompressConfig
 from flexmoe.recover import TOKENS, RecoverConfig, trained_parameters
-from flexmoe.statistics import find_statistics
-from flexmoe.trace import CODED_HIDDEN, TracedLayer
+from flexmoe.statistics import LayerStatistics, find_statistics
+from flexmoe.trace import CODED_HIDDEN, TracedLayer, trace
 
 MOMENT = 0.05  # seconds each rate is measured for
 VECTORS = 12  # float64 vectors over all channels that learning holds at a time
@@ -90,6 +92,19 @@ def _repeated(work: Callable[[], object], device: torch.device) -> float:
     return passed / max(calls, 1)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; on the CPU what its control group leaves."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # comes with accelerate
+
+    free = int(psutil.virtual_memory().available)
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
+        free = min(free, int(most) - int(used.read_text()))
+    return free
+
+
 @dataclass
 class Estimator:
     """The needs of jobs on one checkpoint and device."""
@@ -99,6 +114,13 @@ class Estimator:
     device: torch.device
     _rates: dict[torch.dtype, Rates] = field(default_factory=dict)
     _dry: dict[torch.dtype, DryRun] = field(default_factory=dict)
+    _compared: dict[tuple[torch.dtype, int, int], Cost] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | Path, device: str = "auto") -> Estimator:
+        """Of the checkpoint or family in a folder."""
+        checkpoint = Checkpoint(path)
+        return cls(checkpoint, trace(checkpoint, meta_model(path)), pick_device(device))
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -110,6 +132,18 @@ class Estimator:
         dry = self.dry(self.dtype)
         self._try(lambda: dry.forward(1, 2))
         return dry.top_k
+
+    def try_method(self, method: Method) -> None:
+        """`FlexmoeError` if a method fails, or its scores have the wrong shape, for statistics of
+        which only shapes are known. What depends on values is seen later."""
+        dry = self.dry(self.dtype)
+        layer = dry.layers[0]
+        with dry.mode:
+            values = {"count_E": torch.ones(layer.E, dtype=torch.float64)}
+            for name in method.needs:
+                values[name] = torch.ones(layer.E, layer.I, dtype=torch.float64)
+            shape = score_layer(method, layer, LayerStatistics(values, 1, 1, 1)).shape
+        check_shape(method, layer, shape)
 
     @property
     def stored(self) -> torch.dtype:
@@ -140,7 +174,7 @@ class Estimator:
             return self.weights(dtype)
         mapped = 0 if dtype == self.stored else self.checkpoint.bytes
         largest = max(
-            (p.numel() for layer in expert_layers(self.model) for p in layer.parameters.values())
+            p.numel() for layer in expert_layers(self.model) for p in layer.parameters.values()
         )
         return self.weights(dtype) + mapped + dtype.itemsize * largest
 
@@ -180,9 +214,7 @@ class Estimator:
         cost = self._try(lambda: self._compress(config, size, length, dtype))
         return self._need(need, cost, dtype, size * length)
 
-    def _compress(
-        self, config: CompressConfig, size: int, length: int, dtype: torch.dtype
-    ) -> Cost:
+    def _compress(self, config: CompressConfig, size: int, length: int, dtype: torch.dtype) -> Cost:
         dry, samples = self.dry(dtype), config.samples or SAMPLES
         wanted = find_statistics(find_method(config.method).needs)
         cost = dry.observe(size, length, wanted).times(math.ceil(samples / size))
@@ -194,7 +226,7 @@ class Estimator:
         cost = cost.then(half.times(steps * size / micro))
         micro = config.micro_batch or size
         members = 4 * size / micro * len(MIXES) * len(CHECKED)
-        return cost.then(dry.compare(micro, length).times(members / 2))
+        return cost.then(self._compare(dtype, micro, length).times(members / 2))
 
     def recover(self, config: RecoverConfig, free: int) -> Need:
         """`flexmoe.recover.recover` of a family of this checkpoint; ``free`` bytes of memory."""
@@ -245,7 +277,10 @@ class Estimator:
         rows = [micro] if not family else _dealt(micro)
         step = dry.distil(micro, rows, length, trained, config.checkpointing)
         cost = step.times(steps * size / micro)
-        return dry.compare(micro, length).times(3 * size / micro).then(cost) if family else cost
+        if not family:
+            return cost
+        probe = self._compare(torch.float32, micro, length)
+        return probe.times((STRATA - 1) * size / micro).then(cost)
 
     def _try(self, run: Callable[[], Cost]) -> Cost | None:
         """The cost of a dry run, or None for models whose forward pass looks at values."""
@@ -253,6 +288,13 @@ class Estimator:
             return run()
         except (DataDependentOutputException, DynamicOutputShapeException):
             return None
+
+    def _compare(self, dtype: torch.dtype, windows: int, length: int) -> Cost:
+        """`DryRun.compare`, which several jobs need, tried once."""
+        key = (dtype, windows, length)
+        if key not in self._compared:
+            self._compared[key] = self.dry(dtype).compare(windows, length)
+        return self._compared[key]
 
     def _need(self, need: Need, cost: Cost | None, dtype: torch.dtype, tokens: int) -> Need:
         parts = dict(need.parts)

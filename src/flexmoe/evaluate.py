@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
+from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, read_json, resolve
 from flexmoe.curve import check_can_save, make_curve, of_weights, save_curve
 from flexmoe.data import (
     check_tokens,
@@ -247,5 +246,8 @@ def _exported_share(folder: Path) -> float:
     """The share an export was asked for; what it came to where one width cannot be as exact."""
     if not (folder / EXPORT_NAME).is_file():
         return 0.0
-    about = json.loads((folder / EXPORT_NAME).read_text())
-    return about["achieved" if about["layout"] == "uniform" else "pruned"]
+    about = read_json(folder / EXPORT_NAME)
+    share = about.get("achieved" if about.get("layout") == "uniform" else "pruned")
+    if not isinstance(share, float | int):
+        raise FlexmoeError(f"{folder / EXPORT_NAME} does not say what was pruned: export again")
+    return share

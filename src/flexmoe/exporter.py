@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.experts import channel_activations
-from flexmoe.files import refuse_existing, written_beside
+from flexmoe.files import refuse_existing, refuse_full, written_beside
 from flexmoe.hf import FORMAT
 from flexmoe.plan import Plan, Recipe, read_manifest
 from flexmoe.progress import Track, silent
@@ -96,16 +96,16 @@ def _rescue(out: Path) -> Path:
     return out.with_name(f"{out.name}.plan")
 
 
-def check_room(model: str | Path, out: str | Path) -> None:
-    """`FlexmoeError` unless ``out`` can be made and the family fits on its disk."""
+def check_out(out: str | Path) -> None:
+    """`FlexmoeError` unless ``out`` can be made."""
     refuse_existing(out)
     refuse_existing(_rescue(Path(out)))  # never written over: it may hold an earlier rescue
-    parent = Path(out).expanduser().absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    needed, free = Checkpoint(resolve(model)).bytes, shutil.disk_usage(parent).free
-    if needed > free:
-        raise FlexmoeError(f"the family needs {needed:,} bytes, '{parent}' has {free:,} free")
+
+
+def check_room(model: str | Path, out: str | Path) -> None:
+    """`FlexmoeError` unless ``out`` can be made and the family fits on its disk."""
+    check_out(out)
+    refuse_full(out, Checkpoint(resolve(model)).bytes, "the family")
 
 
 def export(
@@ -140,9 +140,8 @@ def export(
     entries = ragged(source, cuts, names) if names else same_names(source, cuts)
 
     needed = sum(entry.bytes for shard in entries.values() for entry in shard)
+    refuse_full(out, needed, "the export")
     with written_beside(out) as partial:
-        if needed > (free := shutil.disk_usage(partial).free):
-            raise FlexmoeError(f"{out.parent} has {free:,} bytes free, the export needs {needed:,}")
         copy_others(source.checkpoint, partial)
         if config is not None:
             _write_config(source.checkpoint, partial, config)

@@ -28,7 +28,7 @@ from flexmoe.data import (
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import check_room, write_family
-from flexmoe.family import attach, load_stock, pick_device
+from flexmoe.family import attach, check_finite, load_stock, pick_device
 from flexmoe.learn import LearnConfig, check_halves, learn_positions
 from flexmoe.methods import find_method, score_layers
 from flexmoe.plan import LayerRecord, Plan, Recipe
@@ -174,6 +174,7 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
     # float32 on the CPU, where it is as fast; the checkpoint's own dtype on an accelerator
     dtype = torch.float32 if pick_device(config.device).type == "cpu" else "auto"
     network = load_stock(source, device="cpu" if config.shard else config.device, dtype=dtype)
+    check_finite(network)
     layers = expert_layers(network)
     if config.shard:
         shard_model(network, layers, pick_device(config.device))
@@ -335,6 +336,8 @@ def budget_list(text: str) -> tuple[float, ...]:
         shares = tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
         shares = ()
+    if len(set(shares)) < len(shares):
+        raise FlexmoeError(f"'{text}' has a pruned share twice: leave one of them out")
     if not shares:
         raise FlexmoeError(
             f"'{text}' is no list of pruned shares: write 0.4 or 0.1,0.2,0.4 (40 % is 0.4)"

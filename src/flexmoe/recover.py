@@ -30,8 +30,8 @@ from flexmoe.distil import SCHEMES, Schedule, Swapped, distil, whole
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.experts import ExpertLayer, expert_layers
 from flexmoe.exporter import copy_others
-from flexmoe.family import find_folder, load, pick_device
-from flexmoe.files import refuse_existing, written_beside
+from flexmoe.family import check_finite, find_folder, load, pick_device
+from flexmoe.files import refuse_existing, refuse_full, written_beside
 from flexmoe.lora import lora_experts
 from flexmoe.plan import Plan, read_manifest
 from flexmoe.progress import Track, silent
@@ -241,10 +241,12 @@ def recover(
     config = config or RecoverConfig()
     refuse_existing(out)
     ready = prepare(family, config, base)
+    refuse_full(out, ready.source.checkpoint.bytes, "the family")
     announce(ready)
     work = Work(out, {"family": str(family), "base": str(base), **asdict(config)})
     device = "cpu" if config.shard else config.device
     model = load(family, base=base, device=device, dtype=torch.float32)
+    check_finite(model)
     if config.shard:
         shard_model(model, expert_layers(model), pick_device(config.device))
     record: dict[str, Any] = {

@@ -40,7 +40,12 @@ class Work:
         self.settings = json.loads(json.dumps(settings, default=str))
         found = self.path / SETTINGS_NAME
         if found.is_file():
-            before = json.loads(found.read_text())
+            try:
+                before = json.loads(found.read_bytes())
+            except ValueError:
+                raise FlexmoeError(
+                    f"'{found}' is damaged: remove '{self.path}' to begin again"
+                ) from None
             if before != self.settings:
                 keys = before.keys() | self.settings.keys()
                 other = sorted(k for k in keys if before.get(k) != self.settings.get(k))

@@ -139,10 +139,14 @@ def missing_parameters(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     stored = names.groups(checkpoint.tensors)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     optional = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or []]
+    # a tensor that is split into several parameters is listed under the first of them
+    several = [c.target_patterns for c in names.converters if len(c.target_patterns) > 1]
+    parts = [p.split("*")[-1].strip("^.$") for patterns in several for p in patterns]
     lost, other = [], []
     for name, parameter in model.named_parameters():
         found = [one for group in stored.get(name, {}).values() for one in group]
-        if not found and name not in tied and not any(p.search(name) for p in optional):
+        absent = not found and name not in tied and not any(part in name for part in parts)
+        if absent and not any(p.search(name) for p in optional):
             lost.append(name)
         plain = len(found) == 1 and list(stored[name]) == [None]
         if plain and checkpoint.tensors[found[0]].shape != tuple(parameter.shape):
