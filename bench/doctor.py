@@ -81,9 +81,9 @@ def worker(job: str, root: Path) -> None:
 
     torch.set_num_threads(1)
     base, family, out = root / "base", root / "family", root / job
-    learn = LearnConfig(steps=2) if job == "learned" else None
-    settings = CompressConfig(samples=16, allocate=job, learn=learn, **SMALL)
-    improve = RecoverConfig(mode=job, tokens=2048, **SMALL)
+    learn = LearnConfig(steps=1) if job == "learned" else None
+    settings = CompressConfig(samples=4, allocate=job, learn=learn, **SMALL)
+    improve = RecoverConfig(mode=job, tokens=1024, **SMALL)
     first = job in ("global", "learned")
     if first:
         (need,) = examine(base, settings, everything=False).needs
@@ -135,6 +135,11 @@ def main() -> None:
                 off = row["memory"]["expected"] / row["memory"]["measured"] - 1
                 row["memory"]["off"] = off
                 print(name, job, {k: v for k, v in row.items() if k != "parts"}, flush=True)
+        summarize(models)
+
+
+def summarize(models: dict[str, Any]) -> None:
+    """Write what there is so far."""
     of_all = [row["memory"]["off"] for rows in models.values() for row in rows.values()]
     worst = max(of_all, key=abs)
     same = all(
@@ -143,7 +148,8 @@ def main() -> None:
         for row in rows.values()
     )
     print(f"memory off by {min(of_all):+.0%} to {max(of_all):+.0%}; disk exact: {same}")
-    save("doctor", {"models": models, "worst": worst, "disk_exact": same})
+    settings = {**SMALL, "samples": 4, "learn_steps": 1, "tokens": 1024, "pruned": PRUNED}
+    save("doctor", {"settings": settings, "models": models, "worst": worst, "disk_exact": same})
 
 
 if __name__ == "__main__":

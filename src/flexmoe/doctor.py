@@ -143,10 +143,10 @@ def examine(
     traced = checkpoint and found.attempt(lambda: trace(checkpoint, network))
     if checkpoint and traced:
         found.attempt(lambda: missing_parameters(checkpoint, network))
-    if checkpoint and traced and device and (everything or not found.problems):
-        _estimate(found, Estimator(checkpoint, traced, device), config, out, everything)
-    if everything and checkpoint and traced:
-        _exports(found, checkpoint, traced)
+    if checkpoint and traced and (everything or not found.problems):
+        estimator = Estimator(checkpoint, traced, device or torch.device("cpu"))
+        if _estimate(found, estimator, config, out, everything) and everything:
+            _exports(found, estimator)
     return found
 
 
@@ -246,7 +246,8 @@ def _estimate(
     config: CompressConfig,
     out: str | Path | None,
     everything: bool,
-) -> None:
+) -> bool:
+    """The needs of compress and recover; false where the model cannot run at all."""
     found.device, found.dtype = str(estimator.device), str(estimator.stored).removeprefix("torch.")
     found.memory_free = free_memory(estimator.device)
     found.disk_free = free_disk(out or ".")
@@ -258,7 +259,7 @@ def _estimate(
             f"the model of this config.json cannot run ({line}): compare the file with that of "
             "the original checkpoint (as many experts a token as there are experts, at most?)"
         )
-        return
+        return False
     found.experts_per_token = top_k
     found.attempt(lambda: estimator.try_method(find_method(config.method)))
     if top_k:
@@ -274,6 +275,7 @@ def _estimate(
             found.needs += [need] if need else []
     for need in found.needs:
         _compare(found, need)
+    return True
 
 
 def _compare(found: Diagnosis, need: Need) -> None:
@@ -300,8 +302,8 @@ def _compare(found: Diagnosis, need: Need) -> None:
         (found.problems if need.job == "compress" else found.warnings).append(text)
 
 
-def _exports(found: Diagnosis, checkpoint: Checkpoint, traced: dict[int, TracedLayer]) -> None:
-    estimator = Estimator(checkpoint, traced, torch.device("cpu"))
+def _exports(found: Diagnosis, estimator: Estimator) -> None:
+    checkpoint, traced = estimator.checkpoint, dict(estimator.traced)
     size = export_sizes(checkpoint, traced, found)
     for layout in LAYOUTS:
         found.exports[layout] = ""

@@ -180,18 +180,21 @@ class Estimator:
 
     def seconds(self, cost: Cost, dtype: torch.dtype, tokens: int) -> float:
         """Time of a cost on this device, ``tokens`` of them at a time."""
+        rates = self.rates(dtype, tokens)
+        return cost.operations / rates.operations + cost.moved / rates.bytes
+
+    def rates(self, dtype: torch.dtype, tokens: int) -> Rates:
+        """The rates for products of the size that ``tokens`` make, measured once a dtype."""
         if dtype not in self._rates:
             E = expert_layers(self.model)[0].E
             rows = min(4096, tokens * (self.top_k or 1) // E)
             self._rates[dtype] = measure_rates(self.device, dtype, rows, self.model)
-        rates = self._rates[dtype]
-        return cost.operations / rates.operations + cost.moved / rates.bytes
+        return self._rates[dtype]
 
     @property
     def files(self) -> float:
         """Seconds to read, write and compare all tensors, if the disk is no slower than memory."""
-        rates = next(iter(self._rates.values()), None)
-        return 0.0 if rates is None else 4 * self.checkpoint.bytes / rates.bytes
+        return 4 * self.checkpoint.bytes / self.rates(self.dtype, 4096).bytes
 
     # --- the jobs -----------------------------------------------------------------------------
 
