@@ -274,15 +274,15 @@ def _estimate(
             need = found.attempt(partial(estimator.recover, recover, found.memory_free))
             found.needs += [need] if need else []
     for need in found.needs:
-        _compare(found, need)
+        if not config.shard:  # what each of several processes needs is less
+            _compare(found, need)
     return True
 
 
 def _compare(found: Diagnosis, need: Need) -> None:
     """Note what does not fit: of compress a problem if the weights alone do not."""
     where = "memory" if found.device == "cpu" else f"memory of {found.device}"
-    weights = need.parts.get("weights", 0)
-    free = f"{found.memory_free / 1e9:.3g} GB are free"
+    weights, free = need.parts.get("weights", 0), f"{found.memory_free / 1e9:.3g} GB are free"
     if need.job == "compress" and weights > found.memory_free:
         found.problems.append(
             f"the weights alone take {weights / 1e9:.3g} GB of {where}, {free}: use a machine "

@@ -305,7 +305,7 @@ class Estimator:
             parts["activations"] = cost.peak
         loading, working = self.loading(dtype), sum(parts.values())
         if loading > working:
-            parts = {"loading": loading}
+            parts = {"weights": parts["weights"], "reading them": loading - parts["weights"]}
         seconds = None if cost is None else self.seconds(cost, dtype, tokens) + self.files
         return replace(need, memory=max(loading, working), parts=parts, seconds=seconds)
 
