@@ -62,13 +62,18 @@ def resolve(model: str | Path) -> Path:
     return path
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether ``model`` looks like ``owner/name``."""
+    return not model.startswith((".", "/", "~")) and model.count("/") == 1
+
+
 def _download(model: str) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     others = ["*/*.safetensors", "original/*", "consolidated*"]  # the same weights once more
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if not is_hub_id(model):
         raise FlexmoeError(
             f"there is no folder '{model}', and it is no hub id either (those look like "
             "'allenai/OLMoE-1B-7B-0924'; 'tiny' is the model inside the package)"
@@ -143,7 +148,7 @@ class Checkpoint:
             self.files = ["model.safetensors"]
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.files:
-            self.tensors |= _read_header(self.path / file)
+            self.tensors |= read_header(self.path / file)
 
     @property
     def bytes(self) -> int:
@@ -186,7 +191,8 @@ class Checkpoint:
         return found
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file; a `FlexmoeError` if it is missing or damaged."""
     if not path.is_file():
         raise FlexmoeError(f"{path} is missing: the checkpoint is incomplete, download it again")
     with path.open("rb") as file:
@@ -247,7 +253,11 @@ def meta_model(
     found.pop("quantization_config", None)
     kind, names = found.get("model_type"), found.get("architectures") or []
     if kind not in CONFIG_MAPPING:
-        raise FlexmoeError(f"transformers {transformers.__version__} has no model_type '{kind}'")
+        own = " (its code comes with the checkpoint, and such code is never run)"
+        raise FlexmoeError(
+            f"transformers {transformers.__version__} has no model_type '{kind}'"
+            + own * bool(found.get("auto_map"))
+        )
     try:
         settings = CONFIG_MAPPING[kind].from_dict(found)
         given = {} if dtype is None else {"dtype": dtype}

@@ -1,4 +1,4 @@
-"""The command line: ``flexmoe compress | recover | export | eval | pick | methods | demo``.
+"""The command line: ``flexmoe doctor | compress | recover | export | eval | pick | demo`` ...
 
 Heavy imports happen inside the commands, so that ``--help`` is quick.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmoe import __version__, cli_eval, cli_pick, cli_recover, cli_reweigh
+from flexmoe import __version__, cli_doctor, cli_eval, cli_pick, cli_recover, cli_reweigh
 from flexmoe.cli_common import (
     Base,
     BatchSize,
@@ -118,12 +118,14 @@ def compress(
     """Turn a MoE checkpoint into a family: the ranked model and a plan for every budget."""
     from flexmoe.config import SETTINGS_OF, CompressConfig, budget_list
     from flexmoe.coverage import coverage, in_short
+    from flexmoe.doctor import before_compress
     from flexmoe.evidence import Evidence
     from flexmoe.family import pick_device
     from flexmoe.memory import MostHeld, gib
     from flexmoe.pick import parse_bytes
     from flexmoe.pipeline import compress as run
     from flexmoe.progress import bar, silent
+    from flexmoe.resume import work_folder
     from flexmoe.training import process_group, processes
 
     quiet()
@@ -152,6 +154,10 @@ def compress(
             memory=limit,
         )
         first = processes()[0] == 0
+        # what goes on was looked at when it began
+        for line in () if work_folder(out).exists() else before_compress(model, out, config):
+            if first:
+                say(f"warning: {line}", style="yellow")
         with MostHeld(pick_device(place)) as most:
             plan = run(model, out, config, track=bar if first else silent)
     if not first:
@@ -206,6 +212,7 @@ def export(
     )
 
 
+app.command(epilog=cli_doctor.EXAMPLES)(cli_doctor.doctor)
 app.command(epilog=cli_recover.EXAMPLES)(cli_recover.recover)
 app.command(epilog=cli_reweigh.EXAMPLES)(cli_reweigh.reweigh)
 app.command("eval", epilog=cli_eval.EXAMPLES)(cli_eval.evaluate)
@@ -249,6 +256,11 @@ def main() -> None:
         app()
     except FlexmoeError as error:
         print(f"flexmoe: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"flexmoe: {error.strerror}: '{error.filename}'", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if "out of memory" not in str(error).lower():

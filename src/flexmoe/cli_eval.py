@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from flexmoe.cli_common import Base, BatchSize, Device, quiet, say
+from flexmoe.files import check_file
 
 EXAMPLES = """\
 [bold]Examples[/bold]
@@ -101,6 +102,8 @@ def evaluate(
     from flexmoe.tables import tables
 
     quiet()
+    if json_out is not None:
+        check_file(json_out)
     config = EvaluateConfig(
         data=data,
         pruned=None if pruned == "all" else budget_list(pruned),

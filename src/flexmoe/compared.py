@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
+from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, read_json, resolve
 from flexmoe.data import load_tokenizer
 from flexmoe.errors import FlexmoeError
 from flexmoe.family import find_folder, load, pick_device
@@ -135,8 +134,11 @@ def _exported_share(folder: Path) -> float:
     """The share an export was asked for; what it came to where one width cannot be as exact."""
     if not (folder / EXPORT_NAME).is_file():
         return 0.0
-    about = json.loads((folder / EXPORT_NAME).read_text())
-    return about["achieved" if about["layout"] == "uniform" else "pruned"]
+    about = read_json(folder / EXPORT_NAME)
+    share = about.get("achieved" if about.get("layout") == "uniform" else "pruned")
+    if not isinstance(share, float | int):
+        raise FlexmoeError(f"{folder / EXPORT_NAME} does not say what was pruned: export again")
+    return share
 
 
 def _check_same_tokens(

@@ -112,6 +112,8 @@ def budget_list(text: str) -> tuple[float, ...]:
         shares = tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
         shares = ()
+    if len(set(shares)) < len(shares):
+        raise FlexmoeError(f"'{text}' has a pruned share twice: leave one of them out")
     if not shares:
         raise FlexmoeError(
             f"'{text}' is no list of pruned shares: write 0.4 or 0.1,0.2,0.4 (40 % is 0.4)"

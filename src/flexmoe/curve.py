@@ -21,6 +21,7 @@ import flexmoe
 from flexmoe.checkpoint import CURVE_NAME, Checkpoint
 from flexmoe.compared import MODEL, Compared
 from flexmoe.errors import FlexmoeError
+from flexmoe.files import check_seal, seal
 from flexmoe.plan import JSON_NAME, read_manifest
 from flexmoe.progress import Track, silent
 from flexmoe.records import Curve, OfWeights
@@ -122,7 +123,7 @@ def save_curve(folder: str | Path, curve: Curve) -> Path:
     path = Path(folder) / CURVE_NAME
     partial = path.with_name(f"{CURVE_NAME}.partial")
     try:
-        partial.write_text(json.dumps(curve.model_dump(), indent=1) + "\n")
+        partial.write_text(json.dumps(seal(curve.model_dump()), indent=1) + "\n")
         os.replace(partial, path)
     except OSError as error:
         raise FlexmoeError(f"cannot write {path}: {error.strerror}") from None
@@ -146,7 +147,7 @@ def load_curve(folder: str | Path) -> Curve | None:
             f"{path} has format {version}, this flexmoe reads format {FORMAT}: {again}"
         )
     try:
-        return Curve.model_validate(found)
+        return Curve.model_validate(check_seal(found, path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

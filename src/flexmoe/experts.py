@@ -207,10 +207,12 @@ def full_width_forward(
     index_TK: Tensor,
     weight_TK: Tensor,
     edit: Callable[[Routing, Tensor], Tensor],
+    routing: Routing | None = None,
 ) -> Tensor:
     """The experts at full width; ``edit(routing, h_SI)`` sees the channel activations and returns
-    those to go on with."""
-    routing = Routing.of(index_TK, weight_TK, module.down_proj.shape[0])
+    those to go on with. ``routing`` is what the indices say, unless given."""
+    if routing is None:
+        routing = Routing.of(index_TK, weight_TK, module.down_proj.shape[0])
     x_SH = x_TH[routing.token_S]
     name = "gate_up_proj" if module.has_gate else "up_proj"
     # unbind, not indexing: its gradient is one stack instead of a full-size zero per expert

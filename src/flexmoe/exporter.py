@@ -19,7 +19,7 @@ from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.evidence import Evidence
 from flexmoe.experts import channel_activations
-from flexmoe.files import refuse_existing, remove_stale, written_beside
+from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_beside
 from flexmoe.hf import FORMAT
 from flexmoe.plan import Plan, Recipe, read_manifest
 from flexmoe.progress import Track, silent
@@ -92,12 +92,7 @@ def check_room(model: str | Path, out: str | Path) -> None:
     """`FlexmoeError` unless ``out`` can be made and the family fits on its disk."""
     refuse_existing(out)
     remove_stale(out)
-    parent = Path(out).expanduser().absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    needed, free = Checkpoint(resolve(model)).bytes, shutil.disk_usage(parent).free
-    if needed > free:
-        raise FlexmoeError(f"the family needs {needed:,} bytes, '{parent}' has {free:,} free")
+    refuse_full(out, Checkpoint(resolve(model)).bytes, "the family")
 
 
 def export(
@@ -132,9 +127,8 @@ def export(
     entries = ragged(source, cuts, names) if names else same_names(source, cuts)
 
     needed = sum(entry.bytes for shard in entries.values() for entry in shard)
+    refuse_full(out, needed, "the export")
     with written_beside(out) as partial:
-        if needed > (free := shutil.disk_usage(partial).free):
-            raise FlexmoeError(f"{out.parent} has {free:,} bytes free, the export needs {needed:,}")
         copy_others(source.checkpoint, partial)
         if config is not None:
             _write_config(source.checkpoint, partial, config)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
+from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, read_json, resolve
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.plan import JSON_NAME, Member, Plan, read_manifest
-from flexmoe.trace import check_weights, trace
+from flexmoe.trace import check_weights, missing_parameters, trace
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -45,9 +45,28 @@ def load_stock(
     """The checkpoint as transformers loads it, in eval mode. ``dtype`` ``auto`` is the
     checkpoint's own."""
     folder = resolve(path)
-    loader = type(meta_model(folder))
+    stock = meta_model(folder)
+    checkpoint = Checkpoint(folder)
+    if not checkpoint.config.get("quantization_config"):  # ragged exports have names of their own
+        missing_parameters(checkpoint, stock)
     place = {"device_map": target} if (target := pick_device(device)).type != "cpu" else {}
-    return loader.from_pretrained(folder, dtype=dtype, **place).eval()
+    if not place:  # reading ahead would hold all experts twice: apart, and as one tensor
+        os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    # never pickles, never code that comes with a checkpoint (which a stock class does not run)
+    return type(stock).from_pretrained(folder, dtype=dtype, use_safetensors=True, **place).eval()
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """`FlexmoeError` naming a parameter with NaN or infinite values. It reads all weights once,
+    which in memory is quick beside any pass over data; from files it would not be."""
+    for name, parameter in model.named_parameters():
+        total = parameter.detach().sum(dtype=torch.float32)  # NaN and infinities are contagious
+        if not torch.isfinite(total) and not torch.isfinite(parameter).all():
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise FlexmoeError(
+                f"{name} has {bad:,} values that are NaN or infinite: the checkpoint is damaged, "
+                "download it again"
+            )
 
 
 def load(
@@ -91,8 +110,10 @@ def load(
 
 def _check_single(folder: Path, pruned: float | None) -> None:
     about = folder / EXPORT_NAME
-    found = json.loads(about.read_text()) if about.is_file() else {"pruned": 0.0, "achieved": 0.0}
-    shares = (found["pruned"], found["achieved"])
+    found = read_json(about) if about.is_file() else {"pruned": 0.0, "achieved": 0.0}
+    shares = [found[name] for name in ("pruned", "achieved") if name in found]
+    if len(shares) < 2 or not all(isinstance(share, float | int) for share in shares):
+        raise FlexmoeError(f"{about} does not say what was pruned: export again")
     if pruned is not None and all(abs(pruned - share) > 1e-9 for share in shares):
         raise FlexmoeError(
             f"'{folder}' is one member, pruned {shares[0]:g}, and cannot be opened at {pruned:g}: "

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from flexmoe.errors import FlexmoeError
+
+SEAL = "sha256"  # field of a JSON file with the hash of all its other fields
 
 
 def refuse_existing(out: str | Path) -> None:
@@ -24,6 +29,48 @@ def refuse_existing(out: str | Path) -> None:
         raise FlexmoeError(f"cannot write '{out}': '{above}' is a file, give another folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise FlexmoeError(f"cannot write '{out}': no permission in '{above}', give another folder")
+
+
+def refuse_full(out: str | Path, needed: int, what: str) -> None:
+    """`FlexmoeError` unless ``needed`` bytes fit on the disk that ``out`` will be on."""
+    if needed > (free := free_disk(out)):
+        raise FlexmoeError(f"{what} needs {needed:,} bytes, the disk of '{out}' has {free:,} free")
+
+
+def free_disk(path: str | Path) -> int:
+    """Bytes that are free on the disk that ``path`` is, or would be, on."""
+    path = Path(path).expanduser().absolute()
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+
+
+def check_file(path: Path) -> Path:
+    """``path`` if a file can be written there; else a `FlexmoeError`, before the work it is for."""
+    if path.is_dir():
+        raise FlexmoeError(f"cannot write '{path}': it is a folder, give a file")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise FlexmoeError(f"cannot write '{path}': '{above}' is no folder to write in")
+    return path
+
+
+def seal(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a JSON file and their hash, see `check_seal`."""
+    return {**fields, SEAL: _sha256(fields)}
+
+
+def check_seal(fields: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of a JSON file without their hash. A `FlexmoeError` if they are not what was
+    written; files from before there was a hash pass."""
+    rest = {name: value for name, value in fields.items() if name != SEAL}
+    if SEAL in fields and fields[SEAL] != _sha256(rest):
+        raise FlexmoeError(f"{path} is damaged or was edited: its sha256 does not fit")
+    return rest
+
+
+def _sha256(fields: Mapping[str, Any]) -> str:
+    # numbers and keys as JSON has them: the hash must not depend on what wrote the file
+    canonical = json.dumps(json.loads(json.dumps(fields)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _cannot_write(out: Path, error: OSError) -> FlexmoeError:

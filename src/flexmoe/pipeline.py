@@ -21,7 +21,7 @@ from flexmoe.data import Windows
 from flexmoe.evidence import Evidence, gather
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import check_room, write_family
-from flexmoe.family import attach, load_stock, pick_device
+from flexmoe.family import attach, check_finite, load_stock, pick_device
 from flexmoe.fit import check_weights, gather_within
 from flexmoe.layer_loader import LayerLoader
 from flexmoe.learn import LearnConfig, learn_positions
@@ -74,6 +74,7 @@ def _observe_whole(ready: Prepared, track: Track, saved: Saved | None) -> Seen:
     # float32 on the CPU, where it is as fast; the checkpoint's own dtype on an accelerator
     dtype = torch.float32 if pick_device(config.device).type == "cpu" else "auto"
     network = load_stock(ready.source, device="cpu" if config.shard else config.device, dtype=dtype)
+    check_finite(network)
     layers = expert_layers(network)
     if config.shard:
         shard_model(network, layers, pick_device(config.device))

@@ -21,6 +21,7 @@ from torch import Tensor
 from flexmoe.allocate import cut_between
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import LayerShape
+from flexmoe.files import check_seal, seal
 
 FORMAT = 1
 JSON_NAME, TENSORS_NAME = "flexmoe.json", "flexmoe.safetensors"
@@ -238,7 +239,7 @@ class Plan:
             tensors_sha256=hashlib.sha256(content).hexdigest(),
         )
         os.replace(partial, folder / TENSORS_NAME)
-        text = json.dumps(manifest.model_dump(), indent=1) + "\n"
+        text = json.dumps(seal(manifest.model_dump()), indent=1) + "\n"
         partial = folder / f"{JSON_NAME}.partial"
         partial.write_text(text)
         os.replace(partial, folder / JSON_NAME)
@@ -277,8 +278,8 @@ def read_manifest(folder: str | Path) -> Manifest:
             "(make one with: flexmoe compress MODEL -o FAMILY)"
         )
     try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:  # not JSON, or not text
         raise FlexmoeError(f"{path} is not valid JSON: {error}") from None
     version = found.get("format") if isinstance(found, dict) else None
     if version != FORMAT:
@@ -287,7 +288,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             "use the version that wrote it, or compress again"
         )
     try:
-        return Manifest.model_validate(found)
+        return Manifest.model_validate(check_seal(found, path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

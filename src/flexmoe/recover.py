@@ -32,8 +32,8 @@ from flexmoe.distil import SCHEMES, Schedule, Swapped, distil, whole
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.experts import ExpertLayer, expert_layers
 from flexmoe.exporter import copy_others
-from flexmoe.family import find_folder, load, pick_device
-from flexmoe.files import refuse_existing, remove_stale, written_beside
+from flexmoe.family import check_finite, find_folder, load, pick_device
+from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_beside
 from flexmoe.lora import lora_experts
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.progress import Track, silent
@@ -249,6 +249,7 @@ def recover(
     refuse_existing(out)
     remove_stale(out)
     ready = prepare(family, config, base)
+    refuse_full(out, ready.source.checkpoint.bytes, "the family")
     announce(ready)
     plan_sha256 = hashlib.sha256((ready.folder / JSON_NAME).read_bytes()).hexdigest()
     inputs = {"data_sha256": ready.data_sha256, "version": flexmoe.__version__}
@@ -268,6 +269,7 @@ def _recovered(
     config = ready.config
     device = "cpu" if config.shard else config.device
     model = load(ready.folder, base=ready.base, device=device, dtype=torch.float32)
+    check_finite(model)
     if config.shard:
         shard_model(model, expert_layers(model), pick_device(config.device))
     record: dict[str, Any] = {

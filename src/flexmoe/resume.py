@@ -66,7 +66,13 @@ class Work:
     def _refuse_other(self, part: str, mine: Mapping[str, Any]) -> None:
         if not self.begun:
             return
-        before = json.loads((self.path / SETTINGS_NAME).read_text())[part]
+        found = self.path / SETTINGS_NAME
+        try:
+            before = json.loads(found.read_bytes())[part]
+        except (ValueError, LookupError, TypeError):
+            raise FlexmoeError(
+                f"'{found}' is damaged: remove '{self.path}' to begin again"
+            ) from None
         now = json.loads(json.dumps(mine, default=str))
         other = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
         if other:
@@ -160,8 +166,8 @@ class Saved:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with path.open("rb") as file:  # the state may be three times the weights: never whole in memory
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -115,7 +116,7 @@ def documents(source: Source, seed: int | None = None) -> Iterator[Document]:
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
         yield from _from_file(path, opener)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise FlexmoeError(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 

@@ -9,6 +9,7 @@ own converter turns them into hub tensors, and the numbers found there say what 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -140,6 +141,37 @@ def names_by_parameter(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[s
         for parameter, patterns in names.groups(checkpoint.tensors).items()
         if parameter in names.state
     }
+
+
+def missing_parameters(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Raise `FlexmoeError` naming the parameters of ``model`` that no tensor of ``checkpoint`` is
+    loaded into, or one of another shape: transformers would go on with random numbers."""
+    names = _Names(model)
+    stored = names.groups(checkpoint.tensors)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    optional = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or []]
+    # a tensor that is split into several parameters is listed under the first of them
+    several = [c.target_patterns for c in names.converters if len(c.target_patterns) > 1]
+    parts = [p.split("*")[-1].strip("^.$") for patterns in several for p in patterns]
+    lost, other = [], []
+    for name, parameter in model.named_parameters():
+        found = [one for group in stored.get(name, {}).values() for one in group]
+        absent = not found and name not in tied and not any(part in name for part in parts)
+        if absent and not any(p.search(name) for p in optional):
+            lost.append(name)
+        plain = len(found) == 1 and list(stored[name]) == [None]
+        if plain and checkpoint.tensors[found[0]].shape != tuple(parameter.shape):
+            other.append(
+                f"{found[0]} is {list(checkpoint.tensors[found[0]].shape)}, expected "
+                f"{list(parameter.shape)}"
+            )
+    if lost or other:
+        what = [f"{len(lost)} parameters are in no file ({', '.join(lost[:3])})"] if lost else []
+        raise FlexmoeError(
+            f"the weights in {checkpoint.path} are not those of its config.json: "
+            + "; ".join(what + other[:3])
+            + ". A file is missing or of another model, download it again"
+        )
 
 
 def fingerprint(checkpoint: Checkpoint, layers: dict[int, TracedLayer]) -> str:

@@ -33,8 +33,12 @@ def uniform_width(plan: Plan, pruned: float) -> int:
         )
     if not 0.0 <= pruned < 1.0:
         raise FlexmoeError(f"pruned must be at least 0 and less than 1, found {pruned:g}")
-    full = channels.pop()
-    step = math.lcm(plan.quantum, ALIGNED)
+    return nearest_width(channels.pop(), plan.quantum, pruned)
+
+
+def nearest_width(full: int, quantum: int, pruned: float) -> int:
+    """The width of ``full`` channels at a pruned share, see `uniform_width`."""
+    step = math.lcm(quantum, ALIGNED)
     return min(full, max(1, round(full * (1 - pruned) / step)) * step)
 
 

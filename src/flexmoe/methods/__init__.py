@@ -10,12 +10,17 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.experts import ExpertLayer
@@ -83,6 +88,8 @@ def find_method(name: str) -> Method:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise FlexmoeError(f"'{path}', line {error.lineno}: {error.msg}") from error
+    except Exception as error:  # of another's file: anything may come
+        raise _of_yours(f"'{path}' cannot be imported", path, error) from error
     found = getattr(module, function, None)
     for candidate in METHODS.values():
         if found is not None and candidate.score is found:
@@ -93,19 +100,23 @@ def find_method(name: str) -> Method:
     )
 
 
+def _of_yours(what: str, path: str, error: Exception) -> FlexmoeError:
+    """An error in a method's file: what it said, and in which of the file's lines."""
+    places = traceback.extract_tb(error.__traceback__)
+    lines = [place.lineno for place in places if Path(place.filename) == Path(path).absolute()]
+    where = f", line {lines[-1]} of {path}" if lines else ""
+    reason = str(error).splitlines()[0] if str(error) else ""
+    return FlexmoeError(f"{what}: {type(error).__name__}: {reason}{where}")
+
+
 def score_layers(
     method: Method, layers: list[ExpertLayer], statistics: Mapping[int, LayerStatistics]
 ) -> dict[int, Tensor]:
     """Scores float64 [E, I] of every layer, checked: shape, finite."""
     scores = {}
     for layer in layers:
-        with torch.no_grad():
-            score = method.score(layer, statistics[layer.index]).double().cpu()
-        if score.shape != (layer.E, layer.I):
-            raise FlexmoeError(
-                f"method '{method.name}' gave shape {tuple(score.shape)} for layer {layer.index}, "
-                f"expected [{layer.E}, {layer.I}] (experts, channels)"
-            )
+        score = score_layer(method, layer, statistics[layer.index]).double().cpu()
+        check_shape(method, layer, score.shape)
         if not torch.isfinite(score).all():
             raise FlexmoeError(
                 f"method '{method.name}' gave values that are not finite for layer {layer.index}: "
@@ -113,3 +124,30 @@ def score_layers(
             )
         scores[layer.index] = score
     return scores
+
+
+def score_layer(method: Method, layer: ExpertLayer, statistics: LayerStatistics) -> Tensor:
+    """What a method gives for one layer; what goes wrong in it as a `FlexmoeError`."""
+    try:
+        with torch.no_grad():
+            score = method.score(layer, statistics)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return torch.empty(layer.E, layer.I)  # a dry run, of a method that looks at values
+    except Exception as error:  # of another's function: anything may come
+        what = f"method '{method.name}' failed for layer {layer.index}"
+        raise _of_yours(what, method.score.__code__.co_filename, error) from error
+    if not isinstance(score, Tensor):
+        raise FlexmoeError(
+            f"method '{method.name}' gave a {type(score).__name__} for layer {layer.index}, "
+            f"expected a tensor [{layer.E}, {layer.I}] (experts, channels)"
+        )
+    return score
+
+
+def check_shape(method: Method, layer: ExpertLayer, shape: torch.Size) -> None:
+    """`FlexmoeError` unless scores have a number for each channel."""
+    if shape != (layer.E, layer.I):
+        raise FlexmoeError(
+            f"method '{method.name}' gave shape {tuple(shape)} for layer {layer.index}, "
+            f"expected [{layer.E}, {layer.I}] (experts, channels)"
+        )

@@ -1,0 +1,202 @@
+"""Doctor: what it reads from shapes, what it refuses, and that dry runs count what really lives."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from typer.testing import CliRunner
+
+from flexmoe import dryrun
+from flexmoe.checkpoint import Checkpoint, meta_model, resolve
+from flexmoe.cli import app
+from flexmoe.doctor import before_compress, examine
+from flexmoe.dryrun import DryRun, _Meter
+from flexmoe.estimates import Estimator
+from flexmoe.experts import expert_layers
+from flexmoe.exporter import export
+from flexmoe.family import load_stock
+from flexmoe.methods import find_method
+from flexmoe.pipeline import CompressConfig, compress
+from flexmoe.recover import trained_parameters
+from flexmoe.statistics import find_statistics, observe
+from flexmoe.trace import trace
+from zoo import tiny_model
+
+FISHER = find_statistics(("fisher_EI",))
+
+
+def saved(model_type: str, folder: Path) -> Path:
+    """A tiny model on disk, with the tokenizer of the shipped one."""
+    tiny_model(model_type, vocab_size=4096).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve("tiny") / name, folder / name)
+    return folder
+
+
+def test_what_tiny_is() -> None:
+    found = examine("tiny")
+    assert found.problems == [] and found.warnings == []
+    assert (found.model_type, found.dtype) == ("qwen2_moe", "bfloat16")
+    assert [layer.index for layer in found.layers] == [0, 1, 2, 3]
+    layer = found.layers[0]
+    assert (layer.experts, layer.channels, layer.hidden) == (16, 64, 128)
+    assert layer.flags == ("has_gate", "is_concatenated")
+    # three matrices of 128 by 128, and the row that weighs them
+    assert layer.shared_parameters == 3 * 128 * 128 + 128
+    model = load_stock("tiny")
+    total = sum(p.numel() for p in model.parameters())
+    assert found.parameters["total"] == total and found.experts_per_token == 4
+    assert found.parameters["active"] == total - 1_572_864 * 3 // 4
+    assert found.exports == {"uniform": "", "ragged": "", "masked": ""}
+    full = found.widths[0]
+    assert (full.width, full.tensor_parallel, full.fp8_blocks, full.k_quants) == (
+        64, (2, 4, 8), False, False,
+    )  # fmt: skip
+
+
+def test_coupled_width_is_said_and_the_other_layouts_work(tmp_path: Path) -> None:
+    found = examine(saved("deepseek_v3", tmp_path))
+    assert (
+        "'moe_intermediate_size' sets the width of the routed experts and also of"
+        in (found.exports["uniform"])
+    )
+    assert "shared_experts" in found.exports["uniform"]
+    assert found.exports["ragged"] == found.exports["masked"] == ""
+    assert found.layers[0].shared_parameters > 0
+    assert [need.job for need in found.needs if "uniform" in need.job] == []
+
+
+def test_sizes_of_exports_are_exact(tmp_path: Path) -> None:
+    source = saved("gpt_oss", tmp_path / "source")
+    compress(source, tmp_path / "family", CompressConfig(method="magnitude", allocate="global"))
+    needs = {need.job: need for need in examine(tmp_path / "family").needs}
+    for layout in ("uniform", "ragged", "masked"):
+        done = export(tmp_path / "family", tmp_path / layout, pruned=0.4, layout=layout)
+        assert needs[f"export --layout {layout}"].disk == done.bytes
+    assert needs["recover --mode full"].disk == Checkpoint(tmp_path / "family").bytes
+
+
+def test_json_has_everything_and_the_exit_code_tells(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["doctor", "tiny", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert len(found["layers"]) == 4 and found["problems"] == []
+    jobs = {need["job"] for need in found["needs"]}
+    assert {"compress", "recover --mode full", "export --layout ragged"} <= jobs
+    assert all(need["memory"] > 0 and need["seconds"] > 0 for need in found["needs"])
+    source = saved("olmoe", tmp_path / "model")
+    (source / "tokenizer.json").unlink()
+    shard = source / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    done = CliRunner().invoke(app, ["doctor", str(source)])
+    assert done.exit_code == 2
+    assert "cut short" in done.output and "tokenizer" in done.output  # not only the first
+
+
+def test_compress_refuses_what_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CompressConfig(allocate="global", samples=2, seq_len=16)
+    assert before_compress("tiny", tmp_path / "out", config) == []
+    weights = 4 * sum(p.numel() for p in meta_model(resolve("tiny")).parameters())
+    for free, expected in ((weights + 1000, "warned"), (weights - 1000, "refused")):
+        monkeypatch.setattr("flexmoe.doctor.free_memory", lambda device, free=free: free)
+        if expected == "warned":
+            (line,) = before_compress("tiny", tmp_path / "out", config)
+            assert "compress takes about" in line and "--batch-size" in line
+        else:
+            with pytest.raises(ValueError, match="the weights alone take"):
+                before_compress("tiny", tmp_path / "out", config)
+
+
+# --- Dry runs ----------------------------------------------------------------------------------
+
+
+def test_the_meter_counts_what_lives() -> None:
+    with torch.no_grad():
+        a = torch.ones(100, 100)
+        meter = _Meter([a], heap=False)
+        with meter:
+            b = a @ a
+            assert meter.live == 40_000 and meter.operations == 2 * 100**3
+            c = b[:50]  # a view is no memory
+            d = torch.cat([b, c])
+            assert meter.live == 40_000 + 60_000
+            del b, c, d
+            assert meter.live == 0 and meter.peak == 100_000 and meter.moved == 100_000
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six layers, the third and fifth of another kind."""
+    folder = tmp_path_factory.mktemp("deep")
+    config = Qwen3MoeConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
+        num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_experts=8, num_experts_per_tok=2, mlp_only_layers=[2, 4],
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("job", ["observe", "learn", "distil", "recomputed"])
+def test_layers_left_out_are_counted(job: str, deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers of a kind stand for all of them: the same cost as running every one."""
+    costs = []
+    for alike in (2, 99):
+        monkeypatch.setattr(dryrun, "ALIKE", alike)
+        dry = DryRun(meta_model(deep), torch.float32)
+        assert sorted(kind.number for kind in dry.kinds.values()) == [2, 4]
+        if job == "observe":
+            costs.append(dry.observe(4, 64, FISHER))
+        elif job == "learn":
+            costs.append(dry.learn(2, 64, 2, False))
+        else:
+            trained = list(trained_parameters(dry.model, "full").values())
+            costs.append(dry.distil(2, [1, 1], 64, trained, job == "recomputed"))
+    short, whole = costs
+    assert short.peak == pytest.approx(whole.peak, rel=0.1)  # the first of a kind keeps less
+    assert short.operations == pytest.approx(whole.operations, rel=0.1)
+    # what the loss moves is scaled like the layers, and with so small layers it is most of it
+    assert short.moved == pytest.approx(whole.moved, rel=0.25)
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_dry_run_counts_the_bytes_of_a_real_pass(deep: Path, backward: bool) -> None:
+    """The same meter on real tensors: experts get unequal shares there, and padding is none."""
+    names = ("fisher_EI",) if backward else ("energy_sum_EI",)
+    wanted = find_statistics(names)
+    dry = DryRun(meta_model(deep), torch.float32, heap=False).observe(4, 64, wanted)
+    model = load_stock(deep, dtype=torch.float32)
+    ids = torch.randint(0, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
+    gc.collect()
+    meter = _Meter([*model.parameters(), *model.buffers()], heap=False)
+    with meter:
+        observe(model, ids, names, batch_size=4)
+    assert dry.peak == pytest.approx(meter.peak, rel=0.1)
+    assert dry.operations == pytest.approx(meter.operations, rel=0.1)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "nemotron_h", "qwen3_next"])
+def test_other_architectures_can_be_tried(model_type: str, tmp_path: Path) -> None:
+    source = saved(model_type, tmp_path)
+    checkpoint, network = Checkpoint(source), meta_model(source)
+    estimator = Estimator(checkpoint, trace(checkpoint, network), torch.device("cpu"))
+    need = estimator.compress(CompressConfig(samples=2, seq_len=32, batch_size=2))
+    assert estimator.top_k == 2 and need.seconds is not None
+    assert need.parts.get("weights") == 4 * sum(p.numel() for p in network.parameters())
+    assert need.parts["activations"] > 2 * 32 * 4096 * 4  # the logits, at least
+
+
+def test_methods_are_tried_on_shapes(deep: Path) -> None:
+    checkpoint = Checkpoint(deep)
+    estimator = Estimator(checkpoint, trace(checkpoint, meta_model(deep)), torch.device("cpu"))
+    for name in ("taylor", "fisher", "heapr", "camera", "magnitude", "random"):
+        estimator.try_method(find_method(name))
+    assert len(expert_layers(estimator.model)) == 4
