@@ -1,4 +1,5 @@
-"""The command line: ``flexmoe compress | recover | export | eval | pick | methods | demo``.
+"""The command line: ``flexmoe compress | recover | export | eval | pick | report | reproduce |
+methods | demo``.
 
 Heavy imports happen inside the commands, so that ``--help`` is quick.
 """
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmoe import __version__, cli_eval, cli_recover
+from flexmoe import __version__, cli_eval, cli_recover, cli_report, cli_reproduce
 from flexmoe.cli_common import (
     Base,
     BatchSize,
@@ -193,6 +194,8 @@ def export(
 app.command(epilog=cli_recover.EXAMPLES)(cli_recover.recover)
 app.command("eval", epilog=cli_eval.EVAL_EXAMPLES)(cli_eval.evaluate)
 app.command("pick", epilog=cli_eval.PICK_EXAMPLES)(cli_eval.pick)
+app.command(epilog=cli_report.EXAMPLES)(cli_report.report)
+app.command(epilog=cli_reproduce.EXAMPLES)(cli_reproduce.reproduce)
 
 
 @app.command()

@@ -105,18 +105,23 @@ class Curve(_Record):
 def of_weights(folder: str | Path, track: Track = silent) -> OfWeights:
     """The plan and weights in ``folder`` as they are now.
 
-    All weights are read: about a second a gigabyte. ``weights_sha256`` of a family is what
-    ``sha256sum SHARDS | sha256sum`` says of its shards in the order of their names.
+    ``weights_sha256`` is that of a family's shards, for a plan alone what its recipe says.
     """
     manifest = read_manifest(folder)
     weights = manifest.recipe.weights_sha256
     if manifest.ranked:
-        lines = []
-        for name in track(Checkpoint(folder).files, "checksum"):
-            with (Path(folder) / name).open("rb") as file:
-                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
-        weights = hashlib.sha256("".join(lines).encode()).hexdigest()
+        weights = shards_sha256(folder, track)
     return OfWeights(plan_sha256=manifest.tensors_sha256, weights_sha256=weights)
+
+
+def shards_sha256(folder: str | Path, track: Track = silent) -> str:
+    """What ``sha256sum SHARDS | sha256sum`` says of a checkpoint's shards in the order of their
+    names. All weights are read: about a second a gigabyte."""
+    lines = []
+    for name in track(Checkpoint(folder).files, "checksum"):
+        with (Path(folder) / name).open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def make_curve(
@@ -156,13 +161,18 @@ def make_curve(
         pairs=of_pairs,
         hardware=hardware(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
-        versions={
-            "flexmoe": flexmoe.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        versions=versions(),
         budgets=points,
     )
+
+
+def versions() -> dict[str, str]:
+    """Of flexmoe and what it computes with."""
+    return {
+        "flexmoe": flexmoe.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def hardware(device: torch.device) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flexmoe.card import refresh_card
 from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
 from flexmoe.curve import check_can_save, make_curve, of_weights, save_curve
 from flexmoe.data import (
@@ -204,6 +205,7 @@ def measure(
             pairs_per_paradigm=config.pairs_per_paradigm,
         )
         saved = save_curve(folder, curve)
+        refresh_card(folder, curve)
     return Measured(_rows(losses, windows, figures), members, saved)
 
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flexmoe.card import write_card
 from flexmoe.checkpoint import resolve
+from flexmoe.curve import hardware, versions
 from flexmoe.data import (
     calibration_windows,
     check_tokens,
@@ -35,6 +37,7 @@ from flexmoe.files import refuse_existing, written_beside
 from flexmoe.lora import lora_experts
 from flexmoe.plan import Plan, read_manifest
 from flexmoe.progress import Track, silent
+from flexmoe.provenance import given
 from flexmoe.refit import refit
 from flexmoe.resume import Work
 from flexmoe.sharding import check_processes, shard_model
@@ -251,6 +254,7 @@ def recover(
         name: value for name, value in asdict(config).items() if value not in (None, False)
     }
     record |= {"data_sha256": ready.data_sha256, "windows": len(ready.ids)}
+    record |= {"options": given(config), "hardware": hardware(model.device), **versions()}
     record |= train(model, ready, work, track)
     # the experts in any case: those of a plan alone are stored in another order
     names = trained_parameters(ready.source.model, "lora")
@@ -278,6 +282,7 @@ def _write(
         write(ready.source, partial, shards, track)
         verify(partial, shards, track)
         plan.save(partial, ranked=True)
+        write_card(partial, track=track)
 
 
 def train(
