@@ -154,8 +154,6 @@ def _quality(page: Page, curve: Curve) -> str:
         (
             percent(point.pruned),
             f"{point.achieved:.2%}",
-            count(point.routed_parameters),
-            count(point.active_parameters),
             size(point.bytes),
             figure(point.nll),
             figure(perplexity(point.nll)),
@@ -164,7 +162,7 @@ def _quality(page: Page, curve: Curve) -> str:
         )
         for point in curve.budgets
     ]
-    head = ("pruned", "exactly", "routed", "active routed", "size", "loss", "perplexity")
+    head = ("pruned", "exactly", "size", "loss", "perplexity", "loss increase", "likelihood kept")
     against = curve.model_dump().get("against")
     base = "the full model" if against is None else str(against["model"])
     files = ", ".join(
@@ -183,9 +181,7 @@ def _quality(page: Page, curve: Curve) -> str:
             f"Increase of the held-out loss over {base}; bars are 95 % intervals over the choice "
             "of text, labels the share pruned.",
         )
-        + _table(
-            (*head, "loss increase", "likelihood kept"), rows, "Every budget that was measured"
-        )
+        + _table(head, rows, "Every budget that was measured")
         + f"<p>On {_text(files)}. Measured {_text(curve.date)} in {_text(curve.dtype)} on "
         f"{_text(curve.hardware)}; {_text(versions)}. Loss in nats per token, the mean over "
         "files; likelihood kept is exp(-increase). Sizes are those of ragged exports.</p>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -51,7 +52,8 @@ def svg(figure: Figure) -> str:
     """A figure as an SVG element for a page: nothing around it, text in the page's colour, the
     width the page gives it."""
     text = StringIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's fonts draw the text
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     found = text.getvalue()
     found = found[found.index("<svg") :]
@@ -135,7 +137,7 @@ def map_figure(values: Mapping[int, Tensor], label: str, most: float | None = No
         value_LE[row, : len(value_E)] = value_E
     layers = sorted(values)
     with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(5, min(8.0, max(1.9, 1.1 + 0.13 * len(layers)))))
+        figure, axes = plt.subplots(figsize=(5, min(4.6, max(1.9, 1.1 + 0.13 * len(layers)))))
         image = axes.imshow(
             value_LE, vmin=0, vmax=most, cmap="viridis", aspect="auto", interpolation="none"
         )
@@ -151,7 +153,7 @@ def map_figure(values: Mapping[int, Tensor], label: str, most: float | None = No
 
 def widths_figure(plan: Plan, pruned: float) -> Figure:
     """Map of the widths at one budget, in shares of the full width."""
-    return map_figure(kept_shares(plan, pruned), "share of channels kept", most=1.0)
+    return map_figure(kept_shares(plan, pruned), "kept", most=1.0)
 
 
 def kept_shares(plan: Plan, pruned: float) -> dict[int, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,6 +62,7 @@ def make_samples(
         )
     dtype = torch.float32 if pick_device(device).type == "cpu" else "auto"
     model = load(family, base=base, device=device, dtype=dtype)
+    read = partial(tokenizer.decode, skip_special_tokens=True)
     continued: list[dict[float, str]] = [{} for _ in chosen]
     work = [(pruned, n) for pruned in budgets for n in range(number)]
     for pruned, n in track(work, "generate"):
@@ -70,8 +72,8 @@ def make_samples(
         mask = torch.ones_like(ids)
         with torch.no_grad():
             out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
-        continued[n][pruned] = tokenizer.decode(out[0, PROMPT:], skip_special_tokens=True)
+        continued[n][pruned] = read(out[0, PROMPT:])
     return [
-        Sample(file, tokenizer.decode(ids[:PROMPT]), tokenizer.decode(ids[PROMPT:]), texts)
+        Sample(file, read(ids[:PROMPT]), read(ids[PROMPT:]), texts)
         for (file, ids), texts in zip(chosen, continued, strict=True)
     ]
