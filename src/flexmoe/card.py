@@ -25,6 +25,7 @@ from flexmoe.plan import JSON_NAME, Member, read_manifest
 from flexmoe.progress import Track, silent
 from flexmoe.provenance import CARD_NAME, Record, block, commands, record_of
 from flexmoe.report import count, measured_rows, percent, size
+from flexmoe.statistics import THIN
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 BEGIN, END = "<!-- flexmoe: measured -->", "<!-- flexmoe: end -->"
@@ -240,8 +241,8 @@ def _limits(record: Record, inherited: dict[str, Any]) -> str:
         )
     if thin := sum(map(len, recipe.thin_experts.values())):
         points.append(
-            f"{thin} experts saw fewer than 100 tokens of it: the order of their channels is a "
-            "guess."
+            f"Experts that saw fewer than {THIN} tokens of it: {thin}. The order of their channels "
+            "is a guess."
         )
     if record.kind == "uniform":
         points.append("All experts were cut to one width: the plan's own widths lose less.")

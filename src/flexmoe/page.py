@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -90,8 +89,6 @@ class Page:
                 for name, drawn in self.figures.items():
                     save(drawn, folder / f"{name}.png")
                 names = [out / file.name for file in sorted(folder.iterdir())]
-        for drawn in self.figures.values():
-            plt.close(drawn)
         return names
 
 
@@ -272,7 +269,7 @@ def _coverage(page: Page, plan: Plan, counts: Counts | None) -> str:
     number = sum(map(len, thin.values()))
     if number:
         said += (
-            f'<p class="warn">{number} experts saw fewer than {THIN} tokens: the order of their '
+            f'<p class="warn">Experts that saw fewer than {THIN} tokens: {number}. The order of their '
             "channels is a guess.</p>"
         )
     else:
@@ -287,7 +284,7 @@ def _coverage(page: Page, plan: Plan, counts: Counts | None) -> str:
         said += page.figure(
             name, map_figure(of, "tokens"), f"{caption}; the least is {low}", caption
         )
-        rows = [
+        figures = [
             (
                 str(i),
                 f"{int(count_E.min()):,}",
@@ -297,7 +294,9 @@ def _coverage(page: Page, plan: Plan, counts: Counts | None) -> str:
             )
             for i, count_E in sorted(of.items())
         ]
-        said += _table(("layer", "least", "median", "most", f"experts below {THIN}"), rows, caption)
+        said += _table(
+            ("layer", "least", "median", "most", f"experts below {THIN}"), figures, caption
+        )
     return said
 
 

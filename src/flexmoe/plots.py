@@ -7,13 +7,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
-
-matplotlib.use("Agg")  # files only: no display needed
-
-import matplotlib.pyplot as plt
+from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -26,14 +24,14 @@ from flexmoe.sizes import GONE
 INK = "#14171a"  # of text and axes; in a page the colour of its text
 COLORS = ("#3b82c4", "#d9762b", "#3a9a5b", "#c44e7a", "#8a6fc9", "#8c7a3b")  # on light and dark
 MARKERS = "osD^vP"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "flexmoe",  # the same figure is the same text
     "text.parse_math": False,  # a $ in a file's name is a $
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "axes.prop_cycle": cycler(color=COLORS),
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
@@ -45,7 +43,6 @@ UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG on white."""
     figure.savefig(path, dpi=150, facecolor="white")
-    plt.close(figure)
 
 
 def svg(figure: Figure) -> str:
@@ -76,7 +73,8 @@ def quality_figure(points: Sequence[Point]) -> Figure:
     below = [a - s[0] for a, s in zip(y, spread, strict=True)]
     above = [s[1] - a for a, s in zip(y, spread, strict=True)]
     with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 3.8))
+        figure = Figure(figsize=(7, 3.8))
+        axes = figure.subplots()
         axes.errorbar(x, y, [below, above], marker="o", markersize=5, capsize=3, linewidth=2)
         for point, a, b in zip(points, x, y, strict=True):
             axes.annotate(percent(point.pruned), (a, b), (6, 6), textcoords="offset points", size=9)
@@ -91,7 +89,8 @@ def domains_figure(points: Sequence[Point]) -> Figure:
     """Increase of the loss over budget 0 on each data file, against the share pruned."""
     x = [100 * point.pruned for point in points]
     with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 3.8))
+        figure = Figure(figsize=(7, 3.8))
+        axes = figure.subplots()
         for number, name in enumerate(points[0].files):
             y = [point.files[name] - points[0].files[name] for point in points]
             marker = MARKERS[number % len(MARKERS)]
@@ -109,7 +108,8 @@ def parts_figure(parts: Mapping[str, Sequence[int]], budgets: Sequence[float]) -
     names = [percent(share) for share in budgets]
     colors = dict(zip(parts, COLORS, strict=False))
     with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 1.4 + 0.34 * len(budgets)))
+        figure = Figure(figsize=(7, 1.4 + 0.34 * len(budgets)))
+        axes = figure.subplots()
         left = [0.0] * len(budgets)
         for name, sizes in parts.items():
             wide = [size / scale for size in sizes]
@@ -137,7 +137,8 @@ def map_figure(values: Mapping[int, Tensor], label: str, most: float | None = No
         value_LE[row, : len(value_E)] = value_E
     layers = sorted(values)
     with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(5, min(4.6, max(1.9, 1.1 + 0.13 * len(layers)))))
+        figure = Figure(figsize=(5, min(4.6, max(1.9, 1.1 + 0.13 * len(layers)))))
+        axes = figure.subplots()
         image = axes.imshow(
             value_LE, vmin=0, vmax=most, cmap="viridis", aspect="auto", interpolation="none"
         )
@@ -171,7 +172,8 @@ def _unit(most: float) -> tuple[float, str]:
 def plot_quality(curves: Mapping[str, Sequence[Row]], path: Path, title: str) -> None:
     """Loss against bytes, a line per curve; the share pruned is written at the points of the
     first."""
-    figure, axes = plt.subplots(figsize=(7, 4.2))
+    figure = Figure(figsize=(7, 4.2))
+    axes = figure.subplots()
     for number, (name, rows) in enumerate(curves.items()):
         x, y = [row["bytes"] / 1e6 for row in rows], [row["nll"] for row in rows]
         width, alpha = (2.2, 1.0) if number == 0 else (1.2, 0.7)
