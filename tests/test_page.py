@@ -105,9 +105,9 @@ def test_the_numbers_are_those_of_the_curve(page, family):
             assert f"{value:.4g}" in text
         if point.pruned:
             low, high = point.increase_interval
-            assert f"({low:.4g} to {high:.4g})" in text
+            assert f"({low:#.4g} to {high:#.4g})" in text
         for value in point.files.values():
-            assert f"<td>{value:.4g}</td>" in page.sections["Loss by data file"]
+            assert f"<td>{value:#.4g}</td>" in page.sections["Loss by data file"]
     rows = re.findall(r"<tr><th[^>]*>(\d+)</th>(.*?)</tr>", page.sections["Widths"])
     plan = Plan.load(family)
     for (layer, cells), (i, width_BE) in zip(rows, sorted(plan.width.items()), strict=True):
@@ -133,9 +133,9 @@ def test_other_measures_are_shown_by_name_whatever_they_are():
         },
     ]
     assert measured_rows(points, skip=("nll",)) == {
-        "kl": ["0", "0.01235 (0.01 to 0.02)"],
+        "kl": ["0.000", "0.01235 (0.01000 to 0.02000)"],
         "generation: greedy: looped: n": ["", "7"],
-        "generation: greedy: looped: share": ["", "0.5 (0.2 to 0.8)"],
+        "generation: greedy: looped: share": ["", "0.5000 (0.2000 to 0.8000)"],
     }
 
 

@@ -21,7 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from flexmoe.checkpoint import Checkpoint
 from flexmoe.curve import Curve, Point, load_curve, stale
-from flexmoe.plan import JSON_NAME, Member, read_manifest
+from flexmoe.errors import FlexmoeError
+from flexmoe.plan import Member, read_manifest
 from flexmoe.progress import Track, silent
 from flexmoe.provenance import CARD_NAME, Record, block, commands, record_of
 from flexmoe.report import count, measured_rows, percent, size
@@ -71,9 +72,7 @@ def write_card(
     inherited = _inherited(folder / CARD_NAME)
     curve = None
     if family is not None and record.kind != "uniform":
-        curve = load_curve(family) if (Path(family) / JSON_NAME).is_file() else None
-        if curve is not None and stale(curve, family, track):
-            curve = None
+        curve = _holding(family, track)
     parts = [
         f"---\n{_metadata(record, config, inherited).to_yaml()}\n---\n",
         _heading(record),
@@ -85,6 +84,15 @@ def write_card(
     ]
     text = "\n\n".join(part.strip("\n") for part in parts) + "\n"
     (folder / CARD_NAME).write_text(text, encoding="utf-8")
+
+
+def _holding(family: str | Path, track: Track) -> Curve | None:
+    """The measured curve of a family, if it has one that is sound and still holds."""
+    try:
+        curve = load_curve(family)
+    except FlexmoeError:  # damaged: what is exported is none the worse for it
+        return None
+    return None if curve is None or stale(curve, family, track) else curve
 
 
 def refresh_card(folder: str | Path, curve: Curve) -> None:

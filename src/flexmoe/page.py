@@ -135,7 +135,7 @@ def build_page(
     if others := _others(curve):
         page.sections["Other measures"] = others
     page.sections["Widths"] = _widths(page, plan, curve)
-    page.sections["Where the bytes went"] = _parts(page, plan, weights, curve)
+    page.sections["Where parameters and bytes went"] = _parts(page, plan, weights, curve)
     page.sections["Coverage"] = _coverage(page, plan, counts)
     if samples:
         page.sections["Samples"] = _samples(samples)
@@ -269,8 +269,8 @@ def _coverage(page: Page, plan: Plan, counts: Counts | None) -> str:
     number = sum(map(len, thin.values()))
     if number:
         said += (
-            f'<p class="warn">Experts that saw fewer than {THIN} tokens: {number}. The order of their '
-            "channels is a guess.</p>"
+            f'<p class="warn">Experts that saw fewer than {THIN} tokens: {number}. The order of '
+            "their channels is a guess.</p>"
         )
     else:
         said += f"<p>Every expert saw at least {THIN} tokens.</p>"

@@ -73,7 +73,7 @@ def quality_figure(points: Sequence[Point]) -> Figure:
     below = [a - s[0] for a, s in zip(y, spread, strict=True)]
     above = [s[1] - a for a, s in zip(y, spread, strict=True)]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 3.8))
+        figure = Figure(figsize=(6, 3.6))
         axes = figure.subplots()
         axes.errorbar(x, y, [below, above], marker="o", markersize=5, capsize=3, linewidth=2)
         for point, a, b in zip(points, x, y, strict=True):
@@ -89,7 +89,7 @@ def domains_figure(points: Sequence[Point]) -> Figure:
     """Increase of the loss over budget 0 on each data file, against the share pruned."""
     x = [100 * point.pruned for point in points]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 3.8))
+        figure = Figure(figsize=(6, 3.6))
         axes = figure.subplots()
         for number, name in enumerate(points[0].files):
             y = [point.files[name] - points[0].files[name] for point in points]
@@ -108,7 +108,7 @@ def parts_figure(parts: Mapping[str, Sequence[int]], budgets: Sequence[float]) -
     names = [percent(share) for share in budgets]
     colors = dict(zip(parts, COLORS, strict=False))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 1.4 + 0.34 * len(budgets)))
+        figure = Figure(figsize=(6, 1.4 + 0.34 * len(budgets)))
         axes = figure.subplots()
         left = [0.0] * len(budgets)
         for name, sizes in parts.items():

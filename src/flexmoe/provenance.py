@@ -52,13 +52,15 @@ def record_of(folder: str | Path, track: Track = silent) -> Record:
             kind="family" if manifest.ranked else "plan", recipe=manifest.recipe, **of.model_dump()
         )
     about = read_json(folder / EXPORT_NAME)
-    return Record(
-        kind=about["layout"],
-        pruned=about["pruned"],
-        recipe=about["recipe"],
-        plan_sha256=about.get("plan_sha256", ""),
-        weights_sha256=shards_sha256(folder, track),
-    )
+    content = {
+        "format": FORMAT,
+        "kind": about.get("layout"),
+        "pruned": about.get("pruned"),
+        "recipe": about.get("recipe"),
+        "plan_sha256": about.get("plan_sha256", ""),
+        "weights_sha256": shards_sha256(folder, track),
+    }
+    return _checked(content, folder / EXPORT_NAME)
 
 
 def record_in(card: str | Path) -> Record:
@@ -70,19 +72,24 @@ def record_in(card: str | Path) -> Record:
         )
     try:
         content = json.loads(found[1])
-        version = content.get("format") if isinstance(content, dict) else None
-        if version != FORMAT:
-            raise FlexmoeError(
-                f"the record in {card} has format {version}, this flexmoe reads format {FORMAT}: "
-                "use the version that wrote it"
-            )
+    except json.JSONDecodeError as error:
+        raise FlexmoeError(f"the record in {card} is not valid JSON: {error}") from None
+    return _checked(content, Path(card))
+
+
+def _checked(content: Any, where: Path) -> Record:
+    version = content.get("format") if isinstance(content, dict) else None
+    if version != FORMAT:
+        raise FlexmoeError(
+            f"the record in {where} has format {version}, this flexmoe reads format {FORMAT}: use "
+            "the version that wrote it"
+        )
+    try:
         return Record.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise FlexmoeError(f"the record in {card}: {where}: {first['msg']}") from None
-    except json.JSONDecodeError as error:
-        raise FlexmoeError(f"the record in {card} is not valid JSON: {error}") from None
+        place = ".".join(map(str, first["loc"]))
+        raise FlexmoeError(f"the record in {where}: {place}: {first['msg']}") from None
 
 
 def block(record: Record) -> str:

@@ -98,7 +98,7 @@ def _flat(values: Row, path: str = "") -> dict[str, str]:
 
 def figure(value: float | str) -> str:
     """A measured number with four digits; what is none as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:#.4g}".rstrip(".") if isinstance(value, float) else str(value)
 
 
 def ranging(spread: Sequence[float] | None) -> str:
