@@ -84,7 +84,8 @@ def demo(
             others = budget_rows(ranked.model, windows, (0.0, *SHARES), track=track)
             curves[name] = merge_rows(others)
     plot_quality(curves, out / "quality.png", "tiny: loss on held-out text")
-    save(widths_figure(plans[chosen], 0.4), out / "widths-40.png")
+    title = f"share of channels kept at 40 % pruned ({chosen})"
+    save(widths_figure(plans[chosen], 0.4), out / "widths-40.png", title)
 
     console.rule("5. A sample at three budgets, one model in memory")
     for pruned in (0.0, 0.4, 0.6):

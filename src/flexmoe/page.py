@@ -44,16 +44,16 @@ Counts = Mapping[str, Mapping[int, Tensor]]
 
 @dataclass
 class Page:
-    """Sections of HTML by title, in order, and the figures in them by name."""
+    """Sections of HTML by title, in order, and the figures in them with their captions, by name."""
 
     title: str
     summary: str
     sections: dict[str, str] = field(default_factory=dict)
-    figures: dict[str, Figure] = field(default_factory=dict)
+    figures: dict[str, tuple[Figure, str]] = field(default_factory=dict)
 
     def figure(self, name: str, drawn: Figure, alt: str, caption: str) -> str:
         """The HTML of a figure; ``alt`` says in words what is to be seen."""
-        self.figures[name] = drawn
+        self.figures[name] = drawn, caption
         return (
             f'<figure><div role="img" aria-label="{_text(alt)}">{svg(drawn)}</div>'
             f"<figcaption>{_text(caption)}</figcaption></figure>"
@@ -86,8 +86,8 @@ class Page:
         else:
             with written_beside(out) as folder:
                 (folder / "report.html").write_text(self.html(), encoding="utf-8")
-                for name, drawn in self.figures.items():
-                    save(drawn, folder / f"{name}.png")
+                for name, (drawn, caption) in self.figures.items():
+                    save(drawn, folder / f"{name}.png", f"{self.title}. {caption}")
                 names = [out / file.name for file in sorted(folder.iterdir())]
         return names
 

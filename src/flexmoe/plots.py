@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from io import StringIO
@@ -40,9 +41,12 @@ STYLE: Any = {
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG on white."""
-    figure.savefig(path, dpi=150, facecolor="white")
+def save(figure: Figure, path: Path, title: str = "") -> None:
+    """Write a figure as PNG on white, under a title."""
+    with matplotlib.rc_context(STYLE):
+        if title:
+            figure.suptitle(textwrap.fill(title, 80), fontsize=9)
+        figure.savefig(path, dpi=150, facecolor="white")
 
 
 def svg(figure: Figure) -> str:
@@ -108,7 +112,7 @@ def parts_figure(parts: Mapping[str, Sequence[int]], budgets: Sequence[float]) -
     names = [percent(share) for share in budgets]
     colors = dict(zip(parts, COLORS, strict=False))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6, 1.4 + 0.34 * len(budgets)))
+        figure = Figure(figsize=(6, 1.8 + 0.34 * len(budgets)))
         axes = figure.subplots()
         left = [0.0] * len(budgets)
         for name, sizes in parts.items():
@@ -124,7 +128,7 @@ def parts_figure(parts: Mapping[str, Sequence[int]], budgets: Sequence[float]) -
         axes.invert_yaxis()
         axes.set_xlabel(f"size ({unit})")
         axes.set_ylabel("pruned")
-        figure.legend(loc="outside upper center", ncols=3, fontsize=9)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 
