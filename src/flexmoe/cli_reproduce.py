@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -46,8 +47,8 @@ def reproduce(
     record, original = read_record(path, track=bar)
     for command in commands(record):
         typer.echo(command)  # not wrapped: commands are to be copied
-    with tempfile.TemporaryDirectory(prefix="flexmoe-") as temporary:
-        place = Path(temporary) / "again" if out is None else out
+    keep = nullcontext(out) if out else tempfile.TemporaryDirectory(prefix="flexmoe-")
+    with keep as place:
         made = rerun(record, place, model=model, data=data, device=device, track=bar)
         found = compare(record, made, original, track=bar)
     table = Table(title=f"{path}, made again", title_justify="left")
