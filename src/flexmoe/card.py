@@ -51,11 +51,10 @@ from transformers import CLASS
 model = CLASS.from_pretrained("FOLDER")
 """
 NOTE = {
-    "family": "Without flexmoe the folder loads as what it was made from, at full width: only the "
-    "order of the channels inside its experts is another one.",
+    "family": "Without flexmoe the folder loads as an ordinary checkpoint, at full width.",
     "ragged": "Engines without flexmoe refuse it: its tensors have other shapes than its config "
     "says.",
-    "uniform": "All experts have the same width, so it loads wherever the base model does.",
+    "uniform": "All experts have the same width, so stock transformers loads it.",
     "masked": "Pruned channels are zeros: it is as large as the base model.",
 }
 
@@ -253,7 +252,9 @@ def _limits(record: Record, inherited: dict[str, Any]) -> str:
             "is a guess."
         )
     if record.kind == "uniform":
-        points.append("All experts were cut to one width: the plan's own widths lose less.")
+        points.append(
+            "All experts were cut to one width: the widths that the plan gives each do not apply."
+        )
     name = inherited.get("license_name") or inherited.get("license")
     points.append(
         f"Licence: {_code(str(name))}, inherited from the base model."

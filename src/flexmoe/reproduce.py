@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -24,7 +24,6 @@ from flexmoe.recover import RecoverConfig, recover
 
 RECORD_NAME = "record.json"  # in the folder of a rerun: what it is a rerun of
 SPREAD = ("processes", "shard")  # how the work was spread: no part of the result but for rounding
-Config = TypeVar("Config", CompressConfig, RecoverConfig)
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,8 @@ def _options(options: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-def _config(kind: type[Config] | type[Any], options: Mapping[str, Any], device: Any = None) -> Any:
+def _config(kind: type[Any], options: Mapping[str, Any], device: str | None = None) -> Any:
+    """The recorded ``options`` as settings of the class ``kind``."""
     fields = {name: value for name, value in options.items() if name not in SPREAD}
     fields |= {} if device is None else {"device": device}
     known = {field.name for field in dataclasses.fields(kind)}
