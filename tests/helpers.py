@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flexmoe.checkpoint import Checkpoint
+from flexmoe.curve import Curve, OfWeights, Point, TextFile
 from flexmoe.experts import expert_layers, experts_function
 from flexmoe.plan import LayerRecord, Plan, Recipe
 
@@ -70,6 +72,40 @@ def random_plan(
         ),
         bytes_full=Checkpoint(source).bytes,
         bytes_per_parameter=model.dtype.itemsize,
+    )
+
+
+def made_curve(plan: Plan, of: OfWeights, files: tuple[str, ...] = ("a", "b")) -> Curve:
+    """A curve with made-up losses, no two figures alike."""
+    points = []
+    for share in plan.budgets:
+        losses = {name: 2.0417 + share * (1.1731 + 0.3179 * n) for n, name in enumerate(files)}
+        nll = sum(losses.values()) / len(losses)
+        increase = nll - 2.0417
+        spread = (increase * 0.9137, increase * 1.0873) if share else (0.0, 0.0)
+        points.append(
+            Point(
+                **plan.member(share).model_dump(),
+                nll=nll,
+                files=losses,
+                increase=increase,
+                increase_interval=spread,
+                kept=math.exp(-increase),
+                kept_interval=(math.exp(-spread[1]), math.exp(-spread[0])),
+                pairs=None,
+            )
+        )
+    return Curve(
+        format=1,
+        date="2026-01-02T03:04:05+00:00",
+        of=of,
+        data=",".join(files),
+        files={name: TextFile(windows=3, seq_len=17, sha256="0" * 64) for name in files},
+        pairs=None,
+        hardware="an abacus",
+        dtype="float32",
+        versions={"torch": "0.0"},
+        budgets=points,
     )
 
 

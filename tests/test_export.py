@@ -123,7 +123,7 @@ def test_export_equals_masking(
     assert report.checked == sum(record.experts for record in case.plan.layers.values())
     assert report.max_difference < 1e-5
     assert report.bytes == (member.bytes if layout == "ragged" else case.plan.bytes_full)
-    assert set(seen) == {"write", "compare"}
+    assert set(seen) == {"write", "compare", "checksum"}
     assert not (out / "flexmoe.json").exists()
     about = json.loads((out / "flexmoe_export.json").read_text())
     assert about["layout"] == layout and about["recipe"]["method"] == "random"

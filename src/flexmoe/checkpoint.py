@@ -72,6 +72,7 @@ def _download(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    wanted += ["README.md", "LICENSE*"]  # the licence goes on to what is made of it
     others = ["*/*.safetensors", "original/*", "consolidated*"]  # the same weights once more
     if not is_hub_id(model):
         raise FlexmoeError(

@@ -1,4 +1,4 @@
-"""The command line: ``flexmoe doctor | compress | recover | export | eval | pick | demo`` ...
+"""The command line: ``flexmoe doctor | compress | recover | export | eval | pick | report`` ...
 
 Heavy imports happen inside the commands, so that ``--help`` is quick.
 """
@@ -12,7 +12,16 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmoe import __version__, cli_doctor, cli_eval, cli_pick, cli_recover, cli_reweigh
+from flexmoe import (
+    __version__,
+    cli_doctor,
+    cli_eval,
+    cli_pick,
+    cli_recover,
+    cli_report,
+    cli_reproduce,
+    cli_reweigh,
+)
 from flexmoe.cli_common import (
     Base,
     BatchSize,
@@ -217,6 +226,8 @@ app.command(epilog=cli_recover.EXAMPLES)(cli_recover.recover)
 app.command(epilog=cli_reweigh.EXAMPLES)(cli_reweigh.reweigh)
 app.command("eval", epilog=cli_eval.EXAMPLES)(cli_eval.evaluate)
 app.command("pick", epilog=cli_pick.EXAMPLES)(cli_pick.pick)
+app.command(epilog=cli_report.EXAMPLES)(cli_report.report)
+app.command(epilog=cli_reproduce.EXAMPLES)(cli_reproduce.reproduce)
 
 
 @app.command()

@@ -32,37 +32,38 @@ FORMAT = 1
 def of_weights(folder: str | Path, track: Track = silent) -> OfWeights:
     """The plan and weights in ``folder`` as they are now.
 
-    All weights are read: about a second a gigabyte. ``weights_sha256`` of a family is what
-    ``sha256sum SHARDS | sha256sum`` says of its shards in the order of their names.
+    ``weights_sha256`` is that of a family's shards, for a plan alone what its recipe says.
     """
     manifest = read_manifest(folder)
     weights = manifest.recipe.weights_sha256
     if manifest.ranked:
-        lines = []
-        for name in track(Checkpoint(folder).files, "checksum"):
-            with (Path(folder) / name).open("rb") as file:
-                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
-        weights = hashlib.sha256("".join(lines).encode()).hexdigest()
+        weights = shards_sha256(folder, track)
     return OfWeights(plan_sha256=manifest.tensors_sha256, weights_sha256=weights)
+
+
+def shards_sha256(folder: str | Path, track: Track = silent) -> str:
+    """What ``sha256sum SHARDS | sha256sum`` says of a checkpoint's shards in the order of their
+    names. All weights are read: about a second a gigabyte."""
+    lines = []
+    for name in track(Checkpoint(folder).files, "checksum"):
+        with (Path(folder) / name).open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def about(compared: Compared, inputs: Mapping[str, Any], command: str | None) -> dict[str, Any]:
     """When, how, on what and with what it was measured; ``inputs`` see `flexmoe.inputs.describe`.
     To be called once a model was loaded."""
-    versions = {
-        "flexmoe": flexmoe.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    used = versions()
     if inputs["tasks"] is not None:
-        versions["lm_eval"] = version("lm_eval")
+        used["lm_eval"] = version("lm_eval")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         **inputs,
         "hardware": hardware(compared.device),
         "dtype": str(compared.shelf.dtypes[MODEL]).removeprefix("torch."),
-        "versions": versions,
+        "versions": used,
     }
 
 
@@ -85,6 +86,15 @@ def make_curve(
             f"the curve is not saved: {where} is {first['input']} ({first['msg']}). Check that "
             "tokenizer and weights belong together, or evaluate in float32 (--device cpu)"
         ) from None
+
+
+def versions() -> dict[str, str]:
+    """Of flexmoe and what it computes with."""
+    return {
+        "flexmoe": flexmoe.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def hardware(device: torch.device) -> str:

@@ -26,8 +26,9 @@ from flexmoe.pipeline import (
     rank_channels,
 )
 from flexmoe.plan import Plan
+from flexmoe.plots import plot_quality, save, widths_figure
 from flexmoe.progress import Track
-from flexmoe.report import budget_table, merge_rows, plot_quality, plot_widths, size
+from flexmoe.report import budget_table, merge_rows, size
 
 MARK = ".flexmoe-demo"  # a folder with this file may be replaced
 CHOOSING = 8  # held-out windows of each domain that choose the allocator
@@ -83,7 +84,8 @@ def demo(
             others = budget_rows(ranked.model, windows, (0.0, *SHARES), track=track)
             curves[name] = merge_rows(others)
     plot_quality(curves, out / "quality.png", "tiny: loss on held-out text")
-    plot_widths(plans[chosen], 0.4, out / "widths-40.png")
+    title = f"share of channels kept at 40 % pruned ({chosen})"
+    save(widths_figure(plans[chosen], 0.4), out / "widths-40.png", title)
 
     console.rule("5. A sample at three budgets, one model in memory")
     for pruned in (0.0, 0.4, 0.6):

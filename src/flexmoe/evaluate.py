@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flexmoe.card import refresh_card
 from flexmoe.compared import Compared, compare
 from flexmoe.curve import about, check_can_save, make_curve, of_weights, save_curve
 from flexmoe.errors import FlexmoeError
@@ -164,7 +165,11 @@ def measure(
     members = [found[pruned] for pruned in compared.budgets]
     against = None if BASE not in found else _base_row(str(config.against), found[BASE])
     facts = about(compared, describe(inputs, config), command)
-    curve = None if made_of is None else make_curve(made_of, facts, members, against)
+    saved = None
+    if made_of is not None:
+        curve = make_curve(made_of, facts, members, against)
+        saved = save_curve(compared.folder, curve)
+        refresh_card(compared.folder, curve)
     verdict = None
     if config.min_recovery is not None:
         verdict = gate(members, config.min_recovery, config.by)
@@ -173,7 +178,7 @@ def measure(
         members=members,
         against=against,
         about=facts,
-        saved=None if curve is None else save_curve(compared.folder, curve),
+        saved=saved,
         verdict=verdict,
     )
 

@@ -72,6 +72,13 @@ class Evidence:
         """The same with these sources alone."""
         return Evidence({name: self.sources[name] for name in names}, self.data_sha256)
 
+    def counts(self) -> dict[str, dict[int, Tensor]]:
+        """Tokens that each expert saw, [E] by source and layer."""
+        return {
+            name: {i: stats["count_E"] for i, stats in statistics.items()}
+            for name, statistics in self.sources.items()
+        }
+
     # --- as tensors and files ------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:

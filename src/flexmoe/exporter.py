@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexmoe.card import write_card
 from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.evidence import Evidence
@@ -85,6 +86,7 @@ def write_family(
         if evidence is not None:
             evidence.save(partial)
         plan.save(partial, ranked=True)
+        write_card(partial, track=track)
     return out
 
 
@@ -116,7 +118,8 @@ def export(
     out, folder = Path(out).expanduser(), Path(family).expanduser()
     refuse_existing(out)
     folder = folder if folder.is_dir() else resolve(family)
-    ranked, plan = read_manifest(folder).ranked, Plan.load(folder)
+    manifest, plan = read_manifest(folder), Plan.load(folder)
+    ranked = manifest.ranked
     if ranked and base is not None:
         raise FlexmoeError(f"{folder} holds its own weights: --base is for a plan alone")
     source = Source.open(folder if ranked else resolve(base or plan.recipe.base_model), plan)
@@ -135,7 +138,8 @@ def export(
         write(source, partial, entries, track)
         routed, checked, difference = _compare(source, cuts, partial, names, track)
         achieved = 1 - routed / plan.routed_parameters
-        _describe(partial, layout, pruned, achieved, plan.recipe)
+        _describe(partial, layout, pruned, achieved, plan.recipe, manifest.tensors_sha256)
+        write_card(partial, family=folder, track=track)
         size = Checkpoint(partial).bytes
     return ExportReport(out, layout, achieved, routed, size, checked, difference)
 
@@ -184,12 +188,15 @@ def _write_config(source: Checkpoint, out: Path, config: dict[str, Any]) -> None
     (out / "config.json").write_text(text, encoding="utf-8")
 
 
-def _describe(out: Path, layout: str, pruned: float, achieved: float, recipe: Recipe) -> None:
+def _describe(
+    out: Path, layout: str, pruned: float, achieved: float, recipe: Recipe, plan_sha256: str
+) -> None:
     about = {
         "format": 1,
         "layout": layout,
         "pruned": pruned,
         "achieved": achieved,
+        "plan_sha256": plan_sha256,
         "recipe": recipe.model_dump(),
     }
     (out / EXPORT_NAME).write_text(json.dumps(about, indent=2) + "\n")

@@ -11,12 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers import __version__ as transformers_version
 
-import flexmoe
 from flexmoe.actions import ActionConfig, learn_widths
 from flexmoe.allocate import allocate, order_of, widths_from_path
 from flexmoe.config import SETTINGS_OF, CompressConfig, check_config
+from flexmoe.curve import hardware, versions
 from flexmoe.data import Windows
 from flexmoe.evidence import Evidence, gather
 from flexmoe.experts import expert_layers
@@ -29,6 +28,7 @@ from flexmoe.methods import find_method, score_layers
 from flexmoe.plan import JSON_NAME, LayerRecord, Plan, Recipe
 from flexmoe.prepare import Prepared, prepare
 from flexmoe.progress import Track, silent
+from flexmoe.provenance import given
 from flexmoe.resume import Saved, Work
 from flexmoe.sharding import gathered, shard_model
 from flexmoe.statistics import Statistics, observe, thin_experts
@@ -161,11 +161,8 @@ def rank(ready: Prepared, track: Track = silent, saved: Saved | None = None) -> 
             seq_len=windows.ids.shape[1] if windows else 0,
             seed=config.seed,
             thin_experts=thin_experts(statistics) if windows else {},
-            versions={
-                "flexmoe": flexmoe.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers_version,
-            },
+            versions=versions(),
+            hardware=hardware(pick_device(config.device)),
         ),
     )
 
@@ -217,13 +214,15 @@ def make_plan(
     else:
         name = "global" if allocator == "learned" else allocator
         width = allocate(name, shapes, score, budgets, ranked.quantum)
+    made = {"allocate": allocator, "settings": settings}
+    made["options"] = given(dataclasses.replace(config, allocate=allocator, learn=learn))
     return Plan(
         layers=ranked.layers,
         order={i: ranked.order[i].gather(1, order_of(s).long()) for i, s in score.items()},
         width=width,
         budgets=budgets,
         quantum=ranked.quantum,
-        recipe=ranked.recipe.model_copy(update={"allocate": allocator, "settings": settings}),
+        recipe=ranked.recipe.model_copy(update=made),
         bytes_full=ranked.bytes_full,
         bytes_per_parameter=ranked.bytes_per_parameter,
     )

@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -76,7 +77,9 @@ class Recipe(_Record):
     seed: int
     thin_experts: dict[int, list[int]] = {}  # by layer: saw too few tokens, their order is a guess
     versions: dict[str, str] = {}
-    recovery: list[dict[str, float | int | str]] = []  # what was done to the weights since
+    hardware: str = ""
+    options: dict[str, Any] | None = None  # what was asked of compress beside its defaults
+    recovery: list[dict[str, Any]] = []  # what was done to the weights since
 
 
 class Manifest(_Record):

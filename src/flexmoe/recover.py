@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import flexmoe
+from flexmoe.card import write_card
 from flexmoe.checkpoint import resolve
+from flexmoe.curve import hardware, versions
 from flexmoe.data import (
     calibration_windows,
     check_tokens,
@@ -30,6 +33,7 @@ from flexmoe.data import (
 )
 from flexmoe.distil import SCHEMES, Schedule, Swapped, distil, whole
 from flexmoe.errors import FlexmoeError, did_you_mean
+from flexmoe.evidence import FILE_NAME as EVIDENCE_NAME
 from flexmoe.experts import ExpertLayer, expert_layers
 from flexmoe.exporter import copy_others
 from flexmoe.family import check_finite, find_folder, load, pick_device
@@ -37,6 +41,7 @@ from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_be
 from flexmoe.lora import lora_experts
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.progress import Track, silent
+from flexmoe.provenance import given
 from flexmoe.refit import refit
 from flexmoe.resume import Work
 from flexmoe.sharding import check_processes, shard_model
@@ -276,6 +281,7 @@ def _recovered(
         name: value for name, value in asdict(config).items() if value not in (None, False)
     }
     record |= {"data_sha256": ready.data_sha256, "windows": len(ready.ids)}
+    record |= {"options": given(config), "hardware": hardware(model.device), **versions()}
     record |= train(model, ready, work, track)
     # the experts in any case: those of a plan alone are stored in another order
     names = trained_parameters(ready.source.model, "lora")
@@ -301,6 +307,9 @@ def _write(
         write(ready.source, partial, shards, track)
         verify(partial, shards, track)
         plan.save(partial, ranked=True)
+        if (kept := ready.folder / EVIDENCE_NAME).is_file():  # of the same plan
+            shutil.copyfile(kept, partial / EVIDENCE_NAME)
+        write_card(partial, track=track)
 
 
 def train(

@@ -1,20 +1,12 @@
-"""Tables on the screen and plots as PNG."""
+"""Numbers and tables for people."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-
-matplotlib.use("Agg")  # files only: no display needed
-
-import matplotlib.pyplot as plt
 from rich.table import Table
-
-from flexmoe.plan import Plan
 
 Row = Mapping[str, Any]
 
@@ -37,7 +29,8 @@ def count(number: float) -> str:
     return f"{number:.3g} B"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share for people: 12.5%."""
     return f"{100 * share:.4g}%"
 
 
@@ -65,7 +58,7 @@ def budget_table(rows: Sequence[Row], title: str) -> Table:
         change = row["perplexity"] / rows[0]["perplexity"] - 1
         table.add_row(
             *([row.get("name", "")] if named else []),
-            _percent(row["pruned"]),
+            percent(row["pruned"]),
             count(row["routed_parameters"]),
             size(row["bytes"]),
             f"{row['nll']:.3f}",
@@ -75,46 +68,41 @@ def budget_table(rows: Sequence[Row], title: str) -> Table:
     return table
 
 
-def plot_quality(curves: Mapping[str, Sequence[Row]], path: Path, title: str) -> None:
-    """Loss against bytes, a line per curve; the share pruned is written at the points of the
-    first."""
-    figure, axes = plt.subplots(figsize=(7, 4.2))
-    for number, (name, rows) in enumerate(curves.items()):
-        x, y = [row["bytes"] / 1e6 for row in rows], [row["nll"] for row in rows]
-        width, alpha = (2.2, 1.0) if number == 0 else (1.2, 0.7)
-        axes.plot(x, y, marker="o", markersize=4, label=name, linewidth=width, alpha=alpha)
-        for row, a, b in zip(rows, x, y, strict=True) if number == 0 else ():
-            share = f"{row['pruned']:.0%}"
-            axes.annotate(share, (a, b), (0, -13), textcoords="offset points", ha="center", size=8)
-    axes.set_xlabel("size of all tensors (MB)")
-    axes.set_ylabel("held-out loss (nats per token)")
-    axes.set_title(title)
-    axes.margins(y=0.12)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    _save(figure, path)
+# --- What was measured --------------------------------------------------------------------------
+
+FIGURES = ("pruned", "achieved", "routed_parameters", "active_parameters", "bytes")
+LABELS = {"files": "loss", "nll": "loss", "increase": "loss increase", "kept": "likelihood kept"}
+MAIN = ("accuracy", "share", "value")  # what a bare "interval" beside them is of
 
 
-def plot_widths(plan: Plan, pruned: float, path: Path) -> None:
-    """Map of the widths at one budget: a row a MoE layer, a column an expert, in shares of the
-    full width."""
-    widths = plan.widths(pruned)
-    experts = max(layer.experts for layer in plan.layers.values())
-    share_LE = torch.full((len(widths), experts), float("nan"))
-    for row, (i, width_E) in enumerate(sorted(widths.items())):
-        share_LE[row, : len(width_E)] = width_E / plan.layers[i].channels
-    height = min(12.0, max(2.2, 1.4 + 0.28 * len(widths)))
-    figure, axes = plt.subplots(figsize=(min(16.0, 3 + 0.3 * experts), height))
-    image = axes.imshow(share_LE, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_xlabel("expert")
-    axes.set_ylabel("decoder layer")
-    axes.set_yticks(range(len(widths)), [str(i) for i in sorted(widths)])
-    axes.set_title(f"channels kept at {pruned:.0%} pruned ({plan.recipe.allocate})")
-    figure.colorbar(image, ax=axes, label="share of channels kept")
-    _save(figure, path)
+def measured_rows(points: Sequence[Row], skip: Sequence[str] = ()) -> dict[str, list[str]]:
+    """All that was measured at each budget of a curve, a row a measure: of the points (as dicts)
+    every number that is no size, with its interval where there is one. What ``skip`` names is
+    left out."""
+    flat = [_flat({k: v for k, v in p.items() if k not in (*FIGURES, *skip)}) for p in points]
+    names = dict.fromkeys(name for of in flat for name in of)
+    return {name: [of.get(name, "") for of in flat] for name in names}
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def _flat(values: Row, path: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        label = f"{path}{LABELS.get(name, name.replace('_', ' '))}"
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{label}: ")
+        elif isinstance(value, int | float | str):
+            spread = values.get("interval" if name in MAIN else f"{name}_interval")
+            found[label] = figure(value) + ranging(spread)
+    return found
+
+
+def figure(value: float | str) -> str:
+    """A measured number with four digits; what is none as it is."""
+    return f"{value:#.4g}".rstrip(".") if isinstance(value, float) else str(value)
+
+
+def ranging(spread: Sequence[float] | None) -> str:
+    """An interval behind its number; nothing where there is none or it is empty."""
+    if spread is None or spread[0] == spread[1]:
+        return ""
+    return f" ({figure(spread[0])} to {figure(spread[1])})"

@@ -41,6 +41,11 @@ def reweigh(
     refuse_existing(out)
     folder = find_folder(family)
     plan = Plan.load(folder)
+    if plan.recipe.recovery:
+        raise FlexmoeError(
+            f"'{family}' has recovered weights, which are fitted to its plan: give the family it "
+            "was recovered from"
+        )
     evidence = Evidence.load(folder, plan.recipe.data_sha256)
     weight = _weights(data, evidence)
     score = _scores(plan, folder, evidence.mixed(weight))
