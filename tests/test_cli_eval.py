@@ -217,6 +217,8 @@ def test_a_loss_that_is_no_number_is_not_saved(family):
         ("eval PLAN --pairs PAIRS --pairs-per-paradigm 0", "at least 1, found 0"),
         ("eval PLAN --pruned 0.7 --save", "the nearest is 0.4"),
         ("eval PLAN --against nowhere", "nowhere"),
+        ("eval PLAN --json PLAN", "it is a folder"),
+        ("eval PLAN --json PAIRS/rows.json", "cannot write"),
         ("eval MODEL --min-recovery 0.9", "give the model it is from with --against"),
         ("eval PLAN --min-recovery 95", "95 % is 0.95"),
         ("eval PLAN --min-recovery 0.9 --by pair", "Did you mean 'pairs'"),
@@ -242,7 +244,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(
 ):
     plan.save(tmp_path / "plan")
     places = {"MODEL": TINY / "model", "PAIRS": pairs, "PLAN": tmp_path / "plan"}
-    words = [str(places.get(word, word)) for word in command.split()]
+    words = ["/".join(str(places.get(w, w)) for w in word.split("/")) for word in command.split()]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["flexmoe", *words])
     with pytest.raises(SystemExit) as stop:

@@ -43,7 +43,7 @@ def test_an_offline_task_is_scored_as_by_hand(model, here):
         assert row["metric"] == "acc" and row["n"] == 12
         assert row["value"] == pytest.approx(sum(right) / 12)
         assert row["interval"][0] <= row["value"] <= row["interval"][1]
-    assert rows[0.0]["agreement"]["value"] > 0.5
+    assert 0 < rows[0.0]["agreement"]["value"] < 1
     poorer = rows[0.6]["agreement"]
     assert poorer["ratio"] == pytest.approx(poorer["value"] / rows[0.0]["agreement"]["value"])
     assert rows[0.0]["agreement"]["ratio_interval"] == (1, 1)
@@ -74,10 +74,18 @@ def results(value, items, *, error="N/A", better=True):
 
 
 def test_means_are_resampled_and_the_rest_has_the_harness_error():
-    mean = {0.0: results(0.5, [0, 1, 0, 1]), 0.4: results(0.25, [0, 1, 0, 0])}
+    mean = {0.0: results(0.5, [0, 1, 0, 1] * 10), 0.4: results(0.25, [0, 1, 0, 0] * 10)}
     rows = task_rows(mean)
-    assert rows[0.4]["t"]["ratio"] == 0.5 and rows[0.4]["t"]["interval"][0] == 0
-    assert rows[0.4]["g"]["n"] == 4 and rows[0.4]["g"]["ratio_interval"] is None
+    assert rows[0.4]["t"]["ratio"] == 0.5
+    assert rows[0.4]["t"]["interval"] == pytest.approx((0.1419, 0.4019), abs=1e-4)  # of a share
+    low, high = rows[0.4]["t"]["ratio_interval"]
+    assert 0.2 < low < 0.5 < high < 0.8
+    same = {0.0: mean[0.0], 0.4: mean[0.0]}
+    assert task_rows(same)[0.4]["t"]["ratio_interval"] is None  # not: certainly the same
+    graded = {0.0: results(0.5, [0.2, 0.8, 0.4, 0.6])}
+    low, high = task_rows(graded)[0.0]["t"]["interval"]
+    assert 0.2 < low < 0.5 < high < 0.8
+    assert rows[0.4]["g"]["n"] == 40 and rows[0.4]["g"]["ratio_interval"] is None
     assert rows[0.4]["g"]["interval"] == pytest.approx((0.25 - 0.196, 0.25 + 0.196), abs=1e-4)
     other = {0.0: results(7.5, [0, 1, 0, 1], error=0.5)}  # not the mean of these
     assert task_rows(other)[0.0]["t"]["interval"] == pytest.approx((6.52, 8.48), abs=1e-3)

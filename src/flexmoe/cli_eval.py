@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -125,11 +126,12 @@ def evaluate(
         min_recovery=min_recovery,
         by=by,
     )
+    if json_out is not None:
+        _check_can_write(json_out)
     done = measure(path, config, command=_command(), track=bar)
     for table in tables(done, path):
         say(table)
     if json_out is not None:
-        json_out.parent.mkdir(parents=True, exist_ok=True)
         found = {"model": path, **done.about, "against": done.against}
         found |= {"rows": done.rows, "budgets": done.members}
         json_out.write_text(json.dumps(found, indent=1) + "\n")
@@ -139,6 +141,18 @@ def evaluate(
         typer.echo(done.verdict.text, err=not done.verdict.passed)
         if not done.verdict.passed:
             raise typer.Exit(1)
+
+
+def _check_can_write(path: Path) -> None:
+    """`FlexmoeError` unless the file can be written: said before the long part."""
+    from flexmoe.errors import FlexmoeError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FlexmoeError(f"cannot write '{path}': {error.strerror}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise FlexmoeError(f"cannot write '{path}': it is a folder, or its folder is read-only")
 
 
 def _command() -> str:

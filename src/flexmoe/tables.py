@@ -29,7 +29,9 @@ def tables(done: Measured, title: str) -> Iterator[Table]:
     if about["tasks"] is not None:
         yield _tasks(rows)
     if (of := about["generation"]) is not None:
-        yield _generation(rows, f"{of['n']} answers of at most {of['max_new_tokens']} tokens")
+        for mode in of["settings"]:
+            title = f"{of['n']} answers of at most {of['max_new_tokens']} tokens, {mode}"
+            yield _generation(rows, mode, title)
     if (of := about["structured"]) is not None:
         yield _structured(rows, f"{of['name']}, {of['n']} answers")
 
@@ -103,13 +105,13 @@ def _tasks(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _generation(rows: Sequence[Row], title: str) -> Table:
-    """Shares of answers that loop or never end, by way of generation."""
-    table = _table(title, "pruned", "mode", "loop", "never end", "either", "mean tokens")
+def _generation(rows: Sequence[Row], mode: str, title: str) -> Table:
+    """Shares of answers that loop or never end, and their mean length."""
+    table = _table(title, "pruned", "loop", "never end", "either", "tokens")
     for row in rows:
-        for mode, of in row["generation"].items():
-            shares = [_share(of[name]) for name in ("looped", "endless", "either")]
-            table.add_row(_name(row), mode, *shares, f"{of['tokens']:.0f}")
+        of = row["generation"][mode]
+        shares = [_share(of[name]) for name in ("looped", "endless", "either")]
+        table.add_row(_name(row), *shares, f"{of['tokens']:.0f}")
     return table
 
 
@@ -134,8 +136,12 @@ def _name(row: Row) -> str:
 def _share(of: Row | None) -> str:
     if of is None:
         return ""
-    low, high = of["interval"]
-    return f"{of['share']:.1%} ({low:.1%} to {high:.1%})"
+    share, low, high = (_percent(value) for value in (of["share"], *of["interval"]))
+    return f"{share}% ({low} to {high})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}" if share >= 0.1 else f"{100 * share:.1f}"
 
 
 def _half(spread: Any, digits: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.intervals import Z, interval, resampled_means
+from flexmoe.intervals import Array, Interval, Z, interval, resampled_means, share_interval
 from flexmoe.members import Key, Members
 
 FILES = (".yaml", ".yml")
@@ -96,8 +96,9 @@ def task_rows(
     ``metric``, the first one that the task lists, its ``value`` with a 95 % ``interval`` and the
     number ``n`` of documents; ``metrics``, all of them. Where ``base`` is among the members and a
     larger value is a better one, ``ratio`` to the base's value with a paired interval over
-    documents. Intervals are resampled where the metric is a mean over documents, else from the
-    harness' standard error; None where there is none.
+    documents. Where the metric is a mean over documents, its interval is that of a share if they
+    are right or wrong, else resampled; for other metrics it is from the harness' standard error;
+    None where there is none.
     """
     keys = list(found)
     rows: dict[Key, dict[str, dict[str, Any]]] = {key: {} for key in keys}
@@ -106,7 +107,8 @@ def task_rows(
         if metric is None:  # a group that has no value of its own
             continue
         values = [float(found[key]["results"][name][metric]) for key in keys]
-        drawn_RB = _resampled([found[key] for key in keys], name, metric, values)
+        items_NB = _items([found[key] for key in keys], name, metric, values)
+        drawn_RB = None if items_NB is None else resampled_means([items_NB])
         whole = keys.index(base) if base is not None and base in found else None
         better = found[keys[0]]["higher_is_better"].get(name, {}).get(metric.split(",")[0])
         for b, key in enumerate(keys):
@@ -114,7 +116,7 @@ def task_rows(
             row: dict[str, Any] = {
                 "metric": metric.removesuffix(",none"),
                 "value": values[b],
-                "interval": _interval(drawn_RB, b, results, metric),
+                "interval": _interval(items_NB, drawn_RB, b, results, metric),
                 "n": _documents(found[key], name),
                 "metrics": {
                     m.removesuffix(",none"): float(v) for m, v in results.items() if _is_metric(m)
@@ -124,7 +126,10 @@ def task_rows(
             }
             if whole is not None and better and values[whole] > 0:
                 row["ratio"] = values[b] / values[whole]
-                if drawn_RB is not None:
+                # where no document tells them apart, resampling would be certain of it
+                if drawn_RB is not None and (
+                    b == whole or (drawn_RB[:, b] != drawn_RB[:, whole]).any()
+                ):
                     with np.errstate(divide="ignore", invalid="ignore"):
                         row["ratio_interval"] = interval(drawn_RB[:, b] / drawn_RB[:, whole])
             rows[key][name] = row
@@ -141,10 +146,10 @@ def _documents(results: Mapping[str, Any], name: str) -> int:
     return sum(_documents(results, child) for child in results["group_subtasks"][name])
 
 
-def _resampled(
+def _items(
     found: Sequence[Mapping[str, Any]], name: str, metric: str, values: Sequence[float]
-) -> Any:
-    """Resampled means [R, B] of the documents' values; None where the metric is no mean of them."""
+) -> Array | None:
+    """Values [N, B] of the documents; None where the metric is no mean of them."""
     kind, which = metric.split(",", 1)
     columns = []
     for results, value in zip(found, values, strict=True):
@@ -153,10 +158,14 @@ def _resampled(
         if not items or not math.isclose(sum(items) / len(items), value, **SAME_MEAN):
             return None
         columns.append(np.array(items, dtype=np.float64))
-    return resampled_means([np.stack(columns, 1)])
+    return np.stack(columns, 1)
 
 
-def _interval(drawn_RB: Any, b: int, results: Mapping[str, Any], metric: str) -> Any:
+def _interval(
+    items_NB: Array | None, drawn_RB: Array | None, b: int, results: Mapping[str, Any], metric: str
+) -> Interval | None:
+    if items_NB is not None and np.isin(items_NB, (0, 1)).all():
+        return share_interval(int(items_NB[:, b].sum()), len(items_NB))
     if drawn_RB is not None:
         return interval(drawn_RB[:, b])
     kind, which = metric.split(",", 1)
