@@ -1,39 +1,18 @@
 """Scores equal those of the methods' official code; statistics merge; bad methods are refused."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from flexmoe.allocate import order_of
+from flexmoe.around import router_weights
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.methods import METHODS, Method, all_methods, find_method, score_layers
 from flexmoe.methods.camera import energy
-from flexmoe.statistics import THIN, observe, thin_experts
+from flexmoe.statistics import THIN, beside, observe, observe_pass, passes, thin_experts
+from golden_data import golden, relative, scores
 
-GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-4  # relative, as recommended for scores from gradients or float32 squares
-
-
-def golden(model_name, score_name):
-    model = AutoModelForCausalLM.from_pretrained(
-        GOLDEN / "models" / model_name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    ids = load_file(GOLDEN / "tokens" / f"{model_name}.safetensors")["input_ids"]
-    return model, ids, load_file(GOLDEN / "scores" / f"{score_name}.{model_name}.safetensors")
-
-
-def scores(model, ids, name):
-    method = all_methods()[name]
-    statistics = observe(model, ids, method.needs, batch_size=4)
-    return score_layers(method, expert_layers(model), statistics), statistics
-
-
-def relative(got, want):
-    return float(((got - want).abs() / want.abs().clamp_min(1e-30)).max().detach())
 
 
 @pytest.mark.parametrize("name", ["qwen3moe", "mixtral", "olmoe"])
@@ -100,15 +79,21 @@ def test_fisher_is_the_squared_derivative_by_a_mask():
 
 
 def test_halves_of_a_pass_merge_to_the_whole():
+    """Of every statistic of every method; those that come after others in a second pass."""
     model, ids, _ = golden("qwen3moe", "heapr")
     needs = sorted({name for m in all_methods().values() for name in m.needs})
     whole = observe(model, ids, needs, batch_size=4)
-    first = observe(model, ids[:8], needs, batch_size=4)
-    for i, stats in observe(model, ids[8:], needs, batch_size=4).items():
-        first[i].merge(stats)
+    found = {}
+    for wanted in passes(needs):
+        first = observe_pass(model, ids[:8], wanted, found, batch_size=4)
+        for i, stats in observe_pass(model, ids[8:], wanted, found, batch_size=4).items():
+            first[i].merge(stats)
+        found = beside(found, first)
+    for i, stats in found.items():
+        assert stats.values.keys() == whole[i].values.keys()
         for name, value in whole[i].values.items():
-            assert torch.allclose(first[i][name], value, rtol=1e-6), name
-        assert first[i].tokens == whole[i].tokens and first[i].batches == whole[i].batches
+            assert torch.allclose(stats[name], value, rtol=1e-6), name
+        assert stats.tokens == whole[i].tokens and stats.batches == whole[i].batches
 
 
 def test_a_token_counts_the_same_in_any_batch():
@@ -120,23 +105,46 @@ def test_a_token_counts_the_same_in_any_batch():
             assert torch.allclose(one[i][name], four[i][name], rtol=1e-4, atol=1e-9), name
 
 
-@pytest.mark.parametrize("name", sorted(all_methods()))
-def test_contract_of_every_method(name):
-    """Shape, finite, deterministic, and permuting the experts' channels permutes the scores."""
+RANDOM = ("random", "random-experts")  # scores of places, not of what stands there
+METHOD_NAMES = sorted(all_methods())
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_contract_shape_finite_deterministic_also_without_tokens(name):
     model, ids, _ = golden("qwen3moe_cold", "heapr")
     first, statistics = scores(model, ids, name)
     again, _ = scores(model, ids, name)
-    assert all(torch.equal(first[i], again[i]) for i in first)
-    cold = [(stats["count_E"] == 0).any() for stats in statistics.values()]
-    assert any(cold)  # the model has experts without a token: no NaN, no exception
-    if name == "random":
-        return
-    reverse = torch.arange(15, -1, -1).expand(16, 16)
+    shape = (16, 16) if all_methods()[name].unit == "channel" else (16,)
+    for i, score in first.items():
+        assert score.shape == shape and score.dtype == torch.float64 and score.device.type == "cpu"
+        assert torch.isfinite(score).all() and torch.equal(score, again[i])
+        assert len(score.unique()) > 8  # it tells experts apart
+    # the model has experts without a token: no NaN, no exception
+    assert any((stats["count_E"] == 0).any() for stats in statistics.values())
+
+
+@pytest.mark.parametrize("name", [name for name in METHOD_NAMES if name not in RANDOM])
+def test_contract_scores_follow_what_they_score(name):
+    """Permuting the channels of all experts, or the experts (and their router's rows), permutes
+    the scores and changes nothing else."""
+    model, ids, _ = golden("qwen3moe_cold", "heapr")
+    first, _ = scores(model, ids, name)
+    reverse = torch.arange(15, -1, -1)
     for layer in expert_layers(model):
-        layer.permute_(reverse)
+        layer.permute_(reverse.expand(16, 16))
     permuted, _ = scores(model, ids, name)
     for i, score in first.items():
-        assert torch.allclose(permuted[i], score.flip(1), rtol=1e-3, atol=float(score.max()) * 1e-6)
+        want = score.flip(1) if score.dim() == 2 else score
+        assert torch.allclose(permuted[i], want, rtol=1e-3, atol=float(score.abs().max()) * 1e-6)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for layer in expert_layers(model):
+            for weight in (*layer.parameters.values(), *router_weights(layer).values()):
+                weight.copy_(weight[order])
+    moved, _ = scores(model, ids, name)
+    for i, score in permuted.items():
+        scale = float(score.abs().max())
+        assert torch.allclose(moved[i], score[order], rtol=1e-3, atol=scale * 1e-6)
 
 
 def test_thin_experts_are_named():

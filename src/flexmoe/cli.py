@@ -91,8 +91,12 @@ def compress(
     ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
     method: Annotated[str, typer.Option(help="NAME or FILE.py:FUNCTION; see: methods")] = "fisher",
     allocate: Annotated[
-        str, typer.Option(help="learned, global, layer, uniform, actions")
-    ] = "learned",
+        str | None,
+        typer.Option(
+            help="learned, global, layer, uniform, actions; default: the method's own, see: "
+            "methods (fisher: learned)"
+        ),
+    ] = None,
     quantum: Annotated[
         int | None, typer.Option(help="widths are multiples of this; default: 32, less when tiny")
     ] = None,
@@ -107,6 +111,7 @@ def compress(
     device: Device = "auto",
 ) -> None:
     """Turn a MoE checkpoint into a family: the ranked model and a plan for every budget."""
+    from flexmoe.methods import find_method
     from flexmoe.pipeline import SETTINGS_OF, CompressConfig, budget_list
     from flexmoe.pipeline import compress as run
     from flexmoe.progress import bar, silent
@@ -115,7 +120,8 @@ def compress(
     quiet()
     learn = None
     if learn_steps is not None:
-        learn = SETTINGS_OF.get(allocate, SETTINGS_OF["learned"])(steps=learn_steps)
+        rule = allocate or find_method(method).allocate
+        learn = SETTINGS_OF.get(rule, SETTINGS_OF["learned"])(steps=learn_steps)
     with process_group(device) as place:
         config = CompressConfig(
             data=data,
@@ -145,7 +151,7 @@ def compress(
             "more or broader text with --data and --samples.",
             style="yellow",
         )
-    say(_plan_table(plan, f"{out}: {model} ranked by {method}, widths {allocate}"))
+    say(_plan_table(plan, f"{out}: {model} ranked by {method}, widths {plan.recipe.allocate}"))
     say(f"next: flexmoe eval {out}, or flexmoe export {out} --pruned 0.4 --layout uniform -o DIR")
 
 

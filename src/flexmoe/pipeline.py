@@ -15,7 +15,13 @@ from transformers import __version__ as transformers_version
 
 import flexmoe
 from flexmoe.actions import ActionConfig, learn_widths
-from flexmoe.allocate import allocate, default_quantum, order_of, widths_from_path
+from flexmoe.allocate import (
+    allocate,
+    allocate_experts,
+    default_quantum,
+    order_of,
+    widths_from_path,
+)
 from flexmoe.checkpoint import Checkpoint, meta_model, resolve
 from flexmoe.data import (
     Windows,
@@ -52,15 +58,15 @@ BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 @dataclass(frozen=True)
 class CompressConfig:
     """What `compress` can be told. None means the default that fits the model; the defaults are
-    those that measured best on held-out text (docs/log.md). ``shard`` splits the model over all
-    processes, see `sharding`."""
+    those that measured best on held-out text (docs/log.md). ``allocate`` None is the method's own.
+    ``shard`` splits the model over all processes, see `sharding`."""
 
     data: str | None = None
     samples: int | None = None
     seq_len: int | None = None
     pruned: tuple[float, ...] = BUDGETS
     method: str = "fisher"
-    allocate: str = "learned"
+    allocate: str | None = None
     quantum: int | None = None
     batch_size: int | None = None
     micro_batch: int | None = None
@@ -73,7 +79,12 @@ class CompressConfig:
     @property
     def needs_data(self) -> bool:
         """Whether calibration text is read at all."""
-        return bool(find_method(self.method).needs) or self.allocate in SETTINGS_OF
+        return bool(find_method(self.method).needs) or self.allocator in SETTINGS_OF
+
+    @property
+    def allocator(self) -> str:
+        """What ``allocate`` says, or else the method's own."""
+        return self.allocate or find_method(self.method).allocate
 
 
 @dataclass
@@ -102,8 +113,18 @@ class Ranked:
 
 def check_config(config: CompressConfig) -> None:
     """Refuse what cannot work, or would have no effect, before anything slow starts."""
-    if config.allocate not in ALLOCATORS:
-        raise did_you_mean(config.allocate, ALLOCATORS, "allocator")
+    if config.allocator not in ALLOCATORS:
+        raise did_you_mean(config.allocator, ALLOCATORS, "allocator")
+    if find_method(config.method).unit == "expert":
+        if config.allocator not in ("layer", "global"):
+            raise FlexmoeError(
+                f"method '{config.method}' scores whole experts, allocate '{config.allocator}' is "
+                "of channels: use layer (the same number in every layer) or global"
+            )
+        if config.quantum is not None:
+            raise FlexmoeError(
+                f"quantum has no effect: method '{config.method}' removes whole experts"
+            )
     if not config.pruned or not all(0 < share < 1 for share in config.pruned):
         raise FlexmoeError(
             f"pruned shares must lie between 0 and 1, found {list(config.pruned)}: "
@@ -117,20 +138,20 @@ def check_config(config: CompressConfig) -> None:
     if asked and not config.needs_data:
         raise FlexmoeError(
             f"{', '.join(asked)} without effect: method '{config.method}' with allocate "
-            f"'{config.allocate}' looks at the weights only"
+            f"'{config.allocator}' looks at the weights only"
         )
-    wanted = SETTINGS_OF.get(config.allocate)
+    wanted = SETTINGS_OF.get(config.allocator)
     if config.learn is not None and not (wanted and isinstance(config.learn, wanted)):
         raise FlexmoeError(
-            f"settings of learning have no effect with allocate '{config.allocate}': use 'learned'"
+            f"settings of learning have no effect with allocate '{config.allocator}': use 'learned'"
         )
     for name in ("micro_batch", "checkpointing"):
-        if getattr(config, name) and config.allocate != "learned":
+        if getattr(config, name) and config.allocator != "learned":
             raise FlexmoeError(f"{name} has an effect with allocate 'learned' only")
     if config.micro_batch is not None and config.micro_batch < 1:
         raise FlexmoeError(f"micro-batch must be at least 1 window, found {config.micro_batch}")
     if config.shard:
-        if config.allocate == "actions":
+        if config.allocator == "actions":
             raise FlexmoeError("shard does not work with allocate 'actions': use 'learned'")
         needs = find_statistics(find_method(config.method).needs)
         if any(statistic.when == "weights" for statistic in needs):
@@ -149,9 +170,12 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
     source = resolve(model)
     meta, checkpoint = meta_model(source), Checkpoint(source)
     traced = trace(checkpoint, meta)  # refuses weights it cannot find before the slow part
-    narrowest = min(layer.shape.channels for layer in expert_layers(meta))
+    channels = [layer.shape.channels for layer in expert_layers(meta)]
+    narrowest = min(channels)
     quantum = default_quantum(narrowest) if config.quantum is None else config.quantum
-    if quantum > narrowest:
+    if method.unit == "expert":  # all or nothing
+        quantum = max(channels)
+    elif quantum > narrowest:
         raise FlexmoeError(f"quantum {quantum} is wider than an expert of {narrowest} channels")
     tokenizer, windows = None, None
     ids = torch.zeros(1, 2, dtype=torch.long)  # shows how many experts a token is sent to
@@ -168,7 +192,7 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
     batch_size = pick_batch_size(config.batch_size, ids.shape[1])
     if windows:  # refuse what several processes cannot share before the slow part
         share(ids.split(batch_size))
-        if config.allocate == "learned":
+        if config.allocator == "learned":
             part_of(torch.arange(batch_size))
             check_halves(batch_size)
     # float32 on the CPU, where it is as fast; the checkpoint's own dtype on an accelerator
@@ -185,6 +209,8 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
     for layer in layers:
         with gathered(network, layer):  # a method may read the layer's weights
             score |= score_layers(method, [layer], statistics)
+    for layer in layers if method.unit == "expert" else ():  # its channels share its fate
+        score[layer.index] = score[layer.index][:, None].expand(-1, layer.I)
     order = {i: order_of(s) for i, s in score.items()}
     for layer in layers:
         layer.permute_(order[layer.index])
@@ -215,7 +241,8 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
             revision=source.name if source.parent.name == "snapshots" else None,
             weights_sha256=fingerprint(checkpoint, traced),
             method=config.method,
-            allocate=config.allocate,
+            allocate=config.allocator,
+            unit=method.unit,
             settings={"batch_size": batch_size},
             data=windows.spec if windows else "",
             data_sha256=windows.sha256 if windows else "",
@@ -276,6 +303,8 @@ def make_plan(
             track=track,
         )
         width = widths_from_path(shapes, score, path, budgets, ranked.quantum)
+    elif ranked.recipe.unit == "expert":
+        width = allocate_experts(allocator, shapes, {i: s[:, 0] for i, s in score.items()}, budgets)
     else:
         name = "global" if allocator == "learned" else allocator
         width = allocate(name, shapes, score, budgets, ranked.quantum)
@@ -323,7 +352,7 @@ def compress(
     check_room(model, out)
     work = Work(out, {"model": str(model), **dataclasses.asdict(config)})
     ranked = rank_channels(model, config, track)
-    plan = make_plan(ranked, config.allocate, track, work.stage("learn"))
+    plan = make_plan(ranked, config.allocator, track, work.stage("learn"))
     by_first(lambda: write_family(ranked.source, plan, out, track))
     work.clear()
     return plan

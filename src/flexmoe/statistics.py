@@ -6,16 +6,18 @@ pass adds them up per expert in float64. All are sums (or maxima), so parts of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexmoe.around import Around, Pairs, watched
 from flexmoe.errors import FlexmoeError, did_you_mean
-from flexmoe.experts import ExpertLayer, Routing, expert_layers, experts_function
+from flexmoe.experts import ExpertLayer, Routing, Seen, expert_layers, experts_function
 from flexmoe.progress import Track, silent
 from flexmoe.sharding import is_sharded
 from flexmoe.training import processes, share
@@ -24,47 +26,67 @@ THIN = 100  # fewer tokens than this are thin evidence for an expert
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """What a statistic sees of one layer and batch: S routed pairs sorted by expert.
-
-    ``weight_S`` the routing weight the model really used; ``h_SI`` channel activations, the input
-    of the down projection; ``grad_SI`` the gradient of the summed token loss at them (only for
-    ``backward`` statistics, else None).
-    """
-
-    weight_S: Tensor
-    h_SI: Tensor
-    grad_SI: Tensor | None
-
-
-@dataclass(frozen=True)
 class Statistic:
-    """``when``: ``forward`` and ``backward`` functions map `Pairs` to [S, I]; ``weights`` ones map
-    (weight, gradient of the batch-mean loss), both [E, I, ...], to [E, I] once a batch.
-    ``merge``: ``sum`` or ``max``."""
+    """A named sum or maximum; the name ends in the letters of its shape: ``fisher_EI``.
+
+    ``when``: ``forward`` and ``backward`` functions map `Pairs` to a row for each pair ([S], [S, I]
+    or [S, H]), which the pass adds up per expert; ``batch`` ones map `Pairs` to the sums
+    themselves; ``weights`` ones map (weight, gradient of the batch-mean loss), both [E, I, ...], to
+    [E, I] once a batch. ``merge``: ``sum`` or ``max``. ``reads``: ``router`` and ``residual``, if
+    the function looks at them. ``after``: statistics that must be known before; the function gets
+    the `LayerStatistics` of an earlier pass as second argument.
+    """
 
     name: str
     when: str
     merge: str
     function: Callable[..., Tensor]
+    reads: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    def zeros(self, layer: ExpertLayer) -> Tensor:
+        """Its value [E, ...] before any token."""
+        sizes = {"E": layer.E, "I": layer.I, "H": layer.H}
+        shape = [sizes[letter] for letter in self.name.rpartition("_")[2]]
+        return torch.zeros(shape, dtype=torch.float64, device=layer.module.down_proj.device)
 
 
 STATISTICS: dict[str, Statistic] = {}
 
 
-def statistic(name: str, *, when: str, merge: str = "sum") -> Callable:
-    """Declare a statistic; methods ask for it by name in ``needs``."""
-    if when not in ("forward", "backward", "weights") or merge not in ("sum", "max"):
+def statistic(
+    name: str,
+    *,
+    when: str,
+    merge: str = "sum",
+    reads: tuple[str, ...] = (),
+    after: tuple[str, ...] = (),
+) -> Callable:
+    """Declare a statistic (see `Statistic`); methods ask for it by name in ``needs``."""
+    known = {"forward", "backward", "batch", "weights"}
+    if when not in known or merge not in ("sum", "max") or {*reads} - {"router", "residual"}:
         raise FlexmoeError(
-            f"statistic '{name}': when={when!r}, merge={merge!r}; expected forward, backward or "
-            "weights, and sum or max"
+            f"statistic '{name}': when={when!r}, merge={merge!r}, reads={reads!r}; expected "
+            f"{', '.join(sorted(known))}; sum or max; router, residual"
+        )
+    letters = name.rpartition("_")[2]
+    if not letters.startswith("E") or {*letters} - {"E", "I", "H"}:
+        raise FlexmoeError(
+            f"statistic '{name}': its name must end in its shape, such as {name}_E, {name}_EI"
         )
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        STATISTICS[name] = Statistic(name, when, merge, function)
+        STATISTICS[name] = Statistic(name, when, merge, function, reads, after)
         return function
 
     return register
+
+
+@statistic("count_E", when="batch")
+def count(pairs: Pairs) -> Tensor:
+    """Tokens routed to each expert: always there."""
+    assert pairs.layer is not None
+    return torch.bincount(pairs.all.routing.expert_S, minlength=pairs.layer.E)
 
 
 @dataclass
@@ -96,7 +118,7 @@ Statistics = dict[int, LayerStatistics]
 
 
 def find_statistics(names: Iterable[str]) -> list[Statistic]:
-    """The declared statistics of these names."""
+    """The declared statistics of these names and those they come after, in an order that works."""
     names = list(names)
     if not all(name in STATISTICS for name in names):
         from flexmoe.methods import all_methods
@@ -105,7 +127,21 @@ def find_statistics(names: Iterable[str]) -> list[Statistic]:
     for name in names:
         if name not in STATISTICS:
             raise did_you_mean(name, STATISTICS, "statistic")
-    return [STATISTICS[name] for name in dict.fromkeys(names)]
+    before = find_statistics(a for n in names for a in STATISTICS[n].after) if names else []
+    return list(dict.fromkeys([*before, *(STATISTICS[name] for name in names)]))
+
+
+def passes(names: Iterable[str]) -> list[list[Statistic]]:
+    """What each pass over the data must fill: one pass, or as many as statistics come after
+    others."""
+    left = find_statistics(names)
+    found: list[list[Statistic]] = []
+    known: set[str] = set()
+    while left or not found:
+        found.append([s for s in left if known.issuperset(s.after)])
+        known |= {s.name for s in found[-1]}
+        left = [s for s in left if s.name not in known]
+    return found
 
 
 @dataclass
@@ -114,22 +150,17 @@ class _Observer:
 
     layer: ExpertLayer
     wanted: Sequence[Statistic]
+    earlier: LayerStatistics | None = None
+    around: Around | None = None
     stats: LayerStatistics = field(init=False)
 
     def __post_init__(self) -> None:
-        E, I = self.layer.E, self.layer.I
-        device = self.layer.module.down_proj.device
-        values = {"count_E": torch.zeros(E, dtype=torch.float64, device=device)}
-        for s in self.wanted:
-            values[s.name] = torch.zeros(E, I, dtype=torch.float64, device=device)
-        self.stats = LayerStatistics(values)
+        self.wanted = list(dict.fromkeys([STATISTICS["count_E"], *self.wanted]))
+        self.stats = LayerStatistics({s.name: s.zeros(self.layer) for s in self.wanted})
 
     def __call__(self, routing: Routing, h_SI: Tensor) -> Tensor:
-        self.stats["count_E"].add_(torch.bincount(routing.expert_S, minlength=self.layer.E))
-        forward = [s for s in self.wanted if s.when == "forward"]
-        backward = [s for s in self.wanted if s.when == "backward"]
         weight_S = routing.weight_S.detach()
-        self._add(forward, routing, Pairs(weight_S, h_SI.detach(), None))
+        backward = [s for s in self.wanted if s.when == "backward"]
         if backward and torch.is_grad_enabled():
             if not h_SI.requires_grad:  # first MoE layer of a frozen model: the graph starts here
                 h_SI = h_SI.requires_grad_()
@@ -139,15 +170,31 @@ class _Observer:
             )
         return h_SI
 
+    @torch.no_grad()
+    def see(self, seen: Seen) -> None:
+        """Everything that went by in one call: statistics of the forward pass."""
+        pairs = Pairs(seen.routing.weight_S, seen.h_SI, None, self.layer, seen, self.around)
+        self._add([s for s in self.wanted if s.when == "forward"], seen.routing, pairs)
+        for s in self.wanted:
+            if s.when == "batch":
+                value, into = self._value(s, pairs).double(), self.stats[s.name]
+                into.copy_(torch.maximum(into, value) if s.merge == "max" else into + value)
+        if self.around is not None:
+            self.around.clear()
+
+    def _value(self, s: Statistic, pairs: Pairs) -> Tensor:
+        return s.function(pairs, self.earlier) if s.after else s.function(pairs)
+
     def _add(self, wanted: Sequence[Statistic], routing: Routing, pairs: Pairs) -> None:
         for s in wanted:
-            value_SI = s.function(pairs)
+            value = self._value(s, pairs)
+            exact = torch.float64 if value.dtype == torch.float64 else torch.float32
             into = self.stats[s.name]
             for e, a, b in routing.segments:
                 if s.merge == "max":
-                    into[e] = torch.maximum(into[e], value_SI[a:b].amax(0))
+                    into[e] = torch.maximum(into[e], value[a:b].amax(0))
                 else:
-                    into[e] += value_SI[a:b].sum(0, dtype=torch.float32)
+                    into[e] += value[a:b].sum(0, dtype=exact)
 
     def add_weights(self, name: str, parameter: nn.Parameter, tokens: int) -> None:
         """Statistics of the weights' gradient, which is freed at once: one layer's lives."""
@@ -176,16 +223,44 @@ def observe(
     seed: int = 0,
     track: Track = silent,
 ) -> Statistics:
-    """One pass over calibration windows ``ids`` [n, t] that fills the named statistics.
+    """One pass over calibration windows ``ids`` [n, t] that fills the named statistics (more only
+    where one comes after another).
 
     Forward only when nothing asks for gradients. All weights are frozen but those a ``weights``
     statistic needs, so the backward pass is cheaper than a plain one. The loss is the sum over
     tokens: a token counts the same in any batch.
     """
-    wanted = find_statistics(names)
+    found: Statistics = {}
+    for wanted in passes(names):
+        part = observe_pass(
+            model, ids, wanted, found, batch_size=batch_size, seed=seed, track=track
+        )
+        found = beside(found, part)
+    return found
+
+
+def beside(earlier: Statistics, later: Statistics) -> Statistics:
+    """The statistics of two passes over the same data as one."""
+    for i, stats in later.items():
+        stats.values = (earlier[i].values if i in earlier else {}) | stats.values
+    return later
+
+
+def observe_pass(
+    model: nn.Module,
+    ids: Tensor,
+    wanted: Sequence[Statistic],
+    earlier: Mapping[int, LayerStatistics] = MappingProxyType({}),
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    track: Track = silent,
+) -> Statistics:
+    """A single pass, see `observe`; ``earlier`` are the statistics of those before it."""
     layers = expert_layers(model)
-    observers = [_Observer(layer, wanted) for layer in layers]
-    backward = any(s.when != "forward" for s in wanted)
+    observers = [_Observer(layer, wanted, earlier.get(layer.index)) for layer in layers]
+    reads = {what for s in wanted for what in s.reads}
+    backward = any(s.when in ("backward", "weights") for s in wanted)
     of_weights = any(s.when == "weights" for s in wanted)
     trainable = {p for p in model.parameters() if p.requires_grad}
     handles, tokens = [], 1
@@ -201,7 +276,13 @@ def observe(
             handles.append(parameter.register_post_accumulate_grad_hook(collect))
     device = next(model.parameters()).device
     try:
-        with experts_function(model, "flexmoe_observe"), torch.set_grad_enabled(backward):
+        with (
+            watched(layers, reads) as around,
+            experts_function(model, "flexmoe_observe"),
+            torch.set_grad_enabled(backward),
+        ):
+            for observer in observers:
+                observer.around = around[observer.layer.index]
             for batch in track(ids.split(batch_size), "observe"):
                 batch = batch.to(device)
                 tokens = batch[:, 1:].numel()
@@ -244,20 +325,23 @@ def observe_shared(
     statistics of the whole pass."""
     batches, world = ids.split(batch_size), processes()[1]
     mine = share(batches)
-    found = observe(
-        model, torch.cat(list(mine)), names, batch_size=batch_size, seed=seed, track=track
-    )
-    if is_sharded(model) and len(mine) < len(batches[::world]):
-        # sharded weights are gathered by all together, so who is out of batches plays along
-        observe(model, ids[:1, :2], names)
-    if world == 1:
-        return found
-    parts: list[Statistics] = [{} for _ in range(world)]
-    dist.all_gather_object(parts, found)
-    for other in parts[1:]:
-        for i, stats in other.items():
-            parts[0][i].merge(stats)
-    return parts[0]
+    found: Statistics = {}
+    for wanted in passes(names):
+        part = observe_pass(
+            model, torch.cat(list(mine)), wanted, found,
+            batch_size=batch_size, seed=seed, track=track,
+        )  # fmt: skip
+        if is_sharded(model) and len(mine) < len(batches[::world]):
+            # sharded weights are gathered by all together, so who is out of batches plays along
+            observe_pass(model, ids[:1, :2], wanted, found)
+        parts: list[Statistics] = [part] * world
+        if world > 1:
+            dist.all_gather_object(parts, part)
+        for other in parts[1:]:
+            for i, stats in other.items():
+                parts[0][i].merge(stats)
+        found = beside(found, parts[0])
+    return found
 
 
 def thin_experts(statistics: Statistics, at_least: int = THIN) -> dict[int, list[int]]:

@@ -1,7 +1,7 @@
 """Methods: one file per published way to score channels, one decorated pure function in each.
 
-A method maps the statistics of one layer to a score [E, I], higher = keep. A file of your own
-works without touching the package: ``--method ./mine.py:score``.
+A method maps the statistics of one layer to a score of its channels [E, I] or of its experts [E],
+higher = keep. A file of your own works without touching the package: ``--method ./mine.py:score``.
 """
 
 from __future__ import annotations
@@ -19,36 +19,67 @@ from torch import Tensor
 
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.experts import ExpertLayer
-from flexmoe.statistics import LayerStatistics
+from flexmoe.statistics import LayerStatistics, find_statistics, passes
 
 Score = Callable[[ExpertLayer, LayerStatistics], Tensor]
 
 
+UNITS = ("channel", "expert")
+
+
 @dataclass(frozen=True)
 class Method:
-    """A scoring method: its ``score`` function, the statistics it ``needs``, the unit it scores,
-    and where it was published."""
+    """A scoring method: its ``score`` function, the statistics it ``needs``, the ``unit`` it scores
+    (channel [E, I] or expert [E]), where it was published, and how it ``allocate``s by default: as
+    its paper does, or as near as an allocator comes."""
 
     name: str
     paper: str
     needs: tuple[str, ...]
     score: Score
     unit: str = "channel"
+    allocate: str = "learned"
 
     @property
     def summary(self) -> str:
         """First line of the score function's docstring."""
         return (self.score.__doc__ or "").strip().split("\n")[0]
 
+    @property
+    def passes(self) -> int:
+        """How often it goes through the calibration text."""
+        return len(passes(self.needs)) if self.needs else 0
+
+    @property
+    def cost(self) -> str:
+        """What a pass takes: nothing (weights alone), forward, or also backward."""
+        when = {s.when for s in find_statistics(self.needs)}
+        if "weights" in when:
+            return "forward, backward, gradients of weights"
+        if "backward" in when:
+            return "forward, backward"
+        return "forward" if when else "none: weights only"
+
 
 METHODS: dict[str, Method] = {}
 
 
-def method(name: str, *, paper: str, needs: tuple[str, ...] = ()) -> Callable[[Score], Score]:
-    """Declare a scoring method; see any file in this folder."""
+def method(
+    name: str,
+    *,
+    paper: str,
+    needs: tuple[str, ...] = (),
+    unit: str = "channel",
+    allocate: str | None = None,
+) -> Callable[[Score], Score]:
+    """Declare a scoring method; see any file in this folder. ``allocate`` defaults to ``learned``
+    for channels and ``layer`` for experts."""
+    if unit not in UNITS:
+        raise did_you_mean(unit, UNITS, "unit")
+    rule = allocate or {"channel": "learned", "expert": "layer"}[unit]
 
     def register(score: Score) -> Score:
-        METHODS[name] = Method(name, paper, needs, score)
+        METHODS[name] = Method(name, paper, needs, score, unit, rule)
         return score
 
     return register
@@ -96,15 +127,17 @@ def find_method(name: str) -> Method:
 def score_layers(
     method: Method, layers: list[ExpertLayer], statistics: Mapping[int, LayerStatistics]
 ) -> dict[int, Tensor]:
-    """Scores float64 [E, I] of every layer, checked: shape, finite."""
+    """Scores float64 of every layer, [E, I] or [E] by the method's unit, checked: shape, finite."""
     scores = {}
     for layer in layers:
         with torch.no_grad():
             score = method.score(layer, statistics[layer.index]).double().cpu()
-        if score.shape != (layer.E, layer.I):
+        expected = (layer.E, layer.I) if method.unit == "channel" else (layer.E,)
+        if score.shape != expected:
+            axes = "experts, channels" if method.unit == "channel" else 'experts, unit="expert"'
             raise FlexmoeError(
-                f"method '{method.name}' gave shape {tuple(score.shape)} for layer {layer.index}, "
-                f"expected [{layer.E}, {layer.I}] (experts, channels)"
+                f"method '{method.name}' gave shape {list(score.shape)} for layer {layer.index}, "
+                f"expected {list(expected)} ({axes})"
             )
         if not torch.isfinite(score).all():
             raise FlexmoeError(

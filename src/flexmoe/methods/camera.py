@@ -32,6 +32,7 @@ def energy(layer: ExpertLayer, stats: LayerStatistics, alpha: float) -> Tensor:
     "camera",
     paper="CAMERA, arXiv:2508.02322",
     needs=("energy_sum_EI", "energy_max_EI"),
+    allocate="layer",
 )
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Energy of (routing weight x activation), sum and maximum over tokens, x down norm^2."""

@@ -1,0 +1,210 @@
+"""Scores of whole experts equal those of the official code, or the paper's formula in a loop."""
+
+import pytest
+import torch
+
+from flexmoe.around import router_weights
+from flexmoe.experts import expert_layers
+from flexmoe.statistics import observe
+from golden_data import golden, golden_logits, relative, scores
+
+EXACT = 1e-5  # relative: sums of float32 values; seen 7e-7
+
+
+@pytest.mark.parametrize("model_name", ["qwen3moe", "qwen3moe_cold"])
+@pytest.mark.parametrize(
+    ("name", "criterion"),
+    [
+        ("reap", "reap"),
+        ("ean", "ean_sum"),
+        ("man", "ean_mean"),
+        ("seer", "weighted_expert_frequency_sum"),
+        ("frequency", "frequency"),
+        ("max-activation", "max_activations"),
+    ],
+)
+def test_scores_equal_reaps_official_code(model_name, name, criterion):
+    """Also the sets kept at 25 and 50 %. (Nothing is kept by the largest activation there.)"""
+    model, ids, want = golden(model_name, "reap")
+    got, _ = scores(model, ids, name)
+    for i, score in got.items():
+        official = want[f"layer.{i}.{criterion}"].double()
+        assert relative(score, official) < EXACT
+        for share in (25, 50):
+            kept = want.get(f"layer.{i}.keep.{criterion}.r{share}")
+            if kept is not None:
+                best = score.topk(len(kept)).indices.sort().values
+                assert torch.equal(best, kept)
+    assert len(got) == len([key for key in want if key.endswith(f".{criterion}")])
+
+
+def test_reap_prunes_to_the_official_logits():
+    """The least of half the experts removed with their router rows, as the official code does."""
+    model, ids, _ = golden("qwen3moe", "reap")
+    got, _ = scores(model, ids, "reap")
+    for layer in expert_layers(model):
+        kept = got[layer.index].topk(8).indices.sort().values
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(layer.module, name)
+            setattr(layer.module, name, torch.nn.Parameter(weight[kept]))
+        layer.module.num_experts = 8
+        (name,) = router_weights(layer)
+        router = model.get_submodule(name.rpartition(".")[0])
+        router.weight = torch.nn.Parameter(router.weight[kept])
+    with torch.no_grad():
+        logits = model(ids).logits
+    assert float((logits - golden_logits("reap.r50.qwen3moe")).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("model_name", ["qwen3moe_cold", "mixtral", "olmoe"])
+def test_reap_equals_llm_compressor_in_the_first_layer(model_name):
+    """That code takes the weights the model multiplies by: OLMoE does not renormalise them. It
+    prunes layer by layer, so that only the first one sees the unpruned model."""
+    model, ids, want = golden(model_name, "reap_llmc")
+    got, statistics = scores(model, ids, "reap")
+    assert relative(got[0], want["layer.0.score.r50"]) < EXACT
+    assert torch.equal(statistics[0]["count_E"], want["layer.0.count.r50"])
+
+
+@pytest.mark.parametrize("model_name", ["qwen3moe", "olmoe"])
+def test_aimer_equals_official_code(model_name):
+    model, ids, want = golden(model_name, "aimer")
+    got, _ = scores(model, ids, "aimer")
+    for i, score in got.items():
+        assert relative(-score, want[f"layer.{i}.score"].double()) < EXACT
+        for share in (25, 50):
+            kept = want[f"layer.{i}.keep.r{share}"]
+            assert torch.equal(score.topk(len(kept)).indices.sort().values, kept)
+
+
+def test_mone_equals_official_code():
+    """Means and usage at once. The official variance is a running one over batches that leaves out
+    the first (golden README): it follows from our sums of each batch. Ours, over all tokens, keeps
+    the same experts."""
+    model, ids, want = golden("olmoe", "mone")
+    got, whole = scores(model, ids, "mone")
+    needs = ("weight_E", "output_EH", "output2_EH")
+    batches = [observe(model, batch, needs) for batch in ids.split(4)]
+    for i, score in got.items():
+        mine = f"layer.{i}."
+        official = {k.removeprefix(mine): v for k, v in want.items() if k.startswith(mine)}
+        stats = whole[i]
+        mean_EH = stats["output_EH"] / stats["count_E"][:, None]
+        assert torch.equal(stats["count_E"].long(), official["num_tokens"])
+        scale = official["mean_out"].double().norm(dim=1, keepdim=True)
+        assert ((mean_EH - official["mean_out"]).abs() / scale).max() < EXACT
+        usage_E = stats["weight_E"] / stats.tokens
+        assert relative(usage_E, official["routing_score"].double()) < EXACT
+        for share in (25, 50):
+            kept = official[f"keep.r{share}"]
+            assert torch.equal(score.topk(len(kept)).indices.sort().values, kept)
+        seen, mean, spread = torch.zeros(16, 1), torch.zeros(16, 32), torch.zeros(16, 32)
+        for batch in batches:
+            n, total = batch[i]["count_E"][:, None], batch[i]["output_EH"]
+            both = (seen + n).clamp_min(1)
+            mean = mean * seen / both + total / both
+            around = batch[i]["output2_EH"] - 2 * mean * total + n * mean.square()
+            later = spread * (seen - 1) / (both - 1).clamp_min(1) + around / both
+            spread = torch.where(seen > 0, torch.where(n > 0, later, spread), spread)
+            seen = seen + n
+        fusion = 0.25 * spread.sum(1).sqrt() * usage_E
+        assert relative(spread, official["fluc_out"].double()) < 1e-4
+        assert relative(fusion, official["score"].double()) < EXACT
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    """Every token of two sequences at every layer of a Qwen3-MoE, worked out expert by expert:
+    residual stream, router logits, and (expert, weight, activation, output) of its experts."""
+    model, ids, _ = golden("qwen3moe", "reap")
+    ids, seen = ids[:2], {}
+    for i, decoder in enumerate(model.model.layers):
+        norm, mlp = decoder.post_attention_layernorm, decoder.mlp
+
+        def before(module, args, i=i):
+            seen[i] = {"residual": args[0].detach().flatten(0, 1)}
+
+        def after(module, args, out, i=i):
+            seen[i]["x"] = out.detach().flatten(0, 1)
+
+        norm.register_forward_pre_hook(before)
+        norm.register_forward_hook(after)
+    with torch.no_grad():
+        model(ids)
+        found = {}
+        for i, decoder in enumerate(model.model.layers):
+            mlp, found[i] = decoder.mlp, []
+            for residual, x in zip(seen[i]["residual"], seen[i]["x"], strict=True):
+                logits = mlp.gate.weight @ x
+                weight, chosen = logits.softmax(0).topk(4)
+                routed = []
+                for e, w in zip(chosen.tolist(), (weight / weight.sum()).tolist(), strict=True):
+                    gate, up = (mlp.experts.gate_up_proj[e] @ x).chunk(2)
+                    h = torch.nn.functional.silu(gate) * up
+                    routed.append((e, w, h, mlp.experts.down_proj[e] @ h))
+                found[i].append({"residual": residual, "x": x, "logits": logits, "routed": routed})
+    return model, ids, found
+
+
+def added_up(token_list, value):
+    """Sums [E] of what ``value(token, expert, weight, activation, output)`` gives."""
+    total = torch.zeros(16, dtype=torch.float64)
+    for token in token_list:
+        for e, w, h, f in token["routed"]:
+            total[e] += float(value(token, e, w, h, f))
+    return total
+
+
+def turned(token):
+    moved = token["residual"] + sum(w * f for _, w, _, f in token["routed"])
+    return 1 - torch.cosine_similarity(token["residual"], moved, dim=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("msan", lambda token, e, w, h, f: f.norm() ** 2),
+        ("easy-ep", lambda token, e, w, h, f: w * f.norm() * turned(token)),
+    ],
+)
+def test_scores_of_outputs_equal_the_papers_formula(tokens, name, value):
+    model, ids, found = tokens
+    got, statistics = scores(model, ids, name)
+    for i, score in got.items():
+        want = added_up(found[i], value)
+        if name == "msan":
+            want /= statistics[i]["count_E"].clamp_min(1)
+        # the cosine is near 1, and 1 - cosine keeps fewer digits
+        assert torch.allclose(score, want, rtol=1e-4, atol=1e-9)
+
+
+def test_premoe_scores_equal_the_papers_formulas(tokens):
+    model, ids, found = tokens
+    tcess, peu = scores(model, ids, "tcess")[0], scores(model, ids, "peu")[0]
+    for i, seen in found.items():
+        first, second = torch.zeros(2, 16, dtype=torch.float64)
+        pools = [token["logits"].topk(4) for token in seen]
+        sure = sum(float(pool.values.softmax(0).max()) for pool in pools) / len(pools)
+        for pool in pools:
+            first[pool.indices[0]] += float(pool.values[0]) / len(pools)
+            for logit, share, e in zip(
+                *pool[:1], pool.values.softmax(0), pool.indices, strict=True
+            ):
+                if share >= sure:
+                    second[e] += max(float(logit), float(logit.sigmoid())) / len(pools)
+        assert torch.allclose(tcess[i], first, rtol=1e-5, atol=1e-9)
+        assert torch.allclose(peu[i], second, rtol=1e-5, atol=1e-9)
+
+
+def test_seap_equals_the_papers_formula(tokens):
+    """Variance of a channel over the tokens of its expert x squared norm of its down column."""
+    model, ids, found = tokens
+    got, _ = scores(model, ids, "seap")
+    for i, seen in found.items():
+        for e in range(16):
+            h = [h for token in seen for expert, _, h, _ in token["routed"] if expert == e]
+            down = model.model.layers[i].mlp.experts.down_proj[e]
+            want = torch.zeros(24)
+            if h:
+                want = torch.stack(h).var(0, unbiased=False) * down.square().sum(0)
+            assert torch.allclose(got[i][e], want.detach().double(), rtol=1e-4, atol=1e-8)
