@@ -5,6 +5,7 @@ import torch
 
 from flexmoe.around import router_weights
 from flexmoe.experts import expert_layers
+from flexmoe.grouping import STAYS, absorbed
 from flexmoe.statistics import observe
 from golden_data import golden, golden_logits, relative, scores
 
@@ -155,9 +156,13 @@ def added_up(token_list, value):
     return total
 
 
+def cosine(a, b):
+    return torch.cosine_similarity(a, b, dim=0)
+
+
 def turned(token):
     moved = token["residual"] + sum(w * f for _, w, _, f in token["routed"])
-    return 1 - torch.cosine_similarity(token["residual"], moved, dim=0)
+    return 1 - cosine(token["residual"], moved)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +170,7 @@ def turned(token):
     [
         ("msan", lambda token, e, w, h, f: f.norm() ** 2),
         ("easy-ep", lambda token, e, w, h, f: w * f.norm() * turned(token)),
+        ("tenp-experts", lambda token, e, w, h, f: w * f.norm() * (1 - cosine(token["x"], f))),
     ],
 )
 def test_scores_of_outputs_equal_the_papers_formula(tokens, name, value):
@@ -208,3 +214,100 @@ def test_seap_equals_the_papers_formula(tokens):
             if h:
                 want = torch.stack(h).var(0, unbiased=False) * down.square().sum(0)
             assert torch.allclose(got[i][e], want.detach().double(), rtol=1e-4, atol=1e-8)
+
+
+def test_tenp_equals_the_papers_formula(tokens):
+    """Mean over tokens of <h_j W_down[:, j], f> / ||f||."""
+    model, ids, found = tokens
+    got, _ = scores(model, ids, "tenp")
+    for i, seen in found.items():
+        down = model.model.layers[i].mlp.experts.down_proj.detach()
+        for e in range(16):
+            parts = [
+                (h * down[e]).T @ f / f.norm()
+                for token in seen
+                for expert, _, h, f in token["routed"]
+                if expert == e
+            ]
+            want = torch.stack(parts).mean(0) if parts else torch.zeros(24)
+            assert torch.allclose(got[i][e], want.double(), rtol=1e-3, atol=1e-7)
+
+
+def test_mc_suite_equals_the_papers_formulas(tokens):
+    model, ids, found = tokens
+    norm, entropy = (scores(model, ids, f"mc-output-{n}")[0] for n in ("norm", "entropy"))
+    row = scores(model, ids, "mc-router-norm")[0]
+    for i, seen in found.items():
+        want_row = model.model.layers[i].mlp.gate.weight.detach().double().norm(dim=1)
+        assert torch.allclose(row[i], -want_row)
+        for e in range(16):
+            f = [f for token in seen for expert, _, _, f in token["routed"] if expert == e]
+            if len(f) > 1:
+                f_nH = torch.stack(f).detach().double()
+                assert float(norm[i][e]) == pytest.approx(float(f_nH.norm(dim=0).sum()), rel=1e-5)
+                want = float(f_nH.std(0).log().sum())
+                assert float(entropy[i][e]) == pytest.approx(want, rel=1e-4, abs=1e-3)
+
+
+def test_moe_slimming_equals_official_code():
+    """The official code takes a moving average over batches: it follows from ours of each batch."""
+    model, ids, want = golden("qwen3moe", "moe_slimming")
+    batches = [scores(model, batch, "moe-slimming") for batch in ids.split(4)]
+    for i in batches[0][0]:
+        average = torch.zeros(16, 24, dtype=torch.float64)
+        seen = torch.zeros(16, 1, dtype=torch.bool)
+        for got, statistics in batches:
+            stats = statistics[i]
+            here = sum(stats[f"{n}2_EI"].sqrt() for n in ("activation", "up", "gate")) / 3
+            assert torch.allclose(got[i], here / here.mean())
+            routed = stats["count_E"][:, None] > 0
+            later = torch.where(seen, 0.9 * average + 0.1 * here, here)
+            average, seen = torch.where(routed, later, average), seen | routed
+        official = want[f"layer.{i}.activation"].double()
+        assert relative(average / average.mean(), official) < 1e-4
+
+
+def test_groups_are_merged_in_the_order_of_their_distance():
+    """Five points on a line: 0 and 1 first, then 3 and 4 (at 10, 12), then 2 joins the nearer."""
+    at = torch.tensor([0.0, 1.0, 5.0, 10.0, 12.0], dtype=torch.float64)
+    distance = (at[:, None] - at).abs()
+    lower = lambda members, a, b: a < b  # noqa: E731
+    complete = absorbed(distance, "complete", lower)
+    assert complete.tolist() == [STAYS, 1.0, 5.0, 12.0, 2.0]
+    average = absorbed(distance, "average", lower)
+    # {0, 1} and 5: 4.5; {0, 1, 5} and {10, 12}: (10 + 12 + 9 + 11 + 5 + 7) / 6
+    assert average.tolist() == [STAYS, 1.0, 4.5, 9.0, 2.0]
+
+
+def test_stun_keeps_the_member_nearest_to_the_mean():
+    """By their router rows experts 0 and 1 merge first, then 2 joins them. The weights of 1 and 2
+    are alike, so that 2 is nearer to the mean of the three than 0."""
+    model, ids, _ = golden("qwen3moe_cold", "reap")
+    layer = expert_layers(model)[0]
+    (weight,) = router_weights(layer).values()
+    with torch.no_grad():
+        weight.copy_(100 * torch.eye(16, 32))
+        weight[:3] = torch.eye(1, 32)
+        weight[1, 1], weight[2, 1] = 0.1, 0.3
+        for matrix in layer.parameters.values():
+            matrix[2] = matrix[1]
+    got, _ = scores(model, ids[:1], "stun")
+    assert got[0][:2].tolist() == pytest.approx([0.3, 0.1], rel=1e-5)
+    assert float(got[0][2]) > 1 and float(got[0].max()) == STAYS
+
+
+def test_uncurl_keeps_the_most_used_of_those_that_go_together(tokens):
+    model, ids, found = tokens
+    got, statistics = scores(model, ids, "uncurl")
+    for i, seen in found.items():
+        logits = torch.stack([token["logits"] for token in seen]).double()
+        logits = logits - logits.mean(1, keepdim=True)
+        apart = 1 - torch.nn.functional.cosine_similarity(
+            logits.T[:, None], logits.T[None], dim=2
+        ).fill_diagonal_(-1)
+        first = float(apart.min())
+        a, b = divmod(int(apart.argmin()), 16)
+        count = statistics[i]["count_E"]
+        goes = a if count[a] < count[b] else b
+        assert float(got[i].min()) == pytest.approx(first, rel=1e-5)
+        assert count[int(got[i].argmin())] == count[goes]

@@ -1,4 +1,4 @@
-"""The command line: ``flexmoe compress | recover | export | eval | pick | methods | demo``.
+"""The command line: ``flexmoe compress | recover | export | eval | pick | score | methods | demo``.
 
 Heavy imports happen inside the commands, so that ``--help`` is quick.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmoe import __version__, cli_eval, cli_recover
+from flexmoe import __version__, cli_eval, cli_recover, cli_score
 from flexmoe.cli_common import (
     Base,
     BatchSize,
@@ -97,6 +97,9 @@ def compress(
             "methods (fisher: learned)"
         ),
     ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="second checkpoint, for methods that compare with one")
+    ] = None,
     quantum: Annotated[
         int | None, typer.Option(help="widths are multiples of this; default: 32, less when tiny")
     ] = None,
@@ -130,6 +133,7 @@ def compress(
             pruned=budget_list(pruned),
             method=method,
             allocate=allocate,
+            reference=reference,
             quantum=quantum,
             batch_size=batch_size,
             micro_batch=micro_batch,
@@ -199,21 +203,8 @@ def export(
 app.command(epilog=cli_recover.EXAMPLES)(cli_recover.recover)
 app.command("eval", epilog=cli_eval.EVAL_EXAMPLES)(cli_eval.evaluate)
 app.command("pick", epilog=cli_eval.PICK_EXAMPLES)(cli_eval.pick)
-
-
-@app.command()
-def methods() -> None:
-    """List the scoring methods with their paper and unit."""
-    from rich.table import Table
-
-    from flexmoe.methods import all_methods
-
-    table = Table()
-    for name in ("method", "unit", "paper", "score"):
-        table.add_column(name, overflow="fold")
-    for found in sorted(all_methods().values(), key=lambda m: m.name):
-        table.add_row(found.name, found.unit, found.paper, found.summary)
-    say(table)
+app.command("score", epilog=cli_score.EXAMPLES)(cli_score.score)
+app.command("methods")(cli_score.methods)
 
 
 @app.command()

@@ -39,6 +39,7 @@ from flexmoe.learn import LearnConfig, check_halves, learn_positions
 from flexmoe.methods import find_method, score_layers
 from flexmoe.plan import LayerRecord, Plan, Recipe
 from flexmoe.progress import Track, silent
+from flexmoe.reference import add_reference, check_reference
 from flexmoe.resume import Saved, Work
 from flexmoe.sharding import check_processes, gathered, shard_model
 from flexmoe.statistics import find_statistics, observe, observe_shared, thin_experts
@@ -59,6 +60,7 @@ BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 class CompressConfig:
     """What `compress` can be told. None means the default that fits the model; the defaults are
     those that measured best on held-out text (docs/log.md). ``allocate`` None is the method's own.
+    ``reference``: a second checkpoint, for methods that compare with one.
     ``shard`` splits the model over all processes, see `sharding`."""
 
     data: str | None = None
@@ -67,6 +69,7 @@ class CompressConfig:
     pruned: tuple[float, ...] = BUDGETS
     method: str = "fisher"
     allocate: str | None = None
+    reference: str | None = None
     quantum: int | None = None
     batch_size: int | None = None
     micro_batch: int | None = None
@@ -79,7 +82,7 @@ class CompressConfig:
     @property
     def needs_data(self) -> bool:
         """Whether calibration text is read at all."""
-        return bool(find_method(self.method).needs) or self.allocator in SETTINGS_OF
+        return find_method(self.method).needs_data or self.allocator in SETTINGS_OF
 
     @property
     def allocator(self) -> str:
@@ -115,6 +118,7 @@ def check_config(config: CompressConfig) -> None:
     """Refuse what cannot work, or would have no effect, before anything slow starts."""
     if config.allocator not in ALLOCATORS:
         raise did_you_mean(config.allocator, ALLOCATORS, "allocator")
+    check_reference([find_method(config.method)], config.reference)
     if find_method(config.method).unit == "expert":
         if config.allocator not in ("layer", "global"):
             raise FlexmoeError(
@@ -190,6 +194,9 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
         )
         ids = check_tokens(windows.ids, meta.config)
     batch_size = pick_batch_size(config.batch_size, ids.shape[1])
+    settings: dict[str, float | int | str] = {"batch_size": batch_size}
+    if config.reference is not None:
+        settings["reference"] = config.reference
     if windows:  # refuse what several processes cannot share before the slow part
         share(ids.split(batch_size))
         if config.allocator == "learned":
@@ -205,6 +212,8 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
     statistics = see(
         network, ids, method.needs, batch_size=batch_size, seed=config.seed, track=track
     )
+    if config.reference is not None:
+        add_reference(statistics, layers, config.reference)
     score: dict[int, Tensor] = {}
     for layer in layers:
         with gathered(network, layer):  # a method may read the layer's weights
@@ -243,13 +252,13 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
             method=config.method,
             allocate=config.allocator,
             unit=method.unit,
-            settings={"batch_size": batch_size},
+            settings=settings,
             data=windows.spec if windows else "",
             data_sha256=windows.sha256 if windows else "",
             samples=len(windows.ids) if windows else 0,
             seq_len=windows.ids.shape[1] if windows else 0,
             seed=config.seed,
-            thin_experts=thin_experts(statistics) if method.needs else {},
+            thin_experts=thin_experts(statistics) if method.needs_data else {},
             versions={
                 "flexmoe": flexmoe.__version__,
                 "torch": torch.__version__,

@@ -145,7 +145,7 @@ def passes(names: Iterable[str]) -> list[list[Statistic]]:
 
 
 @dataclass
-class _Observer:
+class Observer:
     """Sits on one experts module during the pass and adds up its statistics."""
 
     layer: ExpertLayer
@@ -258,7 +258,7 @@ def observe_pass(
 ) -> Statistics:
     """A single pass, see `observe`; ``earlier`` are the statistics of those before it."""
     layers = expert_layers(model)
-    observers = [_Observer(layer, wanted, earlier.get(layer.index)) for layer in layers]
+    observers = [Observer(layer, wanted, earlier.get(layer.index)) for layer in layers]
     reads = {what for s in wanted for what in s.reads}
     backward = any(s.when in ("backward", "weights") for s in wanted)
     of_weights = any(s.when == "weights" for s in wanted)
@@ -270,7 +270,7 @@ def observe_pass(
         for name, parameter in observer.layer.parameters.items() if of_weights else ():
             parameter.requires_grad_(True)
 
-            def collect(p: nn.Parameter, observer: _Observer = observer, name: str = name) -> None:
+            def collect(p: nn.Parameter, observer: Observer = observer, name: str = name) -> None:
                 observer.add_weights(name, p, tokens)
 
             handles.append(parameter.register_post_accumulate_grad_hook(collect))

@@ -30,8 +30,9 @@ UNITS = ("channel", "expert")
 @dataclass(frozen=True)
 class Method:
     """A scoring method: its ``score`` function, the statistics it ``needs``, the ``unit`` it scores
-    (channel [E, I] or expert [E]), where it was published, and how it ``allocate``s by default: as
-    its paper does, or as near as an allocator comes."""
+    (channel [E, I] or expert [E]), where it was published, how it ``allocate``s by default (as its
+    paper does, or as near as an allocator comes), and whether it compares with a second checkpoint,
+    whose routers are ``stats["reference_router_EH"]``."""
 
     name: str
     paper: str
@@ -39,6 +40,7 @@ class Method:
     score: Score
     unit: str = "channel"
     allocate: str = "learned"
+    reference: bool = False
 
     @property
     def summary(self) -> str:
@@ -46,9 +48,14 @@ class Method:
         return (self.score.__doc__ or "").strip().split("\n")[0]
 
     @property
+    def needs_data(self) -> bool:
+        """Whether it looks at calibration text."""
+        return bool(self.needs)
+
+    @property
     def passes(self) -> int:
         """How often it goes through the calibration text."""
-        return len(passes(self.needs)) if self.needs else 0
+        return len(passes(self.needs)) if self.needs_data else 0
 
     @property
     def cost(self) -> str:
@@ -58,7 +65,9 @@ class Method:
             return "forward, backward, gradients of weights"
         if "backward" in when:
             return "forward, backward"
-        return "forward" if when else "none: weights only"
+        if when:
+            return "forward"
+        return "none: weights of two checkpoints" if self.reference else "none: weights only"
 
 
 METHODS: dict[str, Method] = {}
@@ -71,6 +80,7 @@ def method(
     needs: tuple[str, ...] = (),
     unit: str = "channel",
     allocate: str | None = None,
+    reference: bool = False,
 ) -> Callable[[Score], Score]:
     """Declare a scoring method; see any file in this folder. ``allocate`` defaults to ``learned``
     for channels and ``layer`` for experts."""
@@ -79,7 +89,7 @@ def method(
     rule = allocate or {"channel": "learned", "expert": "layer"}[unit]
 
     def register(score: Score) -> Score:
-        METHODS[name] = Method(name, paper, needs, score, unit, rule)
+        METHODS[name] = Method(name, paper, needs, score, unit, rule, reference)
         return score
 
     return register
