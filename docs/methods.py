@@ -16,8 +16,8 @@ Written by `python docs/methods.py` from the code, where each method is one file
 `flexmoe compress --method NAME` uses one, `flexmoe score` writes its raw numbers.
 
 *passes*: how often it goes through the calibration text; one pass serves all methods of
-`flexmoe score` together. *rule*: how it allocates unless `--allocate` says otherwise, as in its
-paper or as near as an allocator comes.
+`flexmoe score` together. *cost*: what a pass takes; backward includes forward. *rule*: how it
+allocates unless `--allocate` says otherwise, as in its paper or as near as an allocator comes.
 """
 TITLES = {
     "channel": "Channels, score `[E, I]`: experts become narrower",

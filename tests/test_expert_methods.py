@@ -1,13 +1,19 @@
 """Scores of whole experts equal those of the official code, or the paper's formula in a loop."""
 
+import itertools
+
 import pytest
 import torch
 
 from flexmoe.around import router_weights
+from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.grouping import STAYS, absorbed
-from flexmoe.statistics import observe
+from flexmoe.methods import all_methods, score_layers
+from flexmoe.statistics import STATISTICS, observe, statistic
 from golden_data import golden, golden_logits, relative, scores
+from helpers import ids_of
+from zoo import tiny_model
 
 EXACT = 1e-5  # relative: sums of float32 values; seen 7e-7
 
@@ -290,6 +296,7 @@ def test_stun_keeps_the_member_nearest_to_the_mean():
         weight[:3] = torch.eye(1, 32)
         weight[1, 1], weight[2, 1] = 0.1, 0.3
         for matrix in layer.parameters.values():
+            matrix[0] *= 2  # of a pair both are as near to the mean: the larger one stays
             matrix[2] = matrix[1]
     got, _ = scores(model, ids[:1], "stun")
     assert got[0][:2].tolist() == pytest.approx([0.3, 0.1], rel=1e-5)
@@ -311,3 +318,95 @@ def test_uncurl_keeps_the_most_used_of_those_that_go_together(tokens):
         goes = a if count[a] < count[b] else b
         assert float(got[i].min()) == pytest.approx(first, rel=1e-5)
         assert count[int(got[i].argmin())] == count[goes]
+
+
+def test_naee_equals_official_code():
+    """Losses of all subsets of four and of three, and the best ones, layer by layer of the unpruned
+    model. Those best ones need not be nested: the score is the best of all chains."""
+    model, ids, want = golden("mixtral", "naee")
+    method = all_methods()["naee"]
+    statistics = observe(model, ids, method.needs, batch_size=8)
+    got = score_layers(method, expert_layers(model), statistics)
+    for i, score in got.items():
+        loss = statistics[i]["subset_loss_C"]
+        assert torch.isinf(loss[[0, 1, 2, 4, 8]]).all() and float(loss[-1]) < 1e-3
+        for size in (4, 3):
+            subsets = want[f"subsets.r{size}"]
+            ours = loss[(1 << subsets).sum(1)]
+            assert relative(ours, want[f"layer.{i}.layerwise.loss.r{size}"]) < EXACT
+            kept = want[f"layer.{i}.layerwise.keep.r{size}"]
+            assert torch.equal(subsets[ours.argmin()].sort().values, kept.sort().values)
+
+        def cost(order, loss=loss):
+            kept, total = 63, 0.0
+            for e in order:
+                kept -= 1 << e
+                sizes = [loss[c] for c in range(64) if c.bit_count() == kept.bit_count()]
+                total += float(loss[kept] / min(sizes))
+            return total
+
+        chain = score.argsort()[:4].tolist()
+        best = min(cost(order) for order in itertools.permutations(range(6), 4))
+        assert cost(chain) == pytest.approx(best) and score.sort().values.tolist() == [
+            0, 1, 2, 3, 6, 6,
+        ]  # fmt: skip
+
+
+def test_naee_refuses_what_it_cannot_try():
+    model, ids, _ = golden("olmoe", "mone")
+    with pytest.raises(FlexmoeError, match="16 experts: all their subsets"):
+        scores(model, ids, "naee")
+    sigmoid = tiny_model("deepseek_v3")
+    with pytest.raises(FlexmoeError, match="largest of a softmax"):
+        scores(sigmoid, ids % 60, "naee")
+
+
+def test_statistics_need_a_shape_and_a_router():
+    with pytest.raises(FlexmoeError, match="must end in its shape"):
+        statistic("mine", when="forward")
+    with pytest.raises(FlexmoeError, match="expected backward, batch, forward, weights"):
+        statistic("mine_E", when="now")
+    model = tiny_model("zaya")  # its router is no matrix with a row for each expert
+    with pytest.raises(FlexmoeError, match="reads the router's logits"):
+        scores(model, torch.ones(1, 8, dtype=torch.long), "peu")
+
+
+EVERYTHING = ("norm_E", "output_EH", "projection_EI", "gate2_EI", "up2_EI", "turned_norm_E")
+# biases, sigmoid routers, norms behind experts, no gate, a router in a module of its own, parallel
+# attention, transposed and interleaved weights
+VARIED = (
+    "afmoe", "cohere2_moe", "deepseek_v3", "gemma4_text", "gpt_oss", "granitemoe", "jamba",
+    "muse_spark", "nemotron_h", "phimoe",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_statistics_see_every_kind_of_architecture(name):
+    """The norm of an expert's outputs at least; their sum with the routing weights is what the
+    module gave, and what the router said is its first output."""
+    model = tiny_model(name)
+    ids, seen = ids_of(model), {}
+
+    def look(pairs):
+        weighted = pairs.y_SH * pairs.weight_S[:, None]
+        out = torch.zeros_like(pairs.all.out_TH).index_add(0, pairs.token_S, weighted)
+        assert torch.allclose(out, pairs.all.out_TH, rtol=1e-4, atol=1e-6)
+        assert pairs.residual_TH.shape[0] == pairs.logits_TE.shape[0] == ids.numel()
+        assert all(side.shape == pairs.h_SI.shape for side in pairs.pre_SI)
+        seen[pairs.layer.index] = pairs.logits_TE
+        return pairs.weight_S
+
+    statistic("look_E", when="forward", reads=("router", "residual"))(look)
+    try:
+        found = observe(model, ids, ("look_E", "utility_E", *EVERYTHING))
+    finally:
+        STATISTICS.pop("look_E")
+    assert len(seen) == len(found) == len(expert_layers(model))
+    for stats in found.values():
+        assert all(torch.isfinite(value).all() for value in stats.values.values())
+        assert float(stats["norm_E"].sum()) > 0
+
+
+def test_architectures_without_a_norm_before_the_experts_are_refused():
+    with pytest.raises(FlexmoeError, match="reads the residual stream"):
+        scores(tiny_model("flex_olmo"), torch.ones(1, 8, dtype=torch.long), "easy-ep")

@@ -81,6 +81,8 @@ def test_a_family_of_whole_experts_by_the_methods_own_rule(tmp_path):
         ({"method": "aimer", "samples": 4}, "samples without effect"),
         ({"method": "router-change"}, "give it with --reference"),
         ({"method": "reap", "reference": "tiny"}, "reference has no effect"),
+        ({"method": "fisher", "sequential": 0.4}, "sequential has no meaning for method 'fisher'"),
+        ({"method": "camera", "sequential": 40}, "between 0 and 1"),
     ],
 )
 def test_what_has_no_effect_on_experts_is_refused(settings, message, tmp_path):

@@ -100,6 +100,10 @@ def compress(
     reference: Annotated[
         str | None, typer.Option(help="second checkpoint, for methods that compare with one")
     ] = None,
+    sequential: Annotated[
+        float | None,
+        typer.Option(help="score each layer with those before it pruned at this share (CAMERA-P)"),
+    ] = None,
     quantum: Annotated[
         int | None, typer.Option(help="widths are multiples of this; default: 32, less when tiny")
     ] = None,
@@ -134,6 +138,7 @@ def compress(
             method=method,
             allocate=allocate,
             reference=reference,
+            sequential=sequential,
             quantum=quantum,
             batch_size=batch_size,
             micro_batch=micro_batch,

@@ -69,13 +69,16 @@ def score(
 
 def methods() -> None:
     """List the scoring methods: unit, passes over the text and their cost, default allocation."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from flexmoe.methods import all_methods
 
-    table = Table(caption="rule: what --allocate is unless given", caption_justify="left")
-    for name in ("method", "unit", "passes", "cost", "rule", "paper"):
+    caption = "passes over the text, what one costs; rule: what --allocate is unless given"
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
+    for name in ("method", "unit", "passes", "cost", "rule"):
         table.add_column(name, overflow="fold")
+    table.add_column("paper", overflow="fold", min_width=17)
     for found in sorted(all_methods().values(), key=lambda m: (m.unit, m.name)):
         table.add_row(
             found.name, found.unit, str(found.passes), found.cost, found.allocate, found.paper

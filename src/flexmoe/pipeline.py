@@ -41,6 +41,7 @@ from flexmoe.plan import LayerRecord, Plan, Recipe
 from flexmoe.progress import Track, silent
 from flexmoe.reference import add_reference, check_reference
 from flexmoe.resume import Saved, Work
+from flexmoe.sequential import check_sequential, score_sequential
 from flexmoe.sharding import check_processes, gathered, shard_model
 from flexmoe.statistics import find_statistics, observe, observe_shared, thin_experts
 from flexmoe.trace import fingerprint, trace
@@ -60,7 +61,8 @@ BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 class CompressConfig:
     """What `compress` can be told. None means the default that fits the model; the defaults are
     those that measured best on held-out text (docs/log.md). ``allocate`` None is the method's own.
-    ``reference``: a second checkpoint, for methods that compare with one.
+    ``reference``: a second checkpoint, for methods that compare with one. ``sequential``: score
+    every layer with those before it pruned at this share.
     ``shard`` splits the model over all processes, see `sharding`."""
 
     data: str | None = None
@@ -70,6 +72,7 @@ class CompressConfig:
     method: str = "fisher"
     allocate: str | None = None
     reference: str | None = None
+    sequential: float | None = None
     quantum: int | None = None
     batch_size: int | None = None
     micro_batch: int | None = None
@@ -119,6 +122,8 @@ def check_config(config: CompressConfig) -> None:
     if config.allocator not in ALLOCATORS:
         raise did_you_mean(config.allocator, ALLOCATORS, "allocator")
     check_reference([find_method(config.method)], config.reference)
+    if config.sequential is not None:
+        check_sequential(find_method(config.method), config.sequential)
     if find_method(config.method).unit == "expert":
         if config.allocator not in ("layer", "global"):
             raise FlexmoeError(
@@ -197,6 +202,8 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
     settings: dict[str, float | int | str] = {"batch_size": batch_size}
     if config.reference is not None:
         settings["reference"] = config.reference
+    if config.sequential is not None:
+        settings["sequential"] = config.sequential
     if windows:  # refuse what several processes cannot share before the slow part
         share(ids.split(batch_size))
         if config.allocator == "learned":
@@ -208,14 +215,16 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
     layers = expert_layers(network)
     if config.shard:
         shard_model(network, layers, pick_device(config.device))
-    see = observe_shared if windows else observe
-    statistics = see(
-        network, ids, method.needs, batch_size=batch_size, seed=config.seed, track=track
-    )
+    how: dict[str, Any] = {"batch_size": batch_size, "seed": config.seed, "track": track}
+    score: dict[int, Tensor] = {}
+    if config.sequential is not None:
+        score, statistics = score_sequential(network, ids, method, config.sequential, **how)
+    else:
+        see = observe_shared if windows else observe
+        statistics = see(network, ids, method.needs, **how)
     if config.reference is not None:
         add_reference(statistics, layers, config.reference)
-    score: dict[int, Tensor] = {}
-    for layer in layers:
+    for layer in layers if not score else ():
         with gathered(network, layer):  # a method may read the layer's weights
             score |= score_layers(method, [layer], statistics)
     for layer in layers if method.unit == "expert" else ():  # its channels share its fate

@@ -22,12 +22,14 @@ from flexmoe.progress import Track, silent
 from flexmoe.sharding import is_sharded
 from flexmoe.training import processes, share
 
+MOST = 10  # experts of which all subsets are tried
 THIN = 100  # fewer tokens than this are thin evidence for an expert
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """A named sum or maximum; the name ends in the letters of its shape: ``fisher_EI``.
+    """A named sum or maximum; the name ends in the letters of its shape: ``fisher_EI`` (``C`` are
+    all subsets of the experts).
 
     ``when``: ``forward`` and ``backward`` functions map `Pairs` to a row for each pair ([S], [S, I]
     or [S, H]), which the pass adds up per expert; ``batch`` ones map `Pairs` to the sums
@@ -46,7 +48,12 @@ class Statistic:
 
     def zeros(self, layer: ExpertLayer) -> Tensor:
         """Its value [E, ...] before any token."""
-        sizes = {"E": layer.E, "I": layer.I, "H": layer.H}
+        if self.name.endswith("_C") and layer.E > MOST:
+            raise FlexmoeError(
+                f"layer {layer.index} has {layer.E} experts: all their subsets can be tried up to "
+                f"{MOST} of them"
+            )
+        sizes = {"E": layer.E, "I": layer.I, "H": layer.H, "C": 2**layer.E}
         shape = [sizes[letter] for letter in self.name.rpartition("_")[2]]
         return torch.zeros(shape, dtype=torch.float64, device=layer.module.down_proj.device)
 
@@ -70,7 +77,7 @@ def statistic(
             f"{', '.join(sorted(known))}; sum or max; router, residual"
         )
     letters = name.rpartition("_")[2]
-    if not letters.startswith("E") or {*letters} - {"E", "I", "H"}:
+    if letters != "C" and (not letters.startswith("E") or {*letters} - {"E", "I", "H"}):
         raise FlexmoeError(
             f"statistic '{name}': its name must end in its shape, such as {name}_E, {name}_EI"
         )
@@ -207,6 +214,14 @@ class Observer:
                     self.stats[s.name].add_(s.function(weight.float(), grad.float() / tokens))
         parameter.grad = None
 
+    def result(self, seed: int) -> LayerStatistics:
+        """The layer's statistics after the pass, on the CPU."""
+        stats = self.stats
+        stats.values = {name: value.cpu() for name, value in stats.values.items()}
+        stats.seed = seed
+        stats.experts_per_token = round(float(stats["count_E"].sum()) / stats.tokens)
+        return stats
+
 
 def token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """Summed next-token cross-entropy in float32, nats; ``ids`` [n, t], ``logits`` [n, t, V]."""
@@ -304,12 +319,7 @@ def observe_pass(
             del observer.layer.module.flexmoe_observer
         for parameter in model.parameters():
             parameter.requires_grad_(parameter in trainable)
-    for observer in observers:
-        stats = observer.stats
-        stats.values = {name: value.cpu() for name, value in stats.values.items()}
-        stats.seed = seed
-        stats.experts_per_token = round(float(stats["count_E"].sum()) / stats.tokens)
-    return {observer.layer.index: observer.stats for observer in observers}
+    return {observer.layer.index: observer.result(seed) for observer in observers}
 
 
 def observe_shared(

@@ -59,15 +59,16 @@ class Method:
 
     @property
     def cost(self) -> str:
-        """What a pass takes: nothing (weights alone), forward, or also backward."""
+        """What a pass takes: forward; backward as well; or the gradients of the weights too. Those
+        without data look at one checkpoint or two."""
         when = {s.when for s in find_statistics(self.needs)}
         if "weights" in when:
-            return "forward, backward, gradients of weights"
+            return "weight gradients"
         if "backward" in when:
-            return "forward, backward"
+            return "backward"
         if when:
             return "forward"
-        return "none: weights of two checkpoints" if self.reference else "none: weights only"
+        return "two checkpoints" if self.reference else "no data"
 
 
 METHODS: dict[str, Method] = {}

@@ -1,4 +1,7 @@
-"""CAMERA (arXiv 2508.02322): energy a channel adds to its layer's output; forward passes only."""
+"""CAMERA (arXiv 2508.02322): energy a channel adds to its layer's output; forward passes only.
+
+CAMERA-P prunes layer after layer, each scored behind pruned ones: ``compress --sequential SHARE``.
+"""
 
 from torch import Tensor
 

@@ -6,6 +6,7 @@ tokens, as in the code (the paper reads: by those of the expert). Replacing expe
 a matter of the export; the score is the same.
 """
 
+import torch
 from torch import Tensor
 
 from flexmoe.experts import ExpertLayer
@@ -29,7 +30,7 @@ def variance(stats: LayerStatistics) -> Tensor:
     """Variance [E, H] of every entry of an expert's output over its tokens; 0 for a single one."""
     count_E1 = stats["count_E"][:, None]
     spread = stats["output2_EH"] - stats["output_EH"].square() / count_E1.clamp_min(1)
-    return spread.clamp_min(0) / (count_E1 - 1).clamp_min(1)
+    return torch.where(count_E1 > 1, spread.clamp_min(0) / (count_E1 - 1).clamp_min(1), 0)
 
 
 @method(

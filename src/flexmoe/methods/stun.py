@@ -32,6 +32,8 @@ def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
         def from_mean(e: int) -> float:  # squared, less what all members share
             return float(product_EE[e, e] - 2 * product_EE[e, members].mean())
 
+        if len(members) == 2:  # both are as near: the larger one
+            return bool(product_EE[a, a] >= product_EE[b, b])
         return from_mean(a) <= from_mean(b)
 
     return absorbed(torch.cdist(rows_EH, rows_EH), "complete", nearer)
