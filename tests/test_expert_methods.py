@@ -241,8 +241,8 @@ def test_tenp_equals_the_papers_formula(tokens):
 
 def test_mc_suite_equals_the_papers_formulas(tokens):
     model, ids, found = tokens
-    norm, entropy = (scores(model, ids, f"mc-output-{n}")[0] for n in ("norm", "entropy"))
-    row = scores(model, ids, "mc-router-norm")[0]
+    norm, entropy = (scores(model, ids, f"mc-{n}")[0] for n in ("norm", "entropy"))
+    row = scores(model, ids, "mc-router")[0]
     for i, seen in found.items():
         want_row = model.model.layers[i].mlp.gate.weight.detach().double().norm(dim=1)
         assert torch.allclose(row[i], -want_row)

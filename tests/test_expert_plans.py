@@ -1,7 +1,6 @@
 """Plans of whole experts, raw scores on disk, the pages about methods."""
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -73,6 +72,17 @@ def test_a_family_of_whole_experts_by_the_methods_own_rule(tmp_path):
     assert difference(logits(model, ids), logits(stock, ids)) < LOGIT_TOLERANCE
 
 
+def test_layer_by_layer_is_said_in_the_plan_and_changes_all_layers_but_the_first(tmp_path):
+    settings = {"method": "camera", "samples": 2, "seq_len": 32, "pruned": (0.4,)}
+    once = compress("tiny", tmp_path / "once", CompressConfig(**settings))
+    each = compress("tiny", tmp_path / "each", CompressConfig(**settings, sequential=0.4))
+    assert each.recipe.settings["sequential"] == 0.4 and each.recipe.allocate == "layer"
+    assert "sequential" not in once.recipe.settings
+    same = {i: torch.equal(once.order[i], each.order[i]) for i in once.layers}
+    assert same == {0: True, 1: False, 2: False, 3: False}
+    assert each.layers == once.layers
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -104,6 +114,9 @@ def test_raw_scores_of_several_methods_in_one_file(tmp_path):
     with pytest.raises(FlexmoeError, match="exists already"):
         score("tiny", ["reap"], out)
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FlexmoeError, match="is a folder"):
+        score("tiny", ["reap"], tmp_path / "empty")
 
 
 def test_change_of_the_router_is_read_from_a_second_checkpoint(tmp_path):
@@ -125,9 +138,8 @@ def test_change_of_the_router_is_read_from_a_second_checkpoint(tmp_path):
 
 
 def test_the_page_of_methods_is_up_to_date():
-    command = [sys.executable, str(DOCS / "methods.py"), "--check"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    page = runpy.run_path(str(DOCS / "methods.py"))["page"]
+    assert (DOCS / "methods.md").read_text() == page(), "python docs/methods.py"
 
 
 def test_the_example_of_a_method_works_as_it_is_printed(tmp_path):

@@ -75,7 +75,8 @@ class Around:
         if found is None or found.numel() != tokens * self.layer.E:
             raise FlexmoeError(
                 f"layer {self.layer.index}: this method reads the router's logits, but no module "
-                f"beside {self.layer.name} gave [{tokens}, {self.layer.E}] of them"
+                f"beside {self.layer.name} gave [{tokens}, {self.layer.E}] of them (a statistic of "
+                'your own must say reads=("router",))'
             )
         return found.reshape(tokens, self.layer.E).float()
 
@@ -84,7 +85,8 @@ class Around:
         if x_TH.data_ptr() not in self.normed:
             raise FlexmoeError(
                 f"layer {self.layer.index}: this method reads the residual stream before the "
-                f"experts' norm, but no norm gave {self.layer.name} its input"
+                f"experts' norm, but no norm gave {self.layer.name} its input (a statistic of your "
+                'own must say reads=("residual",))'
             )
         _, residual = self.normed[x_TH.data_ptr()]
         return residual.reshape(x_TH.shape[0], -1)
@@ -136,13 +138,13 @@ class Pairs:
     @property
     def logits_TE(self) -> Tensor:
         """The router's raw output for every token (of statistics that read ``router``)."""
-        assert self.around is not None, 'say reads=("router",) to get logits'
+        assert self.around is not None
         return self.around.logits_TE(self.all.x_TH.shape[0])
 
     @property
     def residual_TH(self) -> Tensor:
         """The residual stream before the experts' norm (for those that read ``residual``)."""
-        assert self.around is not None, 'say reads=("residual",) to get the residual stream'
+        assert self.around is not None
         return self.around.residual_TH(self.all.x_TH)
 
 

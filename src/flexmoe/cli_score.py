@@ -78,7 +78,7 @@ def methods() -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
     for name in ("method", "unit", "passes", "cost", "rule"):
         table.add_column(name, overflow="fold")
-    table.add_column("paper", overflow="fold", min_width=17)
+    table.add_column("paper", overflow="fold", min_width=16)
     for found in sorted(all_methods().values(), key=lambda m: (m.unit, m.name)):
         table.add_row(
             found.name, found.unit, str(found.passes), found.cost, found.allocate, found.paper

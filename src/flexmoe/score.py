@@ -60,6 +60,8 @@ def score(
         )
     out = Path(out).expanduser()
     refuse_existing(out)
+    if out.is_dir():
+        raise FlexmoeError(f"'{out}' is a folder: scores are one file, such as {out}.safetensors")
     source = resolve(model)
     config = meta_model(source).config
     ids, about = torch.zeros(1, 2, dtype=torch.long), {"data": "", "data_sha256": ""}
