@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -31,6 +31,10 @@ DOCS = Path(__file__).parent.parent / "docs"
 def test_whole_experts_stay_or_go_and_budgets_are_hit_to_half_a_one(problem, name):
     layers, score, budgets, _ = problem
     score_E = {i: s[:, 0] for i, s in score.items()}
+    reach = min(
+        s.channels * s.channel_parameters * s.experts / s.parameters for s in layers.values()
+    )
+    assume(budgets[-1] <= reach)  # a removed expert keeps its down bias
     width = allocate_experts(name, layers, score_E, budgets)
     plan = Plan(  # checks nesting, and each budget to half an expert a layer
         layers={i: LayerRecord(**vars(s), experts_per_token=2) for i, s in layers.items()},
@@ -46,8 +50,8 @@ def test_whole_experts_stay_or_go_and_budgets_are_hit_to_half_a_one(problem, nam
         assert set(width[i].unique().tolist()) <= {0, shape.channels}
         for share, width_E in zip(budgets, width[i], strict=True):
             gone = width_E == 0
-            if name == "layer":
-                assert int(gone.sum()) == round(share * shape.experts)
+            if name == "layer" and not shape.fixed_parameters:
+                assert abs(int(gone.sum()) - share * shape.experts) <= 0.5 + 1e-9
             if gone.any() and not gone.all():  # the weakest of the layer
                 assert score_E[i][gone].max() <= score_E[i][~gone].min()
     middle = (budgets[0] + budgets[1]) / 2

@@ -146,7 +146,14 @@ def allocate_experts(
     width = {}
     for i, shape in layers.items():
         place_E = score[i].argsort(stable=True).argsort()
-        gone_B = torch.tensor([round(share * shape.experts) for share in budgets])
+        one = shape.channels * shape.channel_parameters  # what a removed expert saves
+        gone_B = torch.tensor([round(share * shape.parameters / one) for share in budgets])
+        if int(gone_B.max()) > shape.experts:
+            reach = shape.experts * one / shape.parameters
+            raise FlexmoeError(
+                f"cannot prune {max(budgets):g}: at most {reach:.4f} of the routed-expert "
+                f"parameters of layer {i} belong to channels"
+            )
         width[i] = (shape.channels * (place_E >= gone_B[:, None])).int()
     return width
 
