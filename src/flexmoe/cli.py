@@ -161,7 +161,10 @@ def compress(
             style="yellow",
         )
     say(_plan_table(plan, f"{out}: {model} ranked by {method}, widths {plan.recipe.allocate}"))
-    say(f"next: flexmoe eval {out}, or flexmoe export {out} --pruned 0.4 --layout uniform -o DIR")
+    share = 0.4 if 0.4 in plan.budgets else plan.budgets[-1]
+    layout = "uniform" if plan.recipe.unit == "channel" else "ragged"
+    export = f"flexmoe export {out} --pruned {share:g} --layout {layout} -o DIR"
+    say(f"next: flexmoe eval {out}, or {export}")
 
 
 def _plan_table(plan: Any, title: str) -> Any:
