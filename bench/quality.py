@@ -43,13 +43,16 @@ def main() -> None:
     logging.disable_progress_bar()
     only = sys.argv[1:]
     rows: list[dict] = []
-    for name in [n for n in sorted(all_methods()) if not only or n in only]:
+    methods = all_methods().items()
+    known = {name for name, method in methods if not method.reference and name != "naee"}
+    for name in [n for n in sorted(known) if not only or n in only]:
         config = dataclasses.replace(CONFIG, method=name)
         if not config.needs_data:
             config = dataclasses.replace(config, data=None, samples=None, seq_len=None)
         ranked = rank_channels("tiny", config, bar)
         windows, base = held_out(ranked)
-        rows += [measure(ranked, name, a, a, base, windows) for a in SCORED]
+        scored = SCORED if ranked.recipe.unit == "channel" else SCORED[1:]
+        rows += [measure(ranked, name, a, a, base, windows) for a in scored]
     if not only or "learned" in only:
         ranked = rank_channels("tiny", dataclasses.replace(CONFIG, samples=512), bar)
         windows, base = held_out(ranked)

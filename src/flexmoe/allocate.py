@@ -129,6 +129,35 @@ def allocate(
     return blocks.cut(blocks.sequence(primary_X, score_X), budgets)
 
 
+def allocate_experts(
+    name: str, layers: Mapping[int, LayerShape], score: Score, budgets: Sequence[float]
+) -> dict[int, Tensor]:
+    """Widths int32 [B, E] of every layer where experts, scored [E], stay or go as a whole.
+
+    ``layer``: every layer loses the same share of its experts, as near as their number allows,
+    which is what most papers do; ``global``: the best experts of the model stay.
+    """
+    if name == "global":
+        whole = max(shape.channels for shape in layers.values())
+        spread = {i: score[i][:, None].expand(-1, shape.channels) for i, shape in layers.items()}
+        return allocate("global", layers, spread, budgets, whole)
+    if name != "layer":
+        raise FlexmoeError(f"whole experts are removed by layer or global, not by '{name}'")
+    width = {}
+    for i, shape in layers.items():
+        place_E = score[i].argsort(stable=True).argsort()
+        one = shape.channels * shape.channel_parameters  # what a removed expert saves
+        gone_B = torch.tensor([round(share * shape.parameters / one) for share in budgets])
+        if int(gone_B.max()) > shape.experts:
+            reach = shape.experts * one / shape.parameters
+            raise FlexmoeError(
+                f"cannot prune {max(budgets):g}: at most {reach:.4f} of the routed-expert "
+                f"parameters of layer {i} belong to channels"
+            )
+        width[i] = (shape.channels * (place_E >= gone_B[:, None])).int()
+    return width
+
+
 def widths_from_path(
     layers: Mapping[int, LayerShape],
     score: Score,

@@ -21,6 +21,7 @@ from flexmoe import (
     cli_report,
     cli_reproduce,
     cli_reweigh,
+    cli_score,
 )
 from flexmoe.cli_common import (
     Base,
@@ -104,8 +105,16 @@ def compress(
     allocate: Annotated[
         str | None,
         typer.Option(
-            help="learned, global, layer, uniform, actions; default: learned, global with --memory"
+            help="learned, global, layer, uniform, actions; default: the method's own, see: "
+            "methods (fisher: learned; with --memory global)"
         ),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="second checkpoint, for methods that compare with one")
+    ] = None,
+    sequential: Annotated[
+        float | None,
+        typer.Option(help="score each layer with those before it pruned at this share (CAMERA-P)"),
     ] = None,
     quantum: Annotated[
         int | None, typer.Option(help="widths are multiples of this; default: 32, less when tiny")
@@ -128,9 +137,10 @@ def compress(
     from flexmoe.config import SETTINGS_OF, CompressConfig, budget_list
     from flexmoe.coverage import coverage, in_short
     from flexmoe.doctor import before_compress
-    from flexmoe.evidence import Evidence
+    from flexmoe.evidence import FILE_NAME, Evidence
     from flexmoe.family import pick_device
     from flexmoe.memory import MostHeld, gib
+    from flexmoe.methods import find_method
     from flexmoe.pick import parse_bytes
     from flexmoe.pipeline import compress as run
     from flexmoe.progress import bar, silent
@@ -139,11 +149,10 @@ def compress(
 
     quiet()
     limit = None if memory is None else parse_bytes(memory)
-    if allocate is None:
-        allocate = "learned" if limit is None else "global"
     learn = None
     if learn_steps is not None:
-        learn = SETTINGS_OF.get(allocate, SETTINGS_OF["learned"])(steps=learn_steps)
+        rule = allocate or find_method(method).allocate
+        learn = SETTINGS_OF.get(rule, SETTINGS_OF["learned"])(steps=learn_steps)
     with process_group(device) as place:
         config = CompressConfig(
             data=data,
@@ -152,6 +161,8 @@ def compress(
             pruned=budget_list(pruned),
             method=method,
             allocate=allocate,
+            reference=reference,
+            sequential=sequential,
             quantum=quantum,
             batch_size=batch_size,
             micro_batch=micro_batch,
@@ -171,13 +182,16 @@ def compress(
             plan = run(model, out, config, track=bar if first else silent)
     if not first:
         return
-    if config.needs_data:
+    if (out / FILE_NAME).is_file():
         text, thin = in_short(coverage(Evidence.load(out, plan.recipe.data_sha256)))
         say(text, style="yellow" if thin else None)
-    say(_plan_table(plan, f"{out}: {model} ranked by {method}, widths {allocate}"))
+    say(_plan_table(plan, f"{out}: {model} ranked by {method}, widths {plan.recipe.allocate}"))
     if limit is not None:
         say(f"at most {gib(most.bytes)} of memory were held, {gib(limit)} were allowed")
-    say(f"next: flexmoe eval {out}, or flexmoe export {out} --pruned 0.4 --layout uniform -o DIR")
+    share = 0.4 if 0.4 in plan.budgets else plan.budgets[-1]
+    layout = "uniform" if plan.recipe.unit == "channel" else "ragged"
+    export = f"flexmoe export {out} --pruned {share:g} --layout {layout} -o DIR"
+    say(f"next: flexmoe eval {out}, or {export}")
 
 
 def _plan_table(plan: Any, title: str) -> Any:
@@ -228,21 +242,8 @@ app.command("eval", epilog=cli_eval.EXAMPLES)(cli_eval.evaluate)
 app.command("pick", epilog=cli_pick.EXAMPLES)(cli_pick.pick)
 app.command(epilog=cli_report.EXAMPLES)(cli_report.report)
 app.command(epilog=cli_reproduce.EXAMPLES)(cli_reproduce.reproduce)
-
-
-@app.command()
-def methods() -> None:
-    """List the scoring methods with their paper and unit."""
-    from rich.table import Table
-
-    from flexmoe.methods import all_methods
-
-    table = Table()
-    for name in ("method", "unit", "paper", "score"):
-        table.add_column(name, overflow="fold")
-    for found in sorted(all_methods().values(), key=lambda m: m.name):
-        table.add_row(found.name, found.unit, found.paper, found.summary)
-    say(table)
+app.command(epilog=cli_score.EXAMPLES)(cli_score.score)
+app.command()(cli_score.methods)
 
 
 @app.command()

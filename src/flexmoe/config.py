@@ -10,6 +10,8 @@ from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.family import pick_device
 from flexmoe.learn import LearnConfig
 from flexmoe.methods import find_method
+from flexmoe.reference import check_reference
+from flexmoe.sequential import check_sequential
 from flexmoe.sharding import check_processes
 from flexmoe.statistics import find_statistics
 from flexmoe.training import processes
@@ -29,14 +31,18 @@ class CompressConfig:
     """What `compress` can be told. None means the default that fits the model; the defaults are
     those that measured best on held-out text (docs/log.md). ``shard`` splits the model over all
     processes, see `sharding`. With ``memory`` (bytes) the model is observed layer by layer and no
-    more than that is held, see `streaming`."""
+    more than that is held, see `streaming`. ``allocate`` None is the method's own. ``reference``: a
+    second checkpoint, for methods that compare with one. ``sequential``: score every layer with
+    those before it pruned at this share."""
 
     data: str | None = None
     samples: int | None = None
     seq_len: int | None = None
     pruned: tuple[float, ...] = BUDGETS
     method: str = "fisher"
-    allocate: str = "learned"
+    allocate: str | None = None
+    reference: str | None = None
+    sequential: float | None = None
     quantum: int | None = None
     batch_size: int | None = None
     micro_batch: int | None = None
@@ -50,13 +56,38 @@ class CompressConfig:
     @property
     def needs_data(self) -> bool:
         """Whether calibration text is read at all."""
-        return bool(find_method(self.method).needs) or self.allocate in SETTINGS_OF
+        return find_method(self.method).needs_data or self.allocator in SETTINGS_OF
+
+    @property
+    def allocator(self) -> str:
+        """What ``allocate`` says, or else the method's own; where the model does not fit into
+        ``memory`` none that learns."""
+        own = find_method(self.method).allocate
+        if self.memory is not None and own in SETTINGS_OF:
+            own = "global"
+        return self.allocate or own
 
 
 def check_config(config: CompressConfig) -> None:
     """Refuse what cannot work, or would have no effect, before anything slow starts."""
-    if config.allocate not in ALLOCATORS:
-        raise did_you_mean(config.allocate, ALLOCATORS, "allocator")
+    method = find_method(config.method)
+    if config.allocator not in ALLOCATORS:
+        raise did_you_mean(config.allocator, ALLOCATORS, "allocator")
+    check_reference([method], config.reference)
+    if config.sequential is not None:
+        check_sequential(method, config.sequential)
+        if config.memory is not None:
+            raise FlexmoeError("sequential needs the whole model in memory: leave out --memory")
+    if method.unit == "expert":
+        if config.allocator not in ("layer", "global"):
+            raise FlexmoeError(
+                f"method '{config.method}' scores whole experts, allocate '{config.allocator}' is "
+                "of channels: use layer (the same number in every layer) or global"
+            )
+        if config.quantum is not None:
+            raise FlexmoeError(
+                f"quantum has no effect: method '{config.method}' removes whole experts"
+            )
     if not config.pruned or not all(0 < share < 1 for share in config.pruned):
         raise FlexmoeError(
             f"pruned shares must lie between 0 and 1, found {list(config.pruned)}: "
@@ -70,22 +101,22 @@ def check_config(config: CompressConfig) -> None:
     if asked and not config.needs_data:
         raise FlexmoeError(
             f"{', '.join(asked)} without effect: method '{config.method}' with allocate "
-            f"'{config.allocate}' looks at the weights only"
+            f"'{config.allocator}' looks at the weights only"
         )
-    wanted = SETTINGS_OF.get(config.allocate)
+    wanted = SETTINGS_OF.get(config.allocator)
     if config.learn is not None and not (wanted and isinstance(config.learn, wanted)):
         raise FlexmoeError(
-            f"settings of learning have no effect with allocate '{config.allocate}': use 'learned'"
+            f"settings of learning have no effect with allocate '{config.allocator}': use 'learned'"
         )
     for name in ("micro_batch", "checkpointing"):
-        if getattr(config, name) and config.allocate != "learned":
+        if getattr(config, name) and config.allocator != "learned":
             raise FlexmoeError(f"{name} has an effect with allocate 'learned' only")
     if config.micro_batch is not None and config.micro_batch < 1:
         raise FlexmoeError(f"micro-batch must be at least 1 window, found {config.micro_batch}")
     if config.shard:
-        if config.allocate == "actions":
+        if config.allocator == "actions":
             raise FlexmoeError("shard does not work with allocate 'actions': use 'learned'")
-        needs = find_statistics(find_method(config.method).needs)
+        needs = find_statistics(method.needs)
         if any(statistic.when == "weights" for statistic in needs):
             raise FlexmoeError(
                 f"shard does not work with method '{config.method}', which looks at the gradients "
@@ -93,9 +124,9 @@ def check_config(config: CompressConfig) -> None:
             )
         check_processes()
     if config.memory is not None:
-        if config.allocate in SETTINGS_OF:
+        if config.allocator in SETTINGS_OF:
             raise FlexmoeError(
-                f"allocate '{config.allocate}' needs the whole model in memory: with a limit of "
+                f"allocate '{config.allocator}' needs the whole model in memory: with a limit of "
                 "memory use --allocate global"
             )
         if config.shard or processes()[1] > 1:

@@ -135,7 +135,7 @@ def examine(
     if config.needs_data:
         found.attempt(lambda: load_tokenizer(folder, network.config))
         length = found.attempt(lambda: pick_seq_len(config.seq_len, network.config))
-        if length and config.allocate == "learned":
+        if length and config.allocator == "learned":
             found.attempt(lambda: check_halves(pick_batch_size(config.batch_size, length)))
     if layers is None:
         return found

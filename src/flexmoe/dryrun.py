@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,16 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from flexmoe.experts import Routing, expert_layers, experts_function, full_width_forward
-from flexmoe.statistics import Pairs, Statistic, token_loss
+from flexmoe.around import Pairs
+from flexmoe.experts import (
+    ExpertLayer,
+    Routing,
+    Seen,
+    expert_layers,
+    experts_function,
+    full_width_forward,
+)
+from flexmoe.statistics import Statistic, goes_backward, token_loss
 from flexmoe.training import activations_recomputed, divergence
 
 ALIKE = 2  # layers of a kind that are really run
@@ -162,10 +171,15 @@ class DryRun:
         layer.forward = watched
 
     @contextmanager
-    def _counted(self, function: Callable[[Routing, Tensor], Tensor]) -> Iterator[list[Cost]]:
+    def _counted(
+        self,
+        function: Callable[[Routing, Tensor], Tensor],
+        see: Callable[[ExpertLayer, Seen], None] | None = None,
+    ) -> Iterator[list[Cost]]:
         """Everything inside the block is counted; the list has the cost when it ends."""
         for layer in self.layers:
             layer.module.flexmoe_dry = function
+            layer.module.flexmoe_dry_see = see and partial(see, layer)
         for kind in self.kinds.values():
             kind.kept, kind.calls, kind.operations, kind.moved = 0, 0, 0.0, 0.0
         known = [*self.model.parameters(), *self.model.buffers()]
@@ -205,13 +219,10 @@ class DryRun:
 
     def observe(self, windows: int, length: int, wanted: Sequence[Statistic]) -> Cost:
         """One batch of `flexmoe.statistics.observe`."""
-        backward = any(s.when != "forward" for s in wanted)
+        backward = goes_backward(wanted)
         of_weights = [s for s in wanted if s.when == "weights"]
 
-        def see(routing: Routing, h_SI: Tensor) -> Tensor:
-            for s in wanted:
-                if s.when == "forward":
-                    s.function(Pairs(routing.weight_S.detach(), h_SI.detach(), None))
+        def edit(routing: Routing, h_SI: Tensor) -> Tensor:
             if backward and not h_SI.requires_grad:
                 h_SI = h_SI.requires_grad_()
             if backward:
@@ -225,7 +236,7 @@ class DryRun:
             for parameter in layer.parameters.values():
                 parameter.requires_grad_(True)
                 handles.append(parameter.register_post_accumulate_grad_hook(_drop_gradient))
-        with torch.set_grad_enabled(backward), self._counted(see) as found:
+        with torch.set_grad_enabled(backward), self._counted(edit, partial(_see, wanted)) as found:
             ids = torch.zeros(windows, length, dtype=torch.long)
             loss = token_loss(self._logits(windows, length), ids)
             if backward:
@@ -329,6 +340,13 @@ def _apply(wanted: Sequence[Statistic], routing: Routing, h_SI: Tensor, grad_SI:
             s.function(Pairs(routing.weight_S.detach(), h_SI, grad_SI))
 
 
+def _see(wanted: Sequence[Statistic], layer: ExpertLayer, seen: Seen) -> None:
+    """The larger of the forward statistics: those that look at nothing but the experts."""
+    for s in wanted:
+        if s.when == "forward" and not s.reads and not s.after:
+            s.function(Pairs(seen.routing.weight_S.detach(), seen.h_SI.detach(), None, layer, seen))
+
+
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
@@ -340,7 +358,9 @@ def _dry_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: T
     place_S = torch.zeros(index_TK.numel(), dtype=torch.long)
     weight_S = weight_TK.reshape(-1)[place_S]
     routing = Routing(place_S, place_S, place_S, weight_S, [(0, 0, len(place_S))])
-    return full_width_forward(module, x_TH, index_TK, weight_TK, module.flexmoe_dry, routing)
+    return full_width_forward(
+        module, x_TH, index_TK, weight_TK, module.flexmoe_dry, routing, module.flexmoe_dry_see
+    )
 
 
 ALL_EXPERTS_FUNCTIONS.register("flexmoe_dry", _dry_forward)

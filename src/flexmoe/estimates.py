@@ -33,6 +33,7 @@ from flexmoe.family import pick_device
 from flexmoe.learn import CHECKED, MIXES, LearnConfig
 from flexmoe.methods import Method, check_shape, find_method, score_layer
 from flexmoe.recover import TOKENS, RecoverConfig, trained_parameters
+from flexmoe.reference import ROUTER
 from flexmoe.statistics import LayerStatistics, find_statistics
 from flexmoe.trace import CODED_HIDDEN, TracedLayer, trace
 
@@ -139,9 +140,10 @@ class Estimator:
         dry = self.dry(self.dtype)
         layer = dry.layers[0]
         with dry.mode:
-            values = {"count_E": torch.ones(layer.E, dtype=torch.float64)}
-            for name in method.needs:
-                values[name] = torch.ones(layer.E, layer.I, dtype=torch.float64)
+            wanted = find_statistics(["count_E", *method.needs])
+            values = {s.name: torch.ones_like(s.zeros(layer)) for s in wanted}
+            if method.reference:
+                values[ROUTER] = torch.ones(layer.E, layer.H, dtype=torch.float64)
             shape = score_layer(method, layer, LayerStatistics(values, 1, 1, 1)).shape
         check_shape(method, layer, shape)
 
@@ -205,7 +207,7 @@ class Estimator:
         size = pick_batch_size(config.batch_size, length)
         wanted = find_statistics(method.needs)
         channels = sum(layer.E * layer.I for layer in expert_layers(self.model))
-        learned = config.allocate == "learned"
+        learned = config.allocator == "learned"
         parts = {
             "weights": self.weights(dtype),
             "statistics": 8 * channels * (len(wanted) + 1 + learned * VECTORS),
@@ -221,7 +223,7 @@ class Estimator:
         dry, samples = self.dry(dtype), config.samples or SAMPLES
         wanted = find_statistics(find_method(config.method).needs)
         cost = dry.observe(size, length, wanted).times(math.ceil(samples / size))
-        if config.allocate != "learned":
+        if config.allocator != "learned":
             return cost
         steps = config.learn.steps if config.learn else LearnConfig().steps
         micro = min(config.micro_batch or size, math.ceil(size / 2))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from flexmoe.sharding import is_sharded
 from flexmoe.statistics import (
     LayerStatistics,
     Statistics,
+    beside,
     empty_statistics,
-    find_statistics,
+    passes,
     watched,
 )
 from flexmoe.training import processes, share
@@ -71,6 +72,26 @@ class Evidence:
     def only(self, names: Iterable[str]) -> Evidence:
         """The same with these sources alone."""
         return Evidence({name: self.sources[name] for name in names}, self.data_sha256)
+
+    def having(self, names: Iterable[str]) -> Evidence:
+        """The same with these statistics alone."""
+        chosen = set(names)
+        sources = {
+            source: {
+                i: replace(s, values={n: v for n, v in s.values.items() if n in chosen})
+                for i, s in statistics.items()
+            }
+            for source, statistics in self.sources.items()
+        }
+        return Evidence(sources, self.data_sha256)
+
+    def beside(self, later: Evidence) -> Evidence:
+        """This and what a later pass over the same windows saw."""
+        sources = {
+            source: beside(self.sources.get(source, {}), statistics)
+            for source, statistics in later.sources.items()
+        }
+        return Evidence(sources, self.data_sha256)
 
     def counts(self) -> dict[str, dict[int, Tensor]]:
         """Tokens that each expert saw, [E] by source and layer."""
@@ -158,16 +179,6 @@ def _digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _resumed(
-    saved: Saved | None, sources: list[str], data_sha256: str
-) -> tuple[Evidence | None, int]:
-    """What an earlier run of the pass kept, and how many batches it had seen."""
-    state = None if saved is None else saved.load()
-    if state is None:
-        return None, 0
-    return Evidence.from_tensors(sources, state[1], data_sha256), state[0]
-
-
 def gather(
     model: nn.Module,
     windows: Windows,
@@ -178,43 +189,57 @@ def gather(
     saved: Saved | None = None,
     track: Track = silent,
 ) -> Evidence:
-    """One pass over all calibration windows that fills the named statistics, source by source.
+    """One pass over all calibration windows that fills the named statistics, source by source
+    (more passes only where a statistic comes after another).
 
     Several processes look at a part of the batches each, and all get the evidence of the whole
     pass. ``saved`` keeps it when it is complete, and on the way where there is one process.
     """
-    wanted, layers = find_statistics(names), expert_layers(model)
+    rounds, layers = passes(names), expert_layers(model)
     every, world = windows.batches(batch_size), processes()[1]
     batches = share(every)
     sources = list(dict.fromkeys(name for name, _ in every))
-    found, start = _resumed(saved, sources, windows.sha256)
-    if found is None or (world > 1 and start < len(every)):
-        empty = {name: empty_statistics(layers, wanted, seed) for name in sources}
-        found, start = Evidence(empty, windows.sha256), 0
-    if start == len(every):
-        return found
+    found, part = Evidence({}, windows.sha256), None
+    done, begin = 0, 0  # passes, and batches of the next one
+    if saved is not None and (state := saved.load()) is not None:
+        done, begin = divmod(state[0], len(every))
+        kept = Evidence.from_tensors(sources, state[1], windows.sha256)
+        found = kept.having(s.name for wanted in rounds[:done] for s in wanted)
+        if begin and world == 1:
+            part = kept.having(s.name for s in rounds[done])
     tokens = batch_size * windows.ids.shape[1] * world
-    with watched(model, wanted) as look:
-        for at in track(Steps(start, len(batches), tokens), "observe"):
-            source, ids = batches[at]
-            into = found.sources[source]
-            look(ids, into)
-            if at + 1 == len(batches) or batches[at + 1][0] != source:
-                for stats in into.values():  # one source's at a time stand on the device
-                    stats.to("cpu")
-            if saved is not None and world == 1 and saved.due:
-                saved.save(at + 1, found.tensors())
-        if is_sharded(model) and len(batches) < len(every[::world]):
-            # sharded weights are gathered by all together, so who is out of batches plays along
-            look(windows.ids[:1, :2], empty_statistics(layers, wanted))
-    if world > 1:
-        parts: list[Evidence] = [found] * world
-        dist.all_gather_object(parts, found)
-        found = parts[0]
-        for other in parts[1:]:
-            for name, statistics in found.sources.items():
-                for i, stats in statistics.items():
-                    stats.merge(other.sources[name][i])
-    if saved is not None:
-        saved.save(len(every), found.tensors())
+    for number, wanted in enumerate(rounds[done:], done):
+        if part is None:
+            empty = {name: empty_statistics(layers, wanted, seed) for name in sources}
+            part, begin = Evidence(empty, windows.sha256), 0
+        with watched(model, wanted, found.mixed()) as look:
+            for at in track(Steps(begin, len(batches), tokens), "observe"):
+                source, ids = batches[at]
+                into = part.sources[source]
+                look(ids, into)
+                if at + 1 == len(batches) or batches[at + 1][0] != source:
+                    for stats in into.values():  # one source's at a time stand on the device
+                        stats.to("cpu")
+                if saved is not None and world == 1 and saved.due:
+                    step = number * len(every) + at + 1
+                    saved.save(step, found.beside(part).tensors())
+            if is_sharded(model) and len(batches) < len(every[::world]):
+                # sharded weights are gathered by all together, so who is out of batches plays along
+                look(windows.ids[:1, :2], empty_statistics(layers, wanted))
+        found, part = found.beside(_of_all_processes(part)), None
+        if saved is not None:
+            saved.save((number + 1) * len(every), found.tensors())
     return found
+
+
+def _of_all_processes(mine: Evidence) -> Evidence:
+    world = processes()[1]
+    if world == 1:
+        return mine
+    parts: list[Evidence] = [mine] * world
+    dist.all_gather_object(parts, mine)
+    for other in parts[1:]:
+        for name, statistics in parts[0].sources.items():
+            for i, stats in statistics.items():
+                stats.merge(other.sources[name][i])
+    return parts[0]

@@ -48,11 +48,12 @@ class LayerShape:
 class ExpertLayer:
     """Uniform view of one fused experts module at full width: no copies, the flags decide.
 
-    ``index`` is the decoder layer's number, ``name`` the module's path in the model.
+    ``index`` is the decoder layer's number, ``name`` the module's path in the model; ``model`` is
+    needed for what stands around the experts, see `around`.
     """
 
-    def __init__(self, index: int, name: str, module: nn.Module):
-        self.index, self.name, self.module = index, name, module
+    def __init__(self, index: int, name: str, module: nn.Module, model: nn.Module | None = None):
+        self.index, self.name, self.module, self.model = index, name, module, model
         down = module.down_proj
         if not isinstance(down, Tensor) or down.dim() != 3:
             raise FlexmoeError(f"{name}.down_proj is not a 3-D tensor of experts: cannot be pruned")
@@ -117,7 +118,7 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
                 f"two experts modules in layer {index} ('{layers[index].name}' and '{name}'): "
                 "models with several groups of routed experts in a layer are not supported"
             )
-        layers[index] = ExpertLayer(index, name, module)
+        layers[index] = ExpertLayer(index, name, module, model)
     if not layers:
         raise FlexmoeError(_why_no_experts(model))
     return [layers[i] for i in sorted(layers)]
@@ -191,14 +192,35 @@ class Routing:
         token_S = position_S // index_TK.shape[1]
         return cls(position_S, expert_S, token_S, weight_TK.reshape(-1)[position_S], segments)
 
-    def combine(self, module: nn.Module, y_SH: Tensor, like_TH: Tensor, K: int) -> Tensor:
+    def whole(self, module: nn.Module, y_SH: Tensor) -> Tensor:
+        """What the down projections gave, as whole expert outputs: with bias and norm, where the
+        architecture has them. Both are of an expert, not of a channel, and stay at every width."""
+        if module.has_bias:
+            y_SH = y_SH + module.down_proj_bias[self.expert_S]
+        return module.post_expert_norm(y_SH) if module.has_post_expert_norm else y_SH
+
+    def combine(self, y_SH: Tensor, like_TH: Tensor, K: int) -> Tensor:
         """Weigh the experts' outputs and add them up per token, in a fixed order."""
-        if module.has_post_expert_norm:
-            y_SH = module.post_expert_norm(y_SH)
         weighted = y_SH * self.weight_S[:, None]
         T, H = like_TH.shape[0], y_SH.shape[1]
         pairs = weighted.new_zeros(T * K, H).index_copy(0, self.position_S, weighted)
         return pairs.view(T, K, H).sum(1).to(like_TH.dtype)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """All that goes by in one call of an experts module: its arguments, the routed pairs, and for
+    each of them what enters the activation ``pre_S`` (gate and up as they are stored), channel
+    activations, the expert's whole output before its routing weight; and their sum per token."""
+
+    x_TH: Tensor
+    index_TK: Tensor
+    weight_TK: Tensor
+    routing: Routing
+    pre_S: Tensor
+    h_SI: Tensor
+    y_SH: Tensor
+    out_TH: Tensor
 
 
 def full_width_forward(
@@ -208,9 +230,11 @@ def full_width_forward(
     weight_TK: Tensor,
     edit: Callable[[Routing, Tensor], Tensor],
     routing: Routing | None = None,
+    see: Callable[[Seen], None] | None = None,
 ) -> Tensor:
     """The experts at full width; ``edit(routing, h_SI)`` sees the channel activations and returns
-    those to go on with. ``routing`` is what the indices say, unless given."""
+    those to go on with, ``see`` is shown everything at the end. ``routing`` is what the indices
+    say, unless given."""
     if routing is None:
         routing = Routing.of(index_TK, weight_TK, module.down_proj.shape[0])
     x_SH = x_TH[routing.token_S]
@@ -225,10 +249,11 @@ def full_width_forward(
     h_SI = edit(routing, module._apply_gate(pre_S) if module.has_gate else module.act_fn(pre_S))
     parts = zip(routing.segments, routing.split(h_SI), strict=True)
     y = [_linear(module, h_nI, down_E[e]) for (e, _, _), h_nI in parts]
-    y_SH = torch.cat(y) if y else torch.zeros_like(x_SH)
-    if module.has_bias:
-        y_SH = y_SH + module.down_proj_bias[routing.expert_S]
-    return routing.combine(module, y_SH, x_TH, index_TK.shape[1])
+    y_SH = routing.whole(module, torch.cat(y) if y else torch.zeros_like(x_SH))
+    out_TH = routing.combine(y_SH, x_TH, index_TK.shape[1])
+    if see is not None:
+        see(Seen(x_TH, index_TK, weight_TK, routing, pre_S, h_SI, y_SH, out_TH))
+    return out_TH
 
 
 def _linear(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
@@ -237,8 +262,11 @@ def _linear(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def observe_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """Registered as ``flexmoe_observe``: ``module.flexmoe_observer`` sees activations go by."""
-    return full_width_forward(module, x_TH, index_TK, weight_TK, module.flexmoe_observer)
+    """Registered as ``flexmoe_observe``: ``module.flexmoe_observer`` sees activations go by, its
+    method ``see``, where it has one, everything (see `Seen`)."""
+    observer = module.flexmoe_observer
+    see = getattr(observer, "see", None)
+    return full_width_forward(module, x_TH, index_TK, weight_TK, observer, see=see)
 
 
 def mask_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -267,10 +295,8 @@ def prefix_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK:
         else torch.zeros_like(x_nH)
         for (e, _, _), x_nH in zip(routing.segments, routing.split(x_SH), strict=True)
     ]
-    y_SH = torch.cat(y) if y else x_SH
-    if module.has_bias:  # of the expert, not of a channel: stays at every width, also at 0
-        y_SH = y_SH + module.down_proj_bias[routing.expert_S]
-    return routing.combine(module, y_SH, x_TH, index_TK.shape[1])
+    y_SH = routing.whole(module, torch.cat(y) if y else x_SH)
+    return routing.combine(y_SH, x_TH, index_TK.shape[1])
 
 
 def _prefix_output(module: nn.Module, stored: _Stored, e: int, w: int, x_nH: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from flexmoe.layer_loader import LayerLoader
 from flexmoe.memory import MicroBatch, MostHeld, gib, held
 from flexmoe.progress import Track, silent
 from flexmoe.resume import Saved
-from flexmoe.statistics import find_statistics
+from flexmoe.statistics import passes
 from flexmoe.streaming import Pass, gather_streamed
 from flexmoe.training import CHUNK
 
@@ -93,7 +93,8 @@ def _sizes(
 ) -> dict[str, Tensor]:
     base, first, largest = held(loader.device), min(loader.experts), max(loader.bytes_of)
     files = Activations(folder / "rehearsal", loader.device)
-    wanted, ids, usable = find_statistics(names), windows.ids, _usable(memory)
+    # of several passes the first one is the largest: what comes after is of whole experts
+    wanted, ids, usable = passes(names)[0], windows.ids, _usable(memory)
 
     def most(number: int) -> int:
         some = Windows(ids[:number], "", ("",), torch.zeros(number))

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flexmoe.actions import ActionConfig, learn_widths
-from flexmoe.allocate import allocate, order_of, widths_from_path
+from flexmoe.allocate import allocate, allocate_experts, order_of, widths_from_path
 from flexmoe.config import SETTINGS_OF, CompressConfig, check_config
 from flexmoe.curve import hardware, versions
 from flexmoe.data import Windows
@@ -29,7 +29,9 @@ from flexmoe.plan import JSON_NAME, LayerRecord, Plan, Recipe
 from flexmoe.prepare import Prepared, prepare
 from flexmoe.progress import Track, silent
 from flexmoe.provenance import given
+from flexmoe.reference import add_reference
 from flexmoe.resume import Saved, Work
+from flexmoe.sequential import score_sequential
 from flexmoe.sharding import gathered, shard_model
 from flexmoe.statistics import Statistics, observe, thin_experts
 from flexmoe.training import by_first
@@ -78,7 +80,18 @@ def _observe_whole(ready: Prepared, track: Track, saved: Saved | None) -> Seen:
     layers = expert_layers(network)
     if config.shard:
         shard_model(network, layers, pick_device(config.device))
-    evidence = None
+    evidence, score = None, dict[int, Tensor]()
+    if windows and config.sequential is not None:
+        score, statistics = score_sequential(
+            network,
+            windows.ids,
+            method,
+            config.sequential,
+            batch_size=ready.batch_size,
+            seed=config.seed,
+            track=track,
+        )
+        return Seen(network, None, statistics, score)
     if windows:
         evidence = gather(
             network,
@@ -92,7 +105,8 @@ def _observe_whole(ready: Prepared, track: Track, saved: Saved | None) -> Seen:
         statistics = evidence.mixed()
     else:
         statistics = observe(network, TWO_TOKENS.ids, method.needs, seed=config.seed)
-    score: dict[int, Tensor] = {}
+    if config.reference is not None:
+        add_reference(statistics, layers, config.reference)
     for layer in layers:
         with gathered(network, layer):  # a method may read the layer's weights
             score |= score_layers(method, [layer], statistics)
@@ -118,6 +132,8 @@ def _observe_by_layer(ready: Prepared, track: Track, saved: Saved | None) -> See
             track=track,
         )
         statistics = evidence.mixed()
+        if config.reference is not None:
+            add_reference(statistics, list(loader.experts.values()), config.reference)
         score: dict[int, Tensor] = {}
         for i, layer in loader.experts.items():
             with loader.resident(i):
@@ -131,6 +147,9 @@ def rank(ready: Prepared, track: Track = silent, saved: Saved | None = None) -> 
     see = _observe_whole if config.memory is None else _observe_by_layer
     network, evidence, statistics, score = see(ready, track, saved)
     layers = expert_layers(network)
+    unit = find_method(config.method).unit
+    for layer in layers if unit == "expert" else ():  # its channels share its fate
+        score[layer.index] = score[layer.index][:, None].expand(-1, layer.I)
     order = {i: order_of(s) for i, s in score.items()}
     for layer in layers:  # without effect where the model is on the meta device
         layer.permute_(order[layer.index])
@@ -140,6 +159,11 @@ def rank(ready: Prepared, track: Track = silent, saved: Saved | None = None) -> 
         )
         for layer in layers
     }
+    settings: dict[str, float | int | str] = {"batch_size": ready.batch_size}
+    if config.reference is not None:
+        settings["reference"] = config.reference
+    if config.sequential is not None:
+        settings["sequential"] = config.sequential
     return Ranked(
         **vars(ready),
         model=network,
@@ -153,8 +177,9 @@ def rank(ready: Prepared, track: Track = silent, saved: Saved | None = None) -> 
             revision=source.name if source.parent.name == "snapshots" else None,
             weights_sha256=ready.weights_sha256,
             method=config.method,
-            allocate=config.allocate,
-            settings={"batch_size": ready.batch_size},
+            allocate=config.allocator,
+            unit=unit,
+            settings=settings,
             data=windows.spec if windows else "",
             data_sha256=windows.sha256 if windows else "",
             samples=len(windows.ids) if windows else 0,
@@ -211,6 +236,8 @@ def make_plan(
             track=track,
         )
         width = widths_from_path(shapes, score, path, budgets, ranked.quantum)
+    elif ranked.recipe.unit == "expert":
+        width = allocate_experts(allocator, shapes, {i: s[:, 0] for i, s in score.items()}, budgets)
     else:
         name = "global" if allocator == "learned" else allocator
         width = allocate(name, shapes, score, budgets, ranked.quantum)
@@ -280,7 +307,7 @@ def _plan(ready: Prepared, work: Work, track: Track) -> tuple[Plan, Evidence | N
         read = ready.windows is not None
         return plan, Evidence.load(kept, plan.recipe.data_sha256) if read else None
     ranked = rank(ready, track, work.stage("observe"))
-    plan = make_plan(ranked, ready.config.allocate, track, work.stage("learn"))
+    plan = make_plan(ranked, ready.config.allocator, track, work.stage("learn"))
     evidence = ranked.evidence
 
     def keep() -> None:

@@ -69,6 +69,7 @@ class Recipe(_Record):
     weights_sha256: str = ""  # of the very weights, see trace.fingerprint; "" where unknown
     method: str
     allocate: str
+    unit: str = "channel"  # what stays or goes: channels, or whole experts
     settings: dict[str, float | int | str] = {}
     data: str
     data_sha256: str
@@ -157,6 +158,12 @@ class Plan:
                 f"pruned {pruned:g} is outside this plan, which reaches from 0 to "
                 f"{self.budgets[-1]:g}; the nearest is {0.0 if pruned < 0 else self.budgets[-1]:g}"
             )
+        if self.recipe.unit == "expert":
+            known = ", ".join(f"{share:g}" for share in self.budgets)
+            raise FlexmoeError(
+                f"this plan removes whole experts and knows those of its budgets only ({known}): "
+                f"compress again with --pruned {pruned:g}"
+            )
         poorer = next(b for b, share in enumerate(self.budgets) if share > pruned)
         return cut_between(self, poorer - 1, poorer, pruned)
 
@@ -213,7 +220,11 @@ class Plan:
 
     @property
     def tolerance(self) -> float:
-        """How far a budget may lie beside the share asked for: 0.25 % or one quantum."""
+        """How far a budget may lie beside the share asked for: 0.25 % or one quantum; of whole
+        experts, half a one in every layer."""
+        if self.recipe.unit == "expert":
+            ones = sum(r.channels * r.channel_parameters for r in self.layers.values())
+            return ones / 2 / self.routed_parameters + 1e-9
         largest = max(layer.channel_parameters for layer in self.layers.values())
         return max(0.0025, self.quantum * largest / self.routed_parameters)
 

@@ -25,6 +25,7 @@ from flexmoe.data import (
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.learn import check_halves
+from flexmoe.methods import find_method
 from flexmoe.trace import fingerprint, trace
 from flexmoe.training import part_of, share
 
@@ -68,9 +69,12 @@ def prepare(model: str | Path, config: CompressConfig) -> Prepared:
     source = resolve(model)
     meta, checkpoint = meta_model(source), Checkpoint(source)
     traced = trace(checkpoint, meta)  # refuses weights it cannot find before the slow part
-    narrowest = min(layer.shape.channels for layer in expert_layers(meta))
+    channels = [layer.shape.channels for layer in expert_layers(meta)]
+    narrowest = min(channels)
     quantum = default_quantum(narrowest) if config.quantum is None else config.quantum
-    if quantum > narrowest:
+    if find_method(config.method).unit == "expert":  # all or nothing
+        quantum = max(channels)
+    elif quantum > narrowest:
         raise FlexmoeError(f"quantum {quantum} is wider than an expert of {narrowest} channels")
     tokenizer, windows, batch_size = None, None, 1
     if config.needs_data:
@@ -85,7 +89,7 @@ def prepare(model: str | Path, config: CompressConfig) -> Prepared:
         check_tokens(windows.ids, meta.config)
         batch_size = pick_batch_size(config.batch_size, windows.ids.shape[1])
         share(windows.batches(batch_size))  # refuses what several processes cannot share
-        if config.allocate == "learned":
+        if config.allocator == "learned":
             part_of(torch.arange(batch_size))
             check_halves(batch_size)
     stored = checkpoint.tensors[next(iter(traced.values())).stored[0].name]

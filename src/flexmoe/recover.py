@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import flexmoe
+from flexmoe.around import router_weights
 from flexmoe.card import write_card
 from flexmoe.checkpoint import resolve
 from flexmoe.curve import hardware, versions
@@ -34,7 +35,7 @@ from flexmoe.data import (
 from flexmoe.distil import SCHEMES, Schedule, Swapped, distil, whole
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.evidence import FILE_NAME as EVIDENCE_NAME
-from flexmoe.experts import ExpertLayer, expert_layers
+from flexmoe.experts import expert_layers
 from flexmoe.exporter import copy_others
 from flexmoe.family import check_finite, find_folder, load, pick_device
 from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_beside
@@ -198,35 +199,13 @@ def trained_parameters(model: nn.Module, mode: str) -> dict[str, nn.Parameter]:
             if mode in ("full", "lora") or (mode == "closed-form" and name == "down_proj"):
                 found[f"{layer.name}.{name}"] = parameter
     if mode in ("full", "router"):
-        found |= routers(model, layers)
-        if mode == "router" and not routers(model, layers):
+        routers = {name: p for layer in layers for name, p in router_weights(layer).items()}
+        found |= routers
+        if mode == "router" and not routers:
             raise FlexmoeError(
                 f"no router weights found beside the experts of {type(model).__name__}: use mode "
                 "'lora' or 'full'"
             )
-    return found
-
-
-def routers(model: nn.Module, layers: Sequence[ExpertLayer]) -> dict[str, nn.Parameter]:
-    """Matrices with a row for each expert, in the module that holds the experts or in the decoder
-    layer around it."""
-    found: dict[str, nn.Parameter] = {}
-    parameters = dict(model.named_parameters())
-    for layer in layers:
-        block = layer.name.rpartition(".")[0]
-        for within in (block, block.rpartition(".")[0]):
-            here = {
-                name: p
-                for name, p in parameters.items()
-                if name.startswith(f"{within}.")
-                and not name.startswith(f"{layer.name}.")
-                and p.dim() == 2
-                and p.shape[0] == layer.E
-                and any(word in name for word in ("gate", "router"))
-            }
-            if here:
-                found |= here
-                break
     return found
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flexmoe.allocate import allocate, order_of
+from flexmoe.allocate import allocate, allocate_experts, order_of
 from flexmoe.checkpoint import meta_model
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.evidence import Evidence
 from flexmoe.experts import expert_layers
 from flexmoe.family import find_folder, load_stock
 from flexmoe.files import refuse_existing, written_beside
-from flexmoe.methods import find_method, score_layers
+from flexmoe.methods import Method, find_method, score_layers
 from flexmoe.plan import Plan
 from flexmoe.sources import COMMA, Source, split_weight
 from flexmoe.statistics import LayerStatistics, Statistics, thin_experts
@@ -46,21 +46,27 @@ def reweigh(
             f"'{family}' has recovered weights, which are fitted to its plan: give the family it "
             "was recovered from"
         )
+    method = find_method(plan.recipe.method)
+    if method.passes > 1 or method.reference:
+        raise FlexmoeError(
+            f"method '{method.name}' needs more than sums that can be weighed anew: compress again "
+            "with the other --data"
+        )
     evidence = Evidence.load(folder, plan.recipe.data_sha256)
     weight = _weights(data, evidence)
-    score = _scores(plan, folder, evidence.mixed(weight))
+    score = _scores(method, plan, folder, evidence.mixed(weight))
+    shapes = {i: layer.shape for i, layer in plan.layers.items()}
     settings = {k: v for k, v in plan.recipe.settings.items() if not k.startswith("learn_")}
     chosen = evidence.only(weight)
+    if method.unit == "expert":
+        order, width = plan.order, allocate_experts(allocator, shapes, score, plan.budgets)
+    else:
+        order = {i: order_of(s) for i, s in score.items()}
+        width = allocate(allocator, shapes, score, plan.budgets, plan.quantum)
     new = replace(
         plan,
-        order={i: order_of(s) for i, s in score.items()},
-        width=allocate(
-            allocator,
-            {i: layer.shape for i, layer in plan.layers.items()},
-            score,
-            plan.budgets,
-            plan.quantum,
-        ),
+        order=order,
+        width=width,
         recipe=plan.recipe.model_copy(
             update={
                 "allocate": allocator,
@@ -90,18 +96,27 @@ def _weights(data: str, evidence: Evidence) -> dict[str, float]:
     return found
 
 
-def _scores(plan: Plan, folder: Path, statistics: Statistics) -> Mapping[int, Tensor]:
-    """Scores [E, I] in the order of the base model's channels, which is that of the statistics;
-    the weights that a method may read stand in the family's order."""
-    method = find_method(plan.recipe.method)
+def _scores(
+    method: Method, plan: Plan, folder: Path, statistics: Statistics
+) -> Mapping[int, Tensor]:
+    """Scores [E, I] in the order of the base model's channels, which is that of the statistics, or
+    [E]; the weights that a method may read stand in the family's order."""
     order = {i: order.long() for i, order in plan.order.items()}
     ranked: Statistics = {}
     for i, stats in statistics.items():
-        values = {n: v.gather(1, order[i]) if v.dim() == 2 else v for n, v in stats.values.items()}
+        values = {
+            name: value.gather(1, order[i]) if name.endswith("_EI") else value
+            for name, value in stats.values.items()
+        }
         ranked[i] = LayerStatistics(values, stats.tokens, stats.batches, stats.seed)
     try:
         score = score_layers(method, expert_layers(meta_model(folder)), ranked)
-    except NotImplementedError:  # what has no data cannot be read: the method looks at weights
+    except FlexmoeError as error:
+        if not isinstance(error.__cause__, NotImplementedError):
+            raise
+        # what has no data cannot be read: the method looks at weights
         model = load_stock(folder, device="cpu")
         score = score_layers(method, expert_layers(model), ranked)
+    if method.unit == "expert":
+        return score
     return {i: s.gather(1, order[i].argsort(1)) for i, s in score.items()}

@@ -7,65 +7,94 @@ pass adds them up per expert in float64. All are sums (or maxima), so parts of a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexmoe.around import Around, Pairs, around_experts
 from flexmoe.errors import FlexmoeError, did_you_mean
-from flexmoe.experts import ExpertLayer, Routing, expert_layers, experts_function
+from flexmoe.experts import ExpertLayer, Routing, Seen, expert_layers, experts_function
 from flexmoe.memory import MicroBatch
 from flexmoe.progress import Track, silent
 from flexmoe.sharding import is_sharded
 
+MOST = 10  # experts of which all subsets are tried
 THIN = 100  # fewer tokens than this are thin evidence for an expert
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """What a statistic sees of one layer and batch: S routed pairs sorted by expert.
-
-    ``weight_S`` the routing weight the model really used; ``h_SI`` channel activations, the input
-    of the down projection; ``grad_SI`` the gradient of the summed token loss at them (only for
-    ``backward`` statistics, else None).
-    """
-
-    weight_S: Tensor
-    h_SI: Tensor
-    grad_SI: Tensor | None
-
-
-@dataclass(frozen=True)
 class Statistic:
-    """``when``: ``forward`` and ``backward`` functions map `Pairs` to [S, I]; ``weights`` ones map
-    (weight, gradient of the batch-mean loss), both [E, I, ...], to [E, I] once a batch.
-    ``merge``: ``sum`` or ``max``."""
+    """A named sum or maximum; the name ends in the letters of its shape: ``fisher_EI`` (``C`` are
+    all subsets of the experts).
+
+    ``when``: ``forward`` and ``backward`` functions map `Pairs` to a row for each pair ([S], [S, I]
+    or [S, H]), which the pass adds up per expert; ``batch`` ones map `Pairs` to the sums
+    themselves; ``weights`` ones map (weight, gradient of the batch-mean loss), both [E, I, ...], to
+    [E, I] once a batch. ``merge``: ``sum`` or ``max``. ``reads``: ``router`` and ``residual``, if
+    the function looks at them. ``after``: statistics that must be known before; the function gets
+    the `LayerStatistics` of an earlier pass as second argument.
+    """
 
     name: str
     when: str
     merge: str
     function: Callable[..., Tensor]
+    reads: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    def zeros(self, layer: ExpertLayer) -> Tensor:
+        """Its value [E, ...] before any token."""
+        if self.name.endswith("_C") and layer.E > MOST:
+            raise FlexmoeError(
+                f"layer {layer.index} has {layer.E} experts: all their subsets can be tried up to "
+                f"{MOST} of them"
+            )
+        sizes = {"E": layer.E, "I": layer.I, "H": layer.H, "C": 2**layer.E}
+        shape = [sizes[letter] for letter in self.name.rpartition("_")[2]]
+        return torch.zeros(shape, dtype=torch.float64)
 
 
 STATISTICS: dict[str, Statistic] = {}
 
 
-def statistic(name: str, *, when: str, merge: str = "sum") -> Callable:
-    """Declare a statistic; methods ask for it by name in ``needs``."""
-    if when not in ("forward", "backward", "weights") or merge not in ("sum", "max"):
+def statistic(
+    name: str,
+    *,
+    when: str,
+    merge: str = "sum",
+    reads: tuple[str, ...] = (),
+    after: tuple[str, ...] = (),
+) -> Callable:
+    """Declare a statistic (see `Statistic`); methods ask for it by name in ``needs``."""
+    known = {"forward", "backward", "batch", "weights"}
+    if when not in known or merge not in ("sum", "max") or {*reads} - {"router", "residual"}:
         raise FlexmoeError(
-            f"statistic '{name}': when={when!r}, merge={merge!r}; expected forward, backward or "
-            "weights, and sum or max"
+            f"statistic '{name}': when={when!r}, merge={merge!r}, reads={reads!r}; expected "
+            f"{', '.join(sorted(known))}; sum or max; router, residual"
+        )
+    letters = name.rpartition("_")[2]
+    if letters != "C" and (not letters.startswith("E") or {*letters} - {"E", "I", "H"}):
+        raise FlexmoeError(
+            f"statistic '{name}': its name must end in its shape, such as {name}_E, {name}_EI"
         )
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        STATISTICS[name] = Statistic(name, when, merge, function)
+        STATISTICS[name] = Statistic(name, when, merge, function, reads, after)
         return function
 
     return register
+
+
+@statistic("count_E", when="batch")
+def count(pairs: Pairs) -> Tensor:
+    """Tokens routed to each expert: always there."""
+    assert pairs.layer is not None
+    return torch.bincount(pairs.all.routing.expert_S, minlength=pairs.layer.E)
 
 
 @dataclass
@@ -119,17 +148,13 @@ def empty_statistics(
 ) -> Statistics:
     """Statistics that have seen nothing."""
     return {
-        layer.index: LayerStatistics(
-            {"count_E": torch.zeros(layer.E, dtype=torch.float64)}
-            | {s.name: torch.zeros(layer.E, layer.I, dtype=torch.float64) for s in wanted},
-            seed=seed,
-        )
+        layer.index: LayerStatistics({s.name: s.zeros(layer) for s in wanted}, seed=seed)
         for layer in layers
     }
 
 
 def find_statistics(names: Iterable[str]) -> list[Statistic]:
-    """The declared statistics of these names."""
+    """The declared statistics of these names and those they come after, in an order that works."""
     names = list(names)
     if not all(name in STATISTICS for name in names):
         from flexmoe.methods import all_methods
@@ -138,24 +163,42 @@ def find_statistics(names: Iterable[str]) -> list[Statistic]:
     for name in names:
         if name not in STATISTICS:
             raise did_you_mean(name, STATISTICS, "statistic")
-    return [STATISTICS[name] for name in dict.fromkeys(names)]
+    before = find_statistics(a for n in names for a in STATISTICS[n].after) if names else []
+    return list(dict.fromkeys([*before, *(STATISTICS[name] for name in names)]))
+
+
+def passes(names: Iterable[str]) -> list[list[Statistic]]:
+    """What each pass over the data must fill: one pass, or as many as statistics come after
+    others. The first one always counts tokens."""
+    left = find_statistics(["count_E", *names])
+    found: list[list[Statistic]] = []
+    known: set[str] = set()
+    while left:
+        found.append([s for s in left if known.issuperset(s.after)])
+        known |= {s.name for s in found[-1]}
+        left = [s for s in left if s.name not in known]
+    return found
 
 
 class Observer:
     """Sits on one experts module during the pass and adds up in ``stats``, which stand where the
-    module is."""
+    module is. ``earlier`` are the layer's statistics of the passes before this one, ``around``
+    follows what stands around the experts, where a statistic reads it."""
 
     stats: LayerStatistics
 
-    def __init__(self, layer: ExpertLayer, wanted: Sequence[Statistic]):
-        self.layer, self.wanted = layer, wanted
+    def __init__(
+        self,
+        layer: ExpertLayer,
+        wanted: Sequence[Statistic],
+        earlier: LayerStatistics | None = None,
+        around: Around | None = None,
+    ):
+        self.layer, self.wanted, self.earlier, self.around = layer, wanted, earlier, around
 
     def __call__(self, routing: Routing, h_SI: Tensor) -> Tensor:
-        self.stats["count_E"].add_(torch.bincount(routing.expert_S, minlength=self.layer.E))
-        forward = [s for s in self.wanted if s.when == "forward"]
-        backward = [s for s in self.wanted if s.when == "backward"]
         weight_S = routing.weight_S.detach()
-        self._add(forward, routing, Pairs(weight_S, h_SI.detach(), None))
+        backward = [s for s in self.wanted if s.when == "backward"]
         if backward and torch.is_grad_enabled():
             if not h_SI.requires_grad:  # first MoE layer of a frozen model: the graph starts here
                 h_SI = h_SI.requires_grad_()
@@ -165,15 +208,31 @@ class Observer:
             )
         return h_SI
 
+    @torch.no_grad()
+    def see(self, seen: Seen) -> None:
+        """Everything that went by in one call: statistics of the forward pass."""
+        pairs = Pairs(seen.routing.weight_S, seen.h_SI, None, self.layer, seen, self.around)
+        self._add([s for s in self.wanted if s.when == "forward"], seen.routing, pairs)
+        for s in self.wanted:
+            if s.when == "batch":
+                value, into = self._value(s, pairs).double(), self.stats[s.name]
+                into.copy_(torch.maximum(into, value) if s.merge == "max" else into + value)
+        if self.around is not None:
+            self.around.clear()
+
+    def _value(self, s: Statistic, pairs: Pairs) -> Tensor:
+        return s.function(pairs, self.earlier) if s.after else s.function(pairs)
+
     def _add(self, wanted: Sequence[Statistic], routing: Routing, pairs: Pairs) -> None:
         for s in wanted:
-            value_SI = s.function(pairs)
+            value = self._value(s, pairs)
+            exact = torch.float64 if value.dtype == torch.float64 else torch.float32
             into = self.stats[s.name]
             for e, a, b in routing.segments:
                 if s.merge == "max":
-                    into[e] = torch.maximum(into[e], value_SI[a:b].amax(0))
+                    into[e] = torch.maximum(into[e], value[a:b].amax(0))
                 else:
-                    into[e] += value_SI[a:b].sum(0, dtype=torch.float32)
+                    into[e] += value[a:b].sum(0, dtype=exact)
 
     def add_weights(self, name: str, parameter: nn.Parameter, tokens: int) -> None:
         """Statistics of the weights' gradient, which is freed at once: one layer's lives."""
@@ -193,21 +252,32 @@ def token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(predicted, ids[:, 1:].flatten(), reduction="sum")
 
 
+def goes_backward(wanted: Iterable[Statistic]) -> bool:
+    """Whether gradients are needed for these."""
+    return any(s.when in ("backward", "weights") for s in wanted)
+
+
 Look = Callable[[Tensor, Statistics], None]
 
 
 @contextmanager
-def watched(model: nn.Module, wanted: Sequence[Statistic]) -> Iterator[Look]:
+def watched(
+    model: nn.Module,
+    wanted: Sequence[Statistic],
+    earlier: Mapping[int, LayerStatistics] = MappingProxyType({}),
+) -> Iterator[Look]:
     """Inside the block ``look(ids, into)`` runs the model on windows ``ids`` [n, t] and adds what
-    its experts do to the statistics ``into``, which move to the model's device.
+    its experts do to the statistics ``into``, which move to the model's device. ``earlier`` are
+    those of the passes before this one.
 
     Forward only when nothing asks for gradients. All weights are frozen but those a ``weights``
     statistic needs, so the backward pass is cheaper than a plain one. The loss is the sum over
     tokens: a token counts the same in any batch. Where memory runs out a batch goes in parts,
     except for ``weights`` statistics, which look at the gradient of the whole batch.
     """
-    observers = [Observer(layer, wanted) for layer in expert_layers(model)]
-    backward = any(s.when != "forward" for s in wanted)
+    layers = expert_layers(model)
+    observers = [Observer(layer, wanted, earlier.get(layer.index)) for layer in layers]
+    backward = goes_backward(wanted)
     of_weights = any(s.when == "weights" for s in wanted)
     trainable = {p for p in model.parameters() if p.requires_grad}
     handles, tokens, micro = [], 1, MicroBatch(sys.maxsize)
@@ -254,7 +324,13 @@ def watched(model: nn.Module, wanted: Sequence[Statistic]) -> Iterator[Look]:
             observer.stats.batches += 1
 
     try:
-        with experts_function(model, "flexmoe_observe"), torch.set_grad_enabled(backward):
+        with (
+            around_experts(layers, wanted) as around,
+            experts_function(model, "flexmoe_observe"),
+            torch.set_grad_enabled(backward),
+        ):
+            for observer in observers:
+                observer.around = around[observer.layer.index]
             yield look
     finally:
         for handle in handles:
@@ -274,14 +350,26 @@ def observe(
     seed: int = 0,
     track: Track = silent,
 ) -> Statistics:
-    """One pass over windows ``ids`` [n, t] that fills the named statistics."""
-    wanted = find_statistics(names)
-    found = empty_statistics(expert_layers(model), wanted, seed)
-    with watched(model, wanted) as look:
-        for batch in track(ids.split(batch_size), "observe"):
-            look(batch, found)
-    for stats in found.values():
-        stats.to("cpu")
+    """One pass over windows ``ids`` [n, t] that fills the named statistics (more only where one
+    comes after another)."""
+    found: Statistics = {}
+    for wanted in passes(names):
+        part = empty_statistics(expert_layers(model), wanted, seed)
+        with watched(model, wanted, found) as look:
+            for batch in track(ids.split(batch_size), "observe"):
+                look(batch, part)
+        for stats in part.values():
+            stats.to("cpu")
+        found = beside(found, part)
+    return found
+
+
+def beside(earlier: Statistics, later: Statistics) -> Statistics:
+    """The statistics of two passes over the same data as one."""
+    found: Statistics = {}
+    for i, stats in later.items():
+        values = (earlier[i].values if i in earlier else {}) | stats.values
+        found[i] = LayerStatistics(values, stats.tokens, stats.batches, stats.seed)
     return found
 
 

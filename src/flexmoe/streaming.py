@@ -11,15 +11,16 @@ but for the rounding of other micro-batches.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flexmoe.activations import Activations, Output, same_form, tensors_of
+from flexmoe.around import around_experts
 from flexmoe.data import Windows
 from flexmoe.evidence import Evidence
 from flexmoe.experts import Routing, experts_function
@@ -28,7 +29,14 @@ from flexmoe.memory import MicroBatch
 from flexmoe.one_layer import not_finite, run_layer
 from flexmoe.progress import Track, silent
 from flexmoe.resume import Saved
-from flexmoe.statistics import Observer, Statistic, empty_statistics, find_statistics
+from flexmoe.statistics import (
+    LayerStatistics,
+    Observer,
+    Statistic,
+    empty_statistics,
+    goes_backward,
+    passes,
+)
 from flexmoe.training import CHUNK
 
 
@@ -53,17 +61,28 @@ def gather_streamed(
     """
     files = Activations(saved.work.path / "activations", loader.device)
     micro = MicroBatch(micro_batch or batch_size)
-    streamed = Pass(loader, windows, find_statistics(names), files, batch_size, micro, chunk)
-    found, done, steps = streamed.empty(seed), 0, streamed.steps()
+    found, done, kept = Evidence({}, windows.sha256), 0, None
     if (state := saved.load()) is not None:
         done, tensors = state
         micro.size = int(tensors.pop("micro_batch"))
-        found = Evidence.from_tensors(list(windows.sources), tensors, windows.sha256)
-    with experts_function(loader.model, "flexmoe_observe"):
-        for number, (step, index) in enumerate(track(steps[done:], "observe"), done + 1):
-            step(index, found)
-            saved.save(number, found.tensors() | {"micro_batch": torch.tensor(micro.size)})
-            streamed.forget(step, index)
+        kept = Evidence.from_tensors(list(windows.sources), tensors, windows.sha256)
+    before = 0  # steps of the passes before this one
+    for wanted in passes(names):
+        streamed = Pass(
+            loader, windows, wanted, files, batch_size, micro, chunk, earlier=found.mixed()
+        )
+        part, steps = streamed.empty(seed), streamed.steps()
+        skipped = min(max(0, done - before), len(steps))
+        if kept is not None and skipped:
+            part = kept.having(s.name for s in wanted)
+        with experts_function(loader.model, "flexmoe_observe"):
+            for step, index in track(steps[skipped:], "observe"):
+                step(index, part)
+                skipped += 1
+                size = {"micro_batch": torch.tensor(micro.size)}
+                saved.save(before + skipped, found.beside(part).tensors() | size)
+                streamed.forget(step, index)
+        found, before = found.beside(part), before + len(steps)
     return found
 
 
@@ -92,6 +111,7 @@ class Pass:
     batch_size: int
     micro: MicroBatch
     chunk: int
+    earlier: Mapping[int, LayerStatistics] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.batches: list[Batch] = []
@@ -99,7 +119,7 @@ class Pass:
             start = self.batches[-1].places.stop if self.batches else 0
             self.batches.append(Batch(source, range(start, start + len(ids)), ids))
         self.ids = torch.cat([batch.ids for batch in self.batches])
-        self.backward_wanted = any(s.when != "forward" for s in self.wanted)
+        self.backward_wanted = goes_backward(self.wanted)
 
     def empty(self, seed: int = 0) -> Evidence:
         """Statistics with the tokens and batches of each source, all sums 0."""
@@ -231,10 +251,15 @@ class Pass:
                 yield None
                 return
             layer = self.loader.experts[index]
-            observer = None if found is None else Observer(layer, self.wanted)
+            observer = None
+            if found is not None:
+                observer = Observer(layer, self.wanted, self.earlier.get(index))
             layer.module.flexmoe_observer = observer or _unchanged
             try:
-                yield observer
+                with around_experts([layer], self.wanted) as around:
+                    if observer is not None:
+                        observer.around = around[index]
+                    yield observer
             finally:
                 del layer.module.flexmoe_observer
                 for statistics in found.sources.values() if found else ():

@@ -25,6 +25,11 @@ ALIGNED = 8
 def uniform_width(plan: Plan, pruned: float) -> int:
     """The multiple of the plan's quantum (and of ``ALIGNED``) nearest to ``1 - pruned`` of the
     channels, at least one and at most all."""
+    if plan.recipe.unit == "expert":
+        raise FlexmoeError(
+            f"layout uniform cuts channels, but '{plan.recipe.method}' ranked whole experts: use "
+            "the layouts ragged or masked"
+        )
     channels = {record.channels for record in plan.layers.values()}
     if len(channels) > 1:
         raise FlexmoeError(

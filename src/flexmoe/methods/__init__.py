@@ -1,7 +1,7 @@
 """Methods: one file per published way to score channels, one decorated pure function in each.
 
-A method maps the statistics of one layer to a score [E, I], higher = keep. A file of your own
-works without touching the package: ``--method ./mine.py:score``.
+A method maps the statistics of one layer to a score of its channels [E, I] or of its experts [E],
+higher = keep. A file of your own works without touching the package: ``--method ./mine.py:score``.
 """
 
 from __future__ import annotations
@@ -24,36 +24,78 @@ from torch._subclasses.fake_tensor import (
 
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.experts import ExpertLayer
-from flexmoe.statistics import LayerStatistics
+from flexmoe.statistics import LayerStatistics, find_statistics, passes
 
 Score = Callable[[ExpertLayer, LayerStatistics], Tensor]
 
 
+UNITS = ("channel", "expert")
+
+
 @dataclass(frozen=True)
 class Method:
-    """A scoring method: its ``score`` function, the statistics it ``needs``, the unit it scores,
-    and where it was published."""
+    """A scoring method: its ``score`` function, the statistics it ``needs``, the ``unit`` it scores
+    (channel [E, I] or expert [E]), where it was published, how it ``allocate``s by default (as its
+    paper does, or as near as an allocator comes), and whether it compares with a second checkpoint,
+    whose routers are ``stats["reference_router_EH"]``."""
 
     name: str
     paper: str
     needs: tuple[str, ...]
     score: Score
     unit: str = "channel"
+    allocate: str = "learned"
+    reference: bool = False
 
     @property
     def summary(self) -> str:
         """First line of the score function's docstring."""
         return (self.score.__doc__ or "").strip().split("\n")[0]
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at calibration text."""
+        return bool(self.needs)
+
+    @property
+    def passes(self) -> int:
+        """How often it goes through the calibration text."""
+        return len(passes(self.needs)) if self.needs_data else 0
+
+    @property
+    def cost(self) -> str:
+        """What a pass takes: forward; backward as well; or the gradients of the weights too. Those
+        without data look at one checkpoint or two."""
+        when = {s.when for s in find_statistics(self.needs)}
+        if "weights" in when:
+            return "weight gradients"
+        if "backward" in when:
+            return "backward"
+        if when:
+            return "forward"
+        return "two checkpoints" if self.reference else "no data"
+
 
 METHODS: dict[str, Method] = {}
 
 
-def method(name: str, *, paper: str, needs: tuple[str, ...] = ()) -> Callable[[Score], Score]:
-    """Declare a scoring method; see any file in this folder."""
+def method(
+    name: str,
+    *,
+    paper: str,
+    needs: tuple[str, ...] = (),
+    unit: str = "channel",
+    allocate: str | None = None,
+    reference: bool = False,
+) -> Callable[[Score], Score]:
+    """Declare a scoring method; see any file in this folder. ``allocate`` defaults to ``learned``
+    for channels and ``layer`` for experts."""
+    if unit not in UNITS:
+        raise did_you_mean(unit, UNITS, "unit")
+    rule = allocate or {"channel": "learned", "expert": "layer"}[unit]
 
     def register(score: Score) -> Score:
-        METHODS[name] = Method(name, paper, needs, score)
+        METHODS[name] = Method(name, paper, needs, score, unit, rule, reference)
         return score
 
     return register
@@ -112,7 +154,7 @@ def _of_yours(what: str, path: str, error: Exception) -> FlexmoeError:
 def score_layers(
     method: Method, layers: list[ExpertLayer], statistics: Mapping[int, LayerStatistics]
 ) -> dict[int, Tensor]:
-    """Scores float64 [E, I] of every layer, checked: shape, finite."""
+    """Scores float64 of every layer, [E, I] or [E] by the method's unit, checked: shape, finite."""
     scores = {}
     for layer in layers:
         score = score_layer(method, layer, statistics[layer.index]).double().cpu()
@@ -132,22 +174,34 @@ def score_layer(method: Method, layer: ExpertLayer, statistics: LayerStatistics)
         with torch.no_grad():
             score = method.score(layer, statistics)
     except (DataDependentOutputException, DynamicOutputShapeException):
-        return torch.empty(layer.E, layer.I)  # a dry run, of a method that looks at values
+        return torch.empty(shape_of(method, layer))  # a dry run, of a method that looks at values
+    except FlexmoeError:
+        raise
     except Exception as error:  # of another's function: anything may come
         what = f"method '{method.name}' failed for layer {layer.index}"
         raise _of_yours(what, method.score.__code__.co_filename, error) from error
     if not isinstance(score, Tensor):
         raise FlexmoeError(
             f"method '{method.name}' gave a {type(score).__name__} for layer {layer.index}, "
-            f"expected a tensor [{layer.E}, {layer.I}] (experts, channels)"
+            f"expected a tensor {_expected(method, layer)}"
         )
     return score
 
 
 def check_shape(method: Method, layer: ExpertLayer, shape: torch.Size) -> None:
-    """`FlexmoeError` unless scores have a number for each channel."""
-    if shape != (layer.E, layer.I):
+    """`FlexmoeError` unless scores have a number for each channel, or expert."""
+    if shape != shape_of(method, layer):
         raise FlexmoeError(
-            f"method '{method.name}' gave shape {tuple(shape)} for layer {layer.index}, "
-            f"expected [{layer.E}, {layer.I}] (experts, channels)"
+            f"method '{method.name}' gave shape {list(shape)} for layer {layer.index}, expected "
+            f"{_expected(method, layer)}"
         )
+
+
+def shape_of(method: Method, layer: ExpertLayer) -> tuple[int, ...]:
+    """The shape of a method's scores of a layer."""
+    return (layer.E, layer.I) if method.unit == "channel" else (layer.E,)
+
+
+def _expected(method: Method, layer: ExpertLayer) -> str:
+    axes = "experts, channels" if method.unit == "channel" else 'experts, unit="expert"'
+    return f"{list(shape_of(method, layer))} ({axes})"

@@ -1,4 +1,7 @@
-"""CAMERA (arXiv 2508.02322): energy a channel adds to its layer's output; forward passes only."""
+"""CAMERA (arXiv 2508.02322): energy a channel adds to its layer's output; forward passes only.
+
+CAMERA-P prunes layer after layer, each scored behind pruned ones: ``compress --sequential SHARE``.
+"""
 
 from torch import Tensor
 
@@ -32,6 +35,7 @@ def energy(layer: ExpertLayer, stats: LayerStatistics, alpha: float) -> Tensor:
     "camera",
     paper="CAMERA, arXiv:2508.02322",
     needs=("energy_sum_EI", "energy_max_EI"),
+    allocate="layer",
 )
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Energy of (routing weight x activation), sum and maximum over tokens, x down norm^2."""

@@ -25,7 +25,12 @@ def gradient2(pairs: Pairs) -> Tensor:
     return pairs.grad_SI.float().square()
 
 
-@method("heapr", paper="HEAPr, arXiv:2509.22299", needs=("activation2_EI", "gradient2_EI"))
+@method(
+    "heapr",
+    paper="HEAPr, arXiv:2509.22299",
+    needs=("activation2_EI", "gradient2_EI"),
+    allocate="global",
+)
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Half the product of mean squared activation and mean squared gradient over routed tokens."""
     count_E1 = stats["count_E"].clamp_min(1)[:, None]

@@ -7,7 +7,7 @@ from flexmoe.methods import method
 from flexmoe.statistics import LayerStatistics
 
 
-@method("magnitude", paper="Han et al., arXiv:1506.02626 (per channel)")
+@method("magnitude", paper="Han et al., arXiv:1506.02626 (per channel)", allocate="layer")
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Sum of squares of a channel's parameters: gate row, up row, down column; no data."""
     views = [

@@ -8,7 +8,7 @@ from flexmoe.methods import method
 from flexmoe.statistics import LayerStatistics
 
 
-@method("random", paper="baseline")
+@method("random", paper="baseline", allocate="layer")
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Uniform random numbers from the seed of the run and the layer's number; no data."""
     generator = torch.Generator().manual_seed(stats.seed * 100_003 + layer.index)

@@ -13,7 +13,7 @@ def taylor(weight: Tensor, grad: Tensor) -> Tensor:
     return (weight * grad).square().flatten(2).sum(2) if weight.dim() == 3 else (weight * grad) ** 2
 
 
-@method("taylor", paper="FlexMoE, arXiv:2606.27866", needs=("taylor_EI",))
+@method("taylor", paper="FlexMoE, arXiv:2606.27866", needs=("taylor_EI",), allocate="actions")
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Mean over batches of sum over a channel's 3H parameters of (parameter x batch gradient)^2."""
     return stats["taylor_EI"] / max(stats.batches, 1)

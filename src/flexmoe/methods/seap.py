@@ -1,0 +1,32 @@
+"""SEAP (arXiv 2503.07605), score of its default: how much a channel's activation varies.
+
+Published for dense models; here over the tokens of the expert that the channel belongs to. Its
+layers' shares follow a logistic curve over depth, which no allocator here does: by layer instead.
+"""
+
+from torch import Tensor
+
+from flexmoe.experts import ExpertLayer
+from flexmoe.methods import method
+from flexmoe.statistics import LayerStatistics, Pairs, statistic
+
+
+@statistic("activation_EI", when="forward")
+def activation(pairs: Pairs) -> Tensor:
+    """Channel activation per routed token [S, I]."""
+    return pairs.h_SI.float()
+
+
+@method(
+    "seap",
+    paper="SEAP, arXiv:2503.07605 (per expert)",
+    needs=("activation_EI", "activation2_EI"),
+    allocate="layer",
+)
+def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
+    """Variance of a channel's activation over routed tokens x squared norm of its down column."""
+    count_E1 = stats["count_E"][:, None]
+    spread = stats["activation2_EI"] - stats["activation_EI"].square() / count_E1.clamp_min(1)
+    (down_EIH,) = layer.channel_major("down_proj", layer.module.down_proj.detach())
+    down2_EI = down_EIH.double().square().sum(2).cpu()
+    return spread.clamp_min(0) / count_E1.clamp_min(1) * down2_EI

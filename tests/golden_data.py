@@ -1,0 +1,42 @@
+"""Small random models and what the official code of published methods computed on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from flexmoe.experts import expert_layers
+from flexmoe.methods import all_methods, score_layers
+from flexmoe.statistics import Statistics, observe
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(model_name: str, score_name: str) -> tuple[PreTrainedModel, Tensor, dict[str, Tensor]]:
+    """Model, calibration tokens [16, 32] and the official numbers of a method."""
+    model = AutoModelForCausalLM.from_pretrained(
+        GOLDEN / "models" / model_name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids = load_file(GOLDEN / "tokens" / f"{model_name}.safetensors")["input_ids"]
+    return model, ids, load_file(GOLDEN / "scores" / f"{score_name}.{model_name}.safetensors")
+
+
+def golden_logits(name: str) -> Tensor:
+    """Logits [16, 32, V] that the official code gave after pruning."""
+    return load_file(GOLDEN / "logits" / f"{name}.safetensors")["logits"]
+
+
+def scores(model: PreTrainedModel, ids: Tensor, name: str) -> tuple[dict[int, Tensor], Statistics]:
+    """A method's scores by layer, and the statistics they come from."""
+    method = all_methods()[name]
+    statistics = observe(model, ids, method.needs, batch_size=4)
+    return score_layers(method, expert_layers(model), statistics), statistics
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """Largest relative difference."""
+    return float(((got - want).abs() / want.abs().clamp_min(1e-30)).max().detach())

@@ -1,0 +1,412 @@
+"""Scores of whole experts equal those of the official code, or the paper's formula in a loop."""
+
+import itertools
+
+import pytest
+import torch
+
+from flexmoe.around import router_weights
+from flexmoe.errors import FlexmoeError
+from flexmoe.experts import expert_layers
+from flexmoe.grouping import STAYS, absorbed
+from flexmoe.methods import all_methods, score_layers
+from flexmoe.statistics import STATISTICS, observe, statistic
+from golden_data import golden, golden_logits, relative, scores
+from helpers import ids_of
+from zoo import tiny_model
+
+EXACT = 1e-5  # relative: sums of float32 values; seen 7e-7
+
+
+@pytest.mark.parametrize("model_name", ["qwen3moe", "qwen3moe_cold"])
+@pytest.mark.parametrize(
+    ("name", "criterion"),
+    [
+        ("reap", "reap"),
+        ("ean", "ean_sum"),
+        ("man", "ean_mean"),
+        ("seer", "weighted_expert_frequency_sum"),
+        ("frequency", "frequency"),
+        ("max-activation", "max_activations"),
+    ],
+)
+def test_scores_equal_reaps_official_code(model_name, name, criterion):
+    """Also the sets kept at 25 and 50 %. (Nothing is kept by the largest activation there.)"""
+    model, ids, want = golden(model_name, "reap")
+    got, _ = scores(model, ids, name)
+    for i, score in got.items():
+        official = want[f"layer.{i}.{criterion}"].double()
+        assert relative(score, official) < EXACT
+        for share in (25, 50):
+            kept = want.get(f"layer.{i}.keep.{criterion}.r{share}")
+            if kept is not None:
+                best = score.topk(len(kept)).indices.sort().values
+                assert torch.equal(best, kept)
+    assert len(got) == len([key for key in want if key.endswith(f".{criterion}")])
+
+
+def test_reap_prunes_to_the_official_logits():
+    """The least of half the experts removed with their router rows, as the official code does."""
+    model, ids, _ = golden("qwen3moe", "reap")
+    got, _ = scores(model, ids, "reap")
+    for layer in expert_layers(model):
+        kept = got[layer.index].topk(8).indices.sort().values
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(layer.module, name)
+            setattr(layer.module, name, torch.nn.Parameter(weight[kept]))
+        layer.module.num_experts = 8
+        (name,) = router_weights(layer)
+        router = model.get_submodule(name.rpartition(".")[0])
+        router.weight = torch.nn.Parameter(router.weight[kept])
+    with torch.no_grad():
+        logits = model(ids).logits
+    assert float((logits - golden_logits("reap.r50.qwen3moe")).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("model_name", ["qwen3moe_cold", "mixtral", "olmoe"])
+def test_reap_equals_llm_compressor_in_the_first_layer(model_name):
+    """That code takes the weights the model multiplies by: OLMoE does not renormalise them. It
+    prunes layer by layer, so that only the first one sees the unpruned model."""
+    model, ids, want = golden(model_name, "reap_llmc")
+    got, statistics = scores(model, ids, "reap")
+    assert relative(got[0], want["layer.0.score.r50"]) < EXACT
+    assert torch.equal(statistics[0]["count_E"], want["layer.0.count.r50"])
+
+
+@pytest.mark.parametrize("model_name", ["qwen3moe", "olmoe"])
+def test_aimer_equals_official_code(model_name):
+    model, ids, want = golden(model_name, "aimer")
+    got, _ = scores(model, ids, "aimer")
+    for i, score in got.items():
+        assert relative(-score, want[f"layer.{i}.score"].double()) < EXACT
+        for share in (25, 50):
+            kept = want[f"layer.{i}.keep.r{share}"]
+            assert torch.equal(score.topk(len(kept)).indices.sort().values, kept)
+
+
+def test_mone_equals_official_code():
+    """Means and usage at once. The official variance is a running one over batches that leaves out
+    the first (golden README): it follows from our sums of each batch. Ours, over all tokens, keeps
+    the same experts."""
+    model, ids, want = golden("olmoe", "mone")
+    got, whole = scores(model, ids, "mone")
+    needs = ("weight_E", "output_EH", "output2_EH")
+    batches = [observe(model, batch, needs) for batch in ids.split(4)]
+    for i, score in got.items():
+        mine = f"layer.{i}."
+        official = {k.removeprefix(mine): v for k, v in want.items() if k.startswith(mine)}
+        stats = whole[i]
+        mean_EH = stats["output_EH"] / stats["count_E"][:, None]
+        assert torch.equal(stats["count_E"].long(), official["num_tokens"])
+        scale = official["mean_out"].double().norm(dim=1, keepdim=True)
+        assert ((mean_EH - official["mean_out"]).abs() / scale).max() < EXACT
+        usage_E = stats["weight_E"] / stats.tokens
+        assert relative(usage_E, official["routing_score"].double()) < EXACT
+        for share in (25, 50):
+            kept = official[f"keep.r{share}"]
+            assert torch.equal(score.topk(len(kept)).indices.sort().values, kept)
+        seen, mean, spread = torch.zeros(16, 1), torch.zeros(16, 32), torch.zeros(16, 32)
+        for batch in batches:
+            n, total = batch[i]["count_E"][:, None], batch[i]["output_EH"]
+            both = (seen + n).clamp_min(1)
+            mean = mean * seen / both + total / both
+            around = batch[i]["output2_EH"] - 2 * mean * total + n * mean.square()
+            later = spread * (seen - 1) / (both - 1).clamp_min(1) + around / both
+            spread = torch.where(seen > 0, torch.where(n > 0, later, spread), spread)
+            seen = seen + n
+        fusion = 0.25 * spread.sum(1).sqrt() * usage_E
+        assert relative(spread, official["fluc_out"].double()) < 1e-4
+        assert relative(fusion, official["score"].double()) < EXACT
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    """Every token of two sequences at every layer of a Qwen3-MoE, worked out expert by expert:
+    residual stream, router logits, and (expert, weight, activation, output) of its experts."""
+    model, ids, _ = golden("qwen3moe", "reap")
+    ids, seen = ids[:2], {}
+    for i, decoder in enumerate(model.model.layers):
+        norm, mlp = decoder.post_attention_layernorm, decoder.mlp
+
+        def before(module, args, i=i):
+            seen[i] = {"residual": args[0].detach().flatten(0, 1)}
+
+        def after(module, args, out, i=i):
+            seen[i]["x"] = out.detach().flatten(0, 1)
+
+        norm.register_forward_pre_hook(before)
+        norm.register_forward_hook(after)
+    with torch.no_grad():
+        model(ids)
+        found = {}
+        for i, decoder in enumerate(model.model.layers):
+            mlp, found[i] = decoder.mlp, []
+            for residual, x in zip(seen[i]["residual"], seen[i]["x"], strict=True):
+                logits = mlp.gate.weight @ x
+                weight, chosen = logits.softmax(0).topk(4)
+                routed = []
+                for e, w in zip(chosen.tolist(), (weight / weight.sum()).tolist(), strict=True):
+                    gate, up = (mlp.experts.gate_up_proj[e] @ x).chunk(2)
+                    h = torch.nn.functional.silu(gate) * up
+                    routed.append((e, w, h, mlp.experts.down_proj[e] @ h))
+                found[i].append({"residual": residual, "x": x, "logits": logits, "routed": routed})
+    return model, ids, found
+
+
+def added_up(token_list, value):
+    """Sums [E] of what ``value(token, expert, weight, activation, output)`` gives."""
+    total = torch.zeros(16, dtype=torch.float64)
+    for token in token_list:
+        for e, w, h, f in token["routed"]:
+            total[e] += float(value(token, e, w, h, f))
+    return total
+
+
+def cosine(a, b):
+    return torch.cosine_similarity(a, b, dim=0)
+
+
+def turned(token):
+    moved = token["residual"] + sum(w * f for _, w, _, f in token["routed"])
+    return 1 - cosine(token["residual"], moved)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("msan", lambda token, e, w, h, f: f.norm() ** 2),
+        ("easy-ep", lambda token, e, w, h, f: w * f.norm() * turned(token)),
+        ("tenp-experts", lambda token, e, w, h, f: w * f.norm() * (1 - cosine(token["x"], f))),
+    ],
+)
+def test_scores_of_outputs_equal_the_papers_formula(tokens, name, value):
+    model, ids, found = tokens
+    got, statistics = scores(model, ids, name)
+    for i, score in got.items():
+        want = added_up(found[i], value)
+        if name == "msan":
+            want /= statistics[i]["count_E"].clamp_min(1)
+        # the cosine is near 1, and 1 - cosine keeps fewer digits
+        assert torch.allclose(score, want, rtol=1e-4, atol=1e-9)
+
+
+def test_premoe_scores_equal_the_papers_formulas(tokens):
+    model, ids, found = tokens
+    tcess, peu = scores(model, ids, "tcess")[0], scores(model, ids, "peu")[0]
+    for i, seen in found.items():
+        first, second = torch.zeros(2, 16, dtype=torch.float64)
+        pools = [token["logits"].topk(4) for token in seen]
+        sure = sum(float(pool.values.softmax(0).max()) for pool in pools) / len(pools)
+        for pool in pools:
+            first[pool.indices[0]] += float(pool.values[0]) / len(pools)
+            for logit, share, e in zip(
+                *pool[:1], pool.values.softmax(0), pool.indices, strict=True
+            ):
+                if share >= sure:
+                    second[e] += max(float(logit), float(logit.sigmoid())) / len(pools)
+        assert torch.allclose(tcess[i], first, rtol=1e-5, atol=1e-9)
+        assert torch.allclose(peu[i], second, rtol=1e-5, atol=1e-9)
+
+
+def test_seap_equals_the_papers_formula(tokens):
+    """Variance of a channel over the tokens of its expert x squared norm of its down column."""
+    model, ids, found = tokens
+    got, _ = scores(model, ids, "seap")
+    for i, seen in found.items():
+        for e in range(16):
+            h = [h for token in seen for expert, _, h, _ in token["routed"] if expert == e]
+            down = model.model.layers[i].mlp.experts.down_proj[e]
+            want = torch.zeros(24)
+            if h:
+                want = torch.stack(h).var(0, unbiased=False) * down.square().sum(0)
+            assert torch.allclose(got[i][e], want.detach().double(), rtol=1e-4, atol=1e-8)
+
+
+def test_tenp_equals_the_papers_formula(tokens):
+    """Mean over tokens of <h_j W_down[:, j], f> / ||f||."""
+    model, ids, found = tokens
+    got, _ = scores(model, ids, "tenp")
+    for i, seen in found.items():
+        down = model.model.layers[i].mlp.experts.down_proj.detach()
+        for e in range(16):
+            parts = [
+                (h * down[e]).T @ f / f.norm()
+                for token in seen
+                for expert, _, h, f in token["routed"]
+                if expert == e
+            ]
+            want = torch.stack(parts).mean(0) if parts else torch.zeros(24)
+            assert torch.allclose(got[i][e], want.double(), rtol=1e-3, atol=1e-7)
+
+
+def test_mc_suite_equals_the_papers_formulas(tokens):
+    model, ids, found = tokens
+    norm, entropy = (scores(model, ids, f"mc-{n}")[0] for n in ("norm", "entropy"))
+    row = scores(model, ids, "mc-router")[0]
+    for i, seen in found.items():
+        want_row = model.model.layers[i].mlp.gate.weight.detach().double().norm(dim=1)
+        assert torch.allclose(row[i], -want_row)
+        for e in range(16):
+            f = [f for token in seen for expert, _, _, f in token["routed"] if expert == e]
+            if len(f) > 1:
+                f_nH = torch.stack(f).detach().double()
+                assert float(norm[i][e]) == pytest.approx(float(f_nH.norm(dim=0).sum()), rel=1e-5)
+                want = float(f_nH.std(0).log().sum())
+                assert float(entropy[i][e]) == pytest.approx(want, rel=1e-4, abs=1e-3)
+
+
+def test_moe_slimming_equals_official_code():
+    """The official code takes a moving average over batches: it follows from ours of each batch."""
+    model, ids, want = golden("qwen3moe", "moe_slimming")
+    batches = [scores(model, batch, "moe-slimming") for batch in ids.split(4)]
+    for i in batches[0][0]:
+        average = torch.zeros(16, 24, dtype=torch.float64)
+        seen = torch.zeros(16, 1, dtype=torch.bool)
+        for got, statistics in batches:
+            stats = statistics[i]
+            here = sum(stats[f"{n}2_EI"].sqrt() for n in ("activation", "up", "gate")) / 3
+            assert torch.allclose(got[i], here / here.mean())
+            routed = stats["count_E"][:, None] > 0
+            later = torch.where(seen, 0.9 * average + 0.1 * here, here)
+            average, seen = torch.where(routed, later, average), seen | routed
+        official = want[f"layer.{i}.activation"].double()
+        assert relative(average / average.mean(), official) < 1e-4
+
+
+def test_groups_are_merged_in_the_order_of_their_distance():
+    """Five points on a line: 0 and 1 first, then 3 and 4 (at 10, 12), then 2 joins the nearer."""
+    at = torch.tensor([0.0, 1.0, 5.0, 10.0, 12.0], dtype=torch.float64)
+    distance = (at[:, None] - at).abs()
+    lower = lambda members, a, b: a < b  # noqa: E731
+    complete = absorbed(distance, "complete", lower)
+    assert complete.tolist() == [STAYS, 1.0, 5.0, 12.0, 2.0]
+    average = absorbed(distance, "average", lower)
+    # {0, 1} and 5: 4.5; {0, 1, 5} and {10, 12}: (10 + 12 + 9 + 11 + 5 + 7) / 6
+    assert average.tolist() == [STAYS, 1.0, 4.5, 9.0, 2.0]
+
+
+def test_stun_keeps_the_member_nearest_to_the_mean():
+    """By their router rows experts 0 and 1 merge first, then 2 joins them. The weights of 1 and 2
+    are alike, so that 2 is nearer to the mean of the three than 0."""
+    model, ids, _ = golden("qwen3moe_cold", "reap")
+    layer = expert_layers(model)[0]
+    (weight,) = router_weights(layer).values()
+    with torch.no_grad():
+        weight.copy_(100 * torch.eye(16, 32))
+        weight[:3] = torch.eye(1, 32)
+        weight[1, 1], weight[2, 1] = 0.1, 0.3
+        for matrix in layer.parameters.values():
+            matrix[0] *= 2  # of a pair both are as near to the mean: the larger one stays
+            matrix[2] = matrix[1]
+    got, _ = scores(model, ids[:1], "stun")
+    assert got[0][:2].tolist() == pytest.approx([0.3, 0.1], rel=1e-5)
+    assert float(got[0][2]) > 1 and float(got[0].max()) == STAYS
+
+
+def test_uncurl_keeps_the_most_used_of_those_that_go_together(tokens):
+    model, ids, found = tokens
+    got, statistics = scores(model, ids, "uncurl")
+    for i, seen in found.items():
+        logits = torch.stack([token["logits"] for token in seen]).double()
+        logits = logits - logits.mean(1, keepdim=True)
+        apart = 1 - torch.nn.functional.cosine_similarity(
+            logits.T[:, None], logits.T[None], dim=2
+        ).fill_diagonal_(-1)
+        first = float(apart.min())
+        a, b = divmod(int(apart.argmin()), 16)
+        count = statistics[i]["count_E"]
+        goes = a if count[a] < count[b] else b
+        assert float(got[i].min()) == pytest.approx(first, rel=1e-5)
+        assert count[int(got[i].argmin())] == count[goes]
+
+
+def test_naee_equals_official_code():
+    """Losses of all subsets of four and of three, and the best ones, layer by layer of the unpruned
+    model. Those best ones need not be nested: the score is the best of all chains."""
+    model, ids, want = golden("mixtral", "naee")
+    method = all_methods()["naee"]
+    statistics = observe(model, ids, method.needs, batch_size=8)
+    got = score_layers(method, expert_layers(model), statistics)
+    for i, score in got.items():
+        loss = statistics[i]["subset_loss_C"]
+        assert torch.isinf(loss[[0, 1, 2, 4, 8]]).all() and float(loss[-1]) < 1e-3
+        for size in (4, 3):
+            subsets = want[f"subsets.r{size}"]
+            ours = loss[(1 << subsets).sum(1)]
+            assert relative(ours, want[f"layer.{i}.layerwise.loss.r{size}"]) < EXACT
+            kept = want[f"layer.{i}.layerwise.keep.r{size}"]
+            assert torch.equal(subsets[ours.argmin()].sort().values, kept.sort().values)
+
+        def cost(order, loss=loss):
+            kept, total = 63, 0.0
+            for e in order:
+                kept -= 1 << e
+                sizes = [loss[c] for c in range(64) if c.bit_count() == kept.bit_count()]
+                total += float(loss[kept] / min(sizes))
+            return total
+
+        chain = score.argsort()[:4].tolist()
+        best = min(cost(order) for order in itertools.permutations(range(6), 4))
+        assert cost(chain) == pytest.approx(best) and score.sort().values.tolist() == [
+            0, 1, 2, 3, 6, 6,
+        ]  # fmt: skip
+
+
+def test_naee_refuses_what_it_cannot_try():
+    model, ids, _ = golden("olmoe", "mone")
+    with pytest.raises(FlexmoeError, match="16 experts: all their subsets"):
+        scores(model, ids, "naee")
+    sigmoid = tiny_model("deepseek_v3")
+    with pytest.raises(FlexmoeError, match="largest of a softmax"):
+        scores(sigmoid, ids % 60, "naee")
+
+
+def test_statistics_need_a_shape_and_a_router():
+    with pytest.raises(FlexmoeError, match="must end in its shape"):
+        statistic("mine", when="forward")
+    with pytest.raises(FlexmoeError, match="expected backward, batch, forward, weights"):
+        statistic("mine_E", when="now")
+    model = tiny_model("zaya")  # its router is no matrix with a row for each expert
+    with pytest.raises(FlexmoeError, match="reads the router's logits"):
+        scores(model, torch.ones(1, 8, dtype=torch.long), "peu")
+
+
+EVERYTHING = ("norm_E", "output_EH", "projection_EI", "gate2_EI", "up2_EI", "turned_norm_E")
+# biases, sigmoid routers, norms behind experts, no gate, a router in a module of its own, parallel
+# attention, transposed and interleaved weights
+VARIED = (
+    "afmoe", "cohere2_moe", "deepseek_v3", "gemma4_text", "gpt_oss", "granitemoe", "jamba",
+    "muse_spark", "nemotron_h", "phimoe",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_statistics_see_every_kind_of_architecture(name):
+    """The norm of an expert's outputs at least; their sum with the routing weights is what the
+    module gave, and what the router said is its first output."""
+    model = tiny_model(name)
+    ids, seen = ids_of(model), {}
+
+    def look(pairs):
+        weighted = pairs.y_SH * pairs.weight_S[:, None]
+        out = torch.zeros_like(pairs.all.out_TH).index_add(0, pairs.token_S, weighted)
+        assert torch.allclose(out, pairs.all.out_TH, rtol=1e-4, atol=1e-6)
+        assert pairs.residual_TH.shape[0] == pairs.logits_TE.shape[0] == ids.numel()
+        assert all(side.shape == pairs.h_SI.shape for side in pairs.pre_SI)
+        seen[pairs.layer.index] = pairs.logits_TE
+        return pairs.weight_S
+
+    statistic("look_E", when="forward", reads=("router", "residual"))(look)
+    try:
+        found = observe(model, ids, ("look_E", "utility_E", *EVERYTHING))
+    finally:
+        STATISTICS.pop("look_E")
+    assert len(seen) == len(found) == len(expert_layers(model))
+    for stats in found.values():
+        assert all(torch.isfinite(value).all() for value in stats.values.values())
+        assert float(stats["norm_E"].sum()) > 0
+
+
+def test_architectures_without_a_norm_before_the_experts_are_refused():
+    with pytest.raises(FlexmoeError, match="reads the residual stream"):
+        scores(tiny_model("flex_olmo"), torch.ones(1, 8, dtype=torch.long), "easy-ep")
