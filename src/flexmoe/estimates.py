@@ -38,7 +38,6 @@ from flexmoe.trace import CODED_HIDDEN, TracedLayer, trace
 
 MOMENT = 0.05  # seconds each rate is measured for
 VECTORS = 12  # float64 vectors over all channels that learning holds at a time
-BUFFERS = 3_000_000  # bytes of an export's headers, files and code first used (bench/doctor.py)
 FULL_STATE = 16  # bytes a trained parameter: the original, a gradient, two moments
 
 
@@ -329,10 +328,8 @@ class Estimator:
             "the trace": 4 * 8 * CODED_HIDDEN * E * 2 * I,
         }
         largest = max(parts, key=lambda name: parts[name])
-        parts = {largest: parts[largest], "buffers": BUFFERS}
-        return Need(
-            f"export --layout {layout}", sum(parts.values()), parts, size, seconds=self.files
-        )
+        memory, parts = parts[largest], {largest: parts[largest]}
+        return Need(f"export --layout {layout}", memory, parts, size, seconds=self.files)
 
 
 def _dealt(windows: int) -> list[int]:
