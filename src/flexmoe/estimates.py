@@ -127,9 +127,13 @@ class Estimator:
 
     @cached_property
     def top_k(self) -> int | None:
-        """Experts a token is sent to; None where no dry run tells."""
+        """Experts a token is sent to; None where the forward pass looks at values. A `RuntimeError`
+        if the model cannot run at all."""
         dry = self.dry(self.dtype)
-        self._try(lambda: dry.forward(1, 2))
+        try:
+            dry.forward(1, 2)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            pass
         return dry.top_k
 
     def try_method(self, method: Method) -> None:
@@ -285,10 +289,10 @@ class Estimator:
         return probe.times((STRATA - 1) * size / micro).then(cost)
 
     def _try(self, run: Callable[[], Cost]) -> Cost | None:
-        """The cost of a dry run, or None for models whose forward pass looks at values."""
+        """The cost of a dry run, or None for models that cannot be tried on shapes alone."""
         try:
             return run()
-        except (DataDependentOutputException, DynamicOutputShapeException):
+        except RuntimeError:  # that it does run on values, `top_k` has shown
             return None
 
     def _compare(self, dtype: torch.dtype, windows: int, length: int) -> Cost:
