@@ -36,7 +36,7 @@ COMMON: dict[str, Any] = dict(
     hidden_size=512, num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=2048
 )
 MODELS = ("qwen3_moe", "mixtral", "gpt_oss")
-JOBS = ("global", "learned", "full", "closed-form", "uniform", "ragged", "masked")
+JOBS = ("global", "full", "closed-form", "uniform", "ragged", "masked", "learned")
 SMALL: dict[str, Any] = dict(seq_len=256, batch_size=4)
 PRUNED = 0.4
 
@@ -123,23 +123,22 @@ def main() -> None:
     if len(sys.argv) > 2:
         worker(sys.argv[1], Path(sys.argv[2]))
         return
-    models: dict[str, Any] = {}
-    for name in MODELS:
-        models[name] = {}
-        with tempfile.TemporaryDirectory() as folder:
-            make(name, Path(folder) / "base")
-            for job in JOBS:
-                command = [sys.executable, __file__, job, folder]
+    models: dict[str, Any] = {name: {} for name in MODELS}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in MODELS:
+            make(name, Path(folder) / name / "base")
+        for job in JOBS:
+            for name in MODELS:
+                command = [sys.executable, __file__, job, f"{folder}/{name}"]
                 run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 row = models[name][job] = json.loads(run.stdout.splitlines()[-1])
-                off = row["memory"]["expected"] / row["memory"]["measured"] - 1
-                row["memory"]["off"] = off
+                row["memory"]["off"] = row["memory"]["expected"] / row["memory"]["measured"] - 1
                 print(name, job, {k: v for k, v in row.items() if k != "parts"}, flush=True)
-        summarize(models)
+                summarize(models)  # of what there is so far
 
 
 def summarize(models: dict[str, Any]) -> None:
-    """Write what there is so far."""
+    """Write the rows and how far off the furthest is."""
     of_all = [row["memory"]["off"] for rows in models.values() for row in rows.values()]
     worst = max(of_all, key=abs)
     same = all(

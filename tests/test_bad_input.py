@@ -19,6 +19,7 @@ from flexmoe.cli import main
 from flexmoe.curve import Curve, OfWeights, load_curve, save_curve
 from flexmoe.errors import FlexmoeError
 from flexmoe.exporter import export
+from flexmoe.methods import all_methods
 from flexmoe.pipeline import CompressConfig, compress
 from flexmoe.plan import Plan
 from zoo import tiny_model, tiny_off_interface
@@ -252,7 +253,8 @@ ROWS = [
 
 
 def run(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command says that must fail."""
+    """What a command says that must fail. Methods of a file are forgotten afterwards."""
+    monkeypatch.setattr("flexmoe.methods.METHODS", dict(all_methods()))
     monkeypatch.setattr(sys, "argv", ["flexmoe", *command.split()])
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit) as stop:

@@ -184,7 +184,7 @@ class DryRun:
             kind.kept, kind.calls, kind.operations, kind.moved = 0, 0, 0.0, 0.0
         known = [*self.model.parameters(), *self.model.buffers()]
         known += [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.meter, self.total = _Meter(known, self.heap), _Kind()
+        self.meter, self.total, self.watching = _Meter(known, self.heap), _Kind(), False
         found: list[Cost] = []
         with self.mode, self.meter, experts_function(self.model, "flexmoe_dry"):
             yield found

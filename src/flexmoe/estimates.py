@@ -39,7 +39,6 @@ from flexmoe.trace import CODED_HIDDEN, TracedLayer, trace
 
 MOMENT = 0.05  # seconds each rate is measured for
 VECTORS = 12  # float64 vectors over all channels that learning holds at a time
-BUFFERS = 3_000_000  # bytes of an export's headers, files and code first used (bench/doctor.py)
 FULL_STATE = 16  # bytes a trained parameter: the original, a gradient, two moments
 
 
@@ -129,9 +128,13 @@ class Estimator:
 
     @cached_property
     def top_k(self) -> int | None:
-        """Experts a token is sent to; None where no dry run tells."""
+        """Experts a token is sent to; None where the forward pass looks at values. A `RuntimeError`
+        if the model cannot run at all."""
         dry = self.dry(self.dtype)
-        self._try(lambda: dry.forward(1, 2))
+        try:
+            dry.forward(1, 2)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            pass
         return dry.top_k
 
     def try_method(self, method: Method) -> None:
@@ -288,10 +291,10 @@ class Estimator:
         return probe.times((STRATA - 1) * size / micro).then(cost)
 
     def _try(self, run: Callable[[], Cost]) -> Cost | None:
-        """The cost of a dry run, or None for models whose forward pass looks at values."""
+        """The cost of a dry run, or None for models that cannot be tried on shapes alone."""
         try:
             return run()
-        except (DataDependentOutputException, DynamicOutputShapeException):
+        except RuntimeError:  # that it does run on values, `top_k` has shown
             return None
 
     def _compare(self, dtype: torch.dtype, windows: int, length: int) -> Cost:
@@ -331,10 +334,8 @@ class Estimator:
             "the trace": 4 * 8 * CODED_HIDDEN * E * 2 * I,
         }
         largest = max(parts, key=lambda name: parts[name])
-        parts = {largest: parts[largest], "buffers": BUFFERS}
-        return Need(
-            f"export --layout {layout}", sum(parts.values()), parts, size, seconds=self.files
-        )
+        memory, parts = parts[largest], {largest: parts[largest]}
+        return Need(f"export --layout {layout}", memory, parts, size, seconds=self.files)
 
 
 def _dealt(windows: int) -> list[int]:
