@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 import flexmoe.cli
+import flexmoe.pipeline
 import flexmoe.recover
 import flexmoe.resume
 from common import save
@@ -79,10 +80,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def state(out: Path) -> str:
-    """Where a kill hit, by what lies there."""
+    """Where a kill hit, by what lies there; ``done``: all was, but the process not at its end."""
     work = work_folder(out)
     if out.exists():
-        return "written"
+        return "written" if work.exists() else "done"
     if list(out.parent.glob(f".{out.name}.partial-*")):
         return "writing"
     if (work / "plan" / "flexmoe.json").exists():
@@ -105,11 +106,15 @@ def kill_and_go_on(template: str, at: Path, kills: int, seed: int) -> dict[str, 
         while not kill(command, moment):  # it was faster this time
             shutil.rmtree(out)
             moment *= 0.9
-        hit, again = state(out), finish(command)
+        hit = state(out)
+        again = 0.0 if hit == "done" else finish(command)
         equal = digests(out) == want
         remove_stale(out)
         left = sorted(path.name for path in at.iterdir() if f"broken-{n}." in path.name)
-        print(f"{command[0]} killed after {moment:.1f} s, {hit}: {again:.1f} s more, {equal=}")
+        print(
+            f"{command[0]} killed after {moment:.1f} s, {hit}: {again:.1f} s more, {equal=}",
+            flush=True,
+        )
         if not equal or left:
             raise SystemExit(f"killed after {moment:.2f} s ({hit}): {digests(out)}, left {left}")
         found.append({"after": round(moment, 2), "hit": hit, "again": round(again, 2)})

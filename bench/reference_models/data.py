@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmoe.data import TINY, documents
+from flexmoe.sources import TINY, Source, documents
 
 TOKENIZER = TINY / "model"
 SUFFIX = ".train.jsonl.gz"
@@ -39,7 +39,7 @@ def training_tokens(corpus: Path, tokenizer: Any, work: Path) -> dict[str, np.nd
 def _tokenize(file: Path, tokenizer: Any) -> np.ndarray:
     """Documents joined, the begin token before each."""
     parts: list[np.ndarray] = []
-    for text in documents(file):
+    for text in documents(Source(str(file))):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         parts.append(np.array([tokenizer.bos_token_id, *ids], dtype=np.uint16))
     return np.concatenate(parts)

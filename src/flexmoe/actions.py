@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers, experts_function
-from flexmoe.progress import Track, silent
+from flexmoe.progress import Steps, Track, silent
 from flexmoe.training import batches
 
 Path = list[tuple[float, dict[int, Tensor]]]
@@ -136,8 +136,8 @@ def learn_widths(
     model.requires_grad_(False)
     draw = list(batches(torch.arange(len(ids)), batch_size, config.steps, seed))
     try:
-        for step, index in enumerate(track(draw, "learn")):
-            batch = ids[index].to(device)
+        for step in track(Steps(0, config.steps, batch_size * ids.shape[1]), "learn"):
+            batch = ids[draw[step]].to(device)
             progress = (step + 1) / config.steps
             tau = _between(config.tau, progress)
             with torch.no_grad():

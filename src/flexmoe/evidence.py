@@ -151,6 +151,16 @@ def _digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _resumed(
+    saved: Saved | None, sources: list[str], data_sha256: str
+) -> tuple[Evidence | None, int]:
+    """What an earlier run of the pass kept, and how many batches it had seen."""
+    state = None if saved is None else saved.load()
+    if state is None:
+        return None, 0
+    return Evidence.from_tensors(sources, state[1], data_sha256), state[0]
+
+
 def gather(
     model: nn.Module,
     windows: Windows,
@@ -169,15 +179,13 @@ def gather(
     wanted, layers = find_statistics(names), expert_layers(model)
     every, world = windows.batches(batch_size), processes()[1]
     batches = share(every)
-    found = Evidence(
-        {name: empty_statistics(layers, wanted, seed) for name in windows.sources}, windows.sha256
-    )
-    start = 0
-    if saved is not None and (state := saved.load()) is not None:
-        start, tensors = state
-        found = Evidence.from_tensors(list(windows.sources), tensors, windows.sha256)
-        if start == len(every):
-            return found
+    sources = list(dict.fromkeys(name for name, _ in every))
+    found, start = _resumed(saved, sources, windows.sha256)
+    if found is None or (world > 1 and start < len(every)):
+        empty = {name: empty_statistics(layers, wanted, seed) for name in sources}
+        found, start = Evidence(empty, windows.sha256), 0
+    if start == len(every):
+        return found
     tokens = batch_size * windows.ids.shape[1] * world
     with watched(model, wanted) as look:
         for at in track(Steps(start, len(batches), tokens), "observe"):

@@ -18,7 +18,6 @@ from flexmoe.actions import ActionConfig, learn_widths
 from flexmoe.allocate import allocate, order_of, widths_from_path
 from flexmoe.config import SETTINGS_OF, CompressConfig, check_config
 from flexmoe.data import Windows
-from flexmoe.errors import FlexmoeError
 from flexmoe.evidence import Evidence, gather
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import check_room, write_family
@@ -260,20 +259,15 @@ def compress(
     config = config or CompressConfig()
     check_config(config)
     work = Work(out, {"model": str(model), **dataclasses.asdict(config)})
-    if work.begun and (Path(out) / JSON_NAME).is_file():  # killed when all was done
+    if work.begun and (Path(out).expanduser() / JSON_NAME).is_file():  # killed when all was done
         by_first(work.clear)
         return Plan.load(out)
     check_room(model, out)
     ready = prepare(model, config)
     with work.on(**ready.inputs):
         plan, evidence = _plan(ready, work, track)
-    try:
+    with work.writing():
         by_first(lambda: write_family(ready.source, plan, out, track, evidence))
-    except (OSError, FlexmoeError) as error:
-        raise FlexmoeError(
-            f"'{out}' could not be written: {error}. What was computed is kept in '{work.path}': "
-            "the same command goes on from there"
-        ) from error
     work.clear()
     return plan
 

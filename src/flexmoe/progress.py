@@ -64,7 +64,7 @@ def _on_terminal(items: Sequence[Item], description: str, console: Console) -> I
 
     columns = (
         TextColumn("{task.description:<10}"),
-        BarColumn(),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),

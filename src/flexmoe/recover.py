@@ -243,7 +243,7 @@ def recover(
     """
     config = config or RecoverConfig()
     work = Work(out, {"family": str(family), "base": str(base), **asdict(config)})
-    if work.begun and (Path(out) / JSON_NAME).is_file():  # killed when all was done
+    if work.begun and (Path(out).expanduser() / JSON_NAME).is_file():  # killed when all was done
         by_first(work.clear)
         return read_manifest(out).recipe.recovery[-1]
     refuse_existing(out)
@@ -254,7 +254,8 @@ def recover(
     inputs = {"data_sha256": ready.data_sha256, "version": flexmoe.__version__}
     with work.on(plan_sha256=plan_sha256, **inputs):
         new, record = _recovered(ready, work, track)
-    by_first(lambda: _write(ready, new, record, out, track))
+    with work.writing():
+        by_first(lambda: _write(ready, new, record, out, track))
     work.clear()
     return record
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, Routing, expert_layers, experts_function
 from flexmoe.plan import Plan
-from flexmoe.progress import Track, silent
+from flexmoe.progress import Steps, Track, silent
 
 FULL = 3.0  # weight of the unpruned member beside all others together, see docs/log.md
 DAMPING = 1.0  # the old weights count like DAMPING * I tokens more that voted for them
@@ -110,7 +110,8 @@ def refit(
     moments: dict[int, Moments] = {}
     error_LB2, step, alone = [], {}, {}
     with torch.no_grad(), experts_function(model, "flexmoe_observe"):
-        for at, (group, batch) in enumerate(track(batches, "refit")):
+        for at in track(Steps(0, len(batches), batch_size * ids.shape[1]), "refit"):
+            group, batch = batches[at]
             if not moments:
                 moments = {layer.index: Moments(layer, layer is group[-1]) for layer in group}
             _pass(model, layers, moments, batch.to(device))

@@ -37,7 +37,7 @@ class Work:
     command is refused, not continued."""
 
     def __init__(self, out: str | Path, settings: Mapping[str, Any]):
-        self.path = work_folder(out)
+        self.out, self.path = out, work_folder(out)
         # the device is no part of the result, and every process has its own
         self.settings = {name: value for name, value in settings.items() if name != "device"}
         self._refuse_other("settings", self.settings)
@@ -75,6 +75,17 @@ class Work:
                 f"'{self.path}' keeps the state of another command for the same folder "
                 f"({said}): give that command again to go on, or remove '{self.path}'"
             )
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around the last step: what was computed outlives a full disk."""
+        try:
+            yield
+        except (OSError, FlexmoeError) as error:
+            raise FlexmoeError(
+                f"'{self.out}' could not be written: {error}. What was computed is kept in "
+                f"'{self.path}': the same command goes on from there"
+            ) from error
 
     def stage(self, name: str) -> Saved:
         """The state of one stage of the work."""

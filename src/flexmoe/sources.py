@@ -141,15 +141,16 @@ def _records(source: Source, seed: int | None) -> Iterator[Any]:
     except ImportError:
         raise FlexmoeError(
             f"'{source.name}' is a folder or a hub id, which the package datasets reads: "
-            "pip install datasets, or give files"
+            "pip install 'flexmoe[data]', or give files"
         ) from None
     try:
         rows = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
         yield from rows if seed is None else rows.shuffle(seed=seed, buffer_size=SHUFFLED)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
+        what = "folder" if Path(source.path).is_dir() else "hub data set"
         raise FlexmoeError(
-            f"data set '{source.name}' (split '{source.split}') cannot be read: {reason}. Check "
+            f"{what} '{source.name}' (split '{source.split}') cannot be read: {reason}. Check "
             "name[subset](split) and the connection; without a network give files, or a folder "
             "of .jsonl or .parquet files"
         ) from None
