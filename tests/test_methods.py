@@ -10,7 +10,15 @@ from flexmoe.experts import expert_layers, experts_function
 from flexmoe.methods import METHODS, Method, all_methods, find_method, score_layers
 from flexmoe.methods.camera import energy
 from flexmoe.sequential import score_sequential
-from flexmoe.statistics import THIN, beside, observe, observe_pass, passes, thin_experts
+from flexmoe.statistics import (
+    THIN,
+    beside,
+    empty_statistics,
+    observe,
+    passes,
+    thin_experts,
+    watched,
+)
 from golden_data import golden, golden_logits, relative, scores
 
 RANDOM = ("random", "random-experts")  # scores of places, not of what stands there
@@ -121,8 +129,13 @@ def test_halves_of_a_pass_merge_to_the_whole():
     whole = observe(model, ids, needs, batch_size=4)
     found = {}
     for wanted in passes(needs):
-        first = observe_pass(model, ids[:8], wanted, found, batch_size=4)
-        for i, stats in observe_pass(model, ids[8:], wanted, found, batch_size=4).items():
+        first, second = (empty_statistics(expert_layers(model), wanted) for _ in range(2))
+        with watched(model, wanted, found) as look:
+            for batch in ids[:8].split(4):
+                look(batch, first)
+            for batch in ids[8:].split(4):
+                look(batch, second)
+        for i, stats in second.items():
             first[i].merge(stats)
         found = beside(found, first)
     for i, stats in found.items():

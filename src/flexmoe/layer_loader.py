@@ -24,6 +24,7 @@ from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers
 from flexmoe.hf import SIDES_OF
+from flexmoe.memory import give_back
 from flexmoe.trace import TracedLayer, names_by_parameter, trace
 
 
@@ -79,6 +80,7 @@ class LayerLoader:
         finally:
             for name, tensor in empty.items():
                 _put(layer, name, tensor)
+            give_back()
 
     def _names_by_layer(self) -> dict[int | None, list[str]]:
         """The checkpoint's tensors but those of experts, by decoder layer (None: outside)."""
@@ -96,7 +98,9 @@ class LayerLoader:
             self.model,
             {name: _Stored(self.checkpoint, name) for name in names},
             LoadStateDictConfig(
-                device_map={"": self.device},
+                # "disk", on which nothing is: then transformers reads without threads, each of
+                # which would keep memory of its own
+                device_map={"": self.device, "nothing": "disk"},
                 dtype=self.dtype,
                 dtype_plan=self.model._get_dtype_plan(self.dtype),
                 weight_mapping=self.conversions,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -27,6 +29,14 @@ def held(device: torch.device) -> int:
 def gib(size: float) -> str:
     """Bytes as people give them: 1.25 GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def give_back() -> None:
+    """Free memory goes back to the system. The C library of Linux keeps it for itself otherwise,
+    and what is kept adds up over layers."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 class MostHeld:
