@@ -286,9 +286,10 @@ def compress(
     config = config or CompressConfig()
     check_config(config)
     work = Work(out, {"model": str(model), **dataclasses.asdict(config)})
-    if work.begun and (Path(out).expanduser() / JSON_NAME).is_file():  # killed when all was done
+    made = Path(out).expanduser()
+    if work.begun and (made / JSON_NAME).is_file():  # killed when all was done
         by_first(work.clear)
-        return Plan.load(out)
+        return Plan.load(made)
     check_room(model, out)
     ready = prepare(model, config)
     with work.on(**ready.inputs):

@@ -227,9 +227,10 @@ def recover(
     """
     config = config or RecoverConfig()
     work = Work(out, {"family": str(family), "base": str(base), **asdict(config)})
-    if work.begun and (Path(out).expanduser() / JSON_NAME).is_file():  # killed when all was done
+    made = Path(out).expanduser()
+    if work.begun and (made / JSON_NAME).is_file():  # killed when all was done
         by_first(work.clear)
-        return read_manifest(out).recipe.recovery[-1]
+        return read_manifest(made).recipe.recovery[-1]
     refuse_existing(out)
     remove_stale(out)
     ready = prepare(family, config, base)
