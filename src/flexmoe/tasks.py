@@ -91,7 +91,8 @@ def run_tasks(
 def task_rows(
     found: Mapping[Key, Mapping[str, Any]], base: Key | None = 0.0
 ) -> dict[Key, dict[str, dict[str, Any]]]:
-    """What `run_tasks` come to, by member and name of a task or group.
+    """What `run_tasks` come to, by member and name of a task; of a group that has a value of its
+    own by that name, without its parts.
 
     ``metric``, the first one that the task lists, its ``value`` with a 95 % ``interval`` and the
     number ``n`` of documents; ``metrics``, all of them. Where ``base`` is among the members and a
@@ -102,15 +103,20 @@ def task_rows(
     """
     keys = list(found)
     rows: dict[Key, dict[str, dict[str, Any]]] = {key: {} for key in keys}
-    for name, first in found[keys[0]]["results"].items():
-        metric = next((m for m in first if _is_metric(m)), None)
-        if metric is None:  # a group that has no value of its own
+    first = found[keys[0]]
+    metrics = {
+        name: next((m for m in of if _is_metric(m)), None) for name, of in first["results"].items()
+    }
+    groups = {name: of for name, of in first["group_subtasks"].items() if metrics.get(name)}
+    below = {child for children in groups.values() for child in children}
+    for name, metric in metrics.items():
+        if metric is None or name in below:
             continue
         values = [float(found[key]["results"][name][metric]) for key in keys]
         items_NB = _items([found[key] for key in keys], name, metric, values)
         drawn_RB = None if items_NB is None else resampled_means([items_NB])
         whole = keys.index(base) if base is not None and base in found else None
-        better = found[keys[0]]["higher_is_better"].get(name, {}).get(metric.split(",")[0])
+        better = first["higher_is_better"].get(name, {}).get(metric.split(",")[0])
         for b, key in enumerate(keys):
             results = found[key]["results"][name]
             row: dict[str, Any] = {
