@@ -205,6 +205,10 @@ def gather(
         done, begin = divmod(state[0], len(every))
         kept = Evidence.from_tensors(sources, state[1], windows.sha256)
         found = kept.having(s.name for wanted in rounds[:done] for s in wanted)
+        for name, statistics in found.sources.items():  # of a whole pass, not of the one begun
+            seen = [ids.numel() for source, ids in every if source == name]
+            for stats in statistics.values():
+                stats.tokens, stats.batches = sum(seen), len(seen)
         if begin and world == 1:
             part = kept.having(s.name for s in rounds[done])
     tokens = batch_size * windows.ids.shape[1] * world
