@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import zoo
-from flexmoe import streaming
+from flexmoe import fit, streaming
 from flexmoe.config import CompressConfig, check_config
 from flexmoe.data import TINY, Windows
 from flexmoe.errors import FlexmoeError
@@ -237,6 +237,18 @@ def test_too_little_memory_is_said_before_and_the_figure_is_enough(tmp_path):
             2 * held(CPU), loader, some, NAMES, batch_size=4, saved=saved(tmp_path / "enough")
         )
     assert found.sources["a"][0].tokens == 256
+
+
+def test_too_little_disk_is_said_before_the_pass(tmp_path, monkeypatch):
+    usage = fit.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(fit.shutil, "disk_usage", lambda path: usage)
+    path = checkpoint("qwen3_moe", tmp_path / "model")
+    with (
+        LayerLoader(path, CPU, torch.float32) as loader,
+        pytest.raises(FlexmoeError, match="fewer --samples"),
+    ):
+        gather_within(2 * held(CPU), loader, windows(), NAMES, batch_size=2, saved=saved(tmp_path))
+    assert not (tmp_path / "made.work" / "rehearsal").exists()
 
 
 def test_compress_within_memory_gives_the_same_plan(tmp_path):

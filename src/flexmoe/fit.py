@@ -105,14 +105,15 @@ def _sizes(
 
     try:
         number, peak = 1, most(1)
-        _check_disk(files, len(ids), len(loader.layers))
+        both = any(statistic.when != "forward" for statistic in wanted)
+        _check_disk(files, len(ids) * (len(loader.layers) + 1 if both else 2))
         if peak > usable:
             raise FlexmoeError(
                 f"{gib(memory)} of memory are too little for one window of {ids.shape[1]} tokens: "
                 f"it takes {gib(peak)}. Give --memory more than {gib(_with_slack(peak))}, or a "
                 "shorter --seq-len"
             )
-        each = peak - base - largest
+        each = max(0, peak - base - largest)
         while 2 * number <= min(batch_size, len(ids)) and peak + number * each <= usable:
             before, peak = peak, most(2 * number)
             if peak > usable:
@@ -126,12 +127,13 @@ def _sizes(
     return {name: torch.tensor(value) for name, value in sizes.items()}
 
 
-def _check_disk(files: Activations, windows: int, layers: int) -> None:
-    """`FlexmoeError` if the outputs of all layers for all windows do not fit on its disk."""
+def _check_disk(files: Activations, kept: int) -> None:
+    """`FlexmoeError` if what layers give, ``kept`` times that for one window, is too much for the
+    disk."""
     of_one = sum(file.stat().st_size for file in files.path.glob("output-0/*"))
-    needed, free = of_one * windows * (layers + 1), shutil.disk_usage(files.path).free
+    needed, free = of_one * kept, shutil.disk_usage(files.path).free
     if needed > free:
         raise FlexmoeError(
-            f"the activations of {windows} windows need {gib(needed)} of disk, '{files.path}' has "
+            f"the activations of all windows need {gib(needed)} of disk, '{files.path.parent}' has "
             f"{gib(free)} free: use fewer --samples, a shorter --seq-len, or --out on another disk"
         )

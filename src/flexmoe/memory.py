@@ -15,7 +15,8 @@ import torch
 
 Result = TypeVar("Result")
 
-EVERY = 0.002  # seconds between two looks at what the process holds
+EVERY = 0.005  # seconds between two looks at what the process holds
+PROCESS = psutil.Process()
 log = logging.getLogger("flexmoe")
 
 
@@ -23,7 +24,7 @@ def held(device: torch.device) -> int:
     """Bytes in use: of this whole process, libraries included, or of its tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return psutil.Process().memory_info().rss
+    return PROCESS.memory_info().rss
 
 
 def gib(size: float) -> str:
