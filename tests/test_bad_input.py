@@ -236,7 +236,7 @@ ROWS = [
     (f"{GOOD} --method import.py:score", "ModuleNotFoundError: No module named 'no_such_module'"),
     (f"{GOOD} --method undecorated.py:score", "decorate it"),
     (f"{GOOD} --method raises.py:score", "KeyError: 'nothing_EI', line 7"),
-    (f"{GOOD} --method shape.py:score", "gave shape (8,) for layer 0, expected [8, 16]"),
+    (f"{GOOD} --method shape.py:score", "gave shape [8] for layer 0, expected [8, 16]"),
     (f"{GOOD} --method none.py:score", "gave a NoneType"),
     (f"{GOOD} --method needs.py:score", "unknown statistic 'fisher'"),
     ("compress good -o out --allocate global --method nan.py:score", "that are not finite"),

@@ -186,7 +186,7 @@ def test_an_export_tells_what_its_member_was_measured_at(family, tmp_path):
 
 def test_commands_are_what_was_asked_for():
     assert given(CompressConfig()) == {}
-    assert given(CompressConfig(allocate="learned", learn=LearnConfig())) == {}
+    assert given(CompressConfig(learn=LearnConfig())) == {}
     config = CompressConfig(data="a b.txt:2", learn=LearnConfig(steps=5), checkpointing=True)
     asked = given(config)
     assert asked == {"data": "a b.txt:2", "learn": {"steps": 5}, "checkpointing": True}

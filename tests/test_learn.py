@@ -139,6 +139,7 @@ def test_learning_beats_the_global_cut():
         seq_len=64,
         pruned=(0.4, 0.6, 0.8),
         method="magnitude",
+        allocate="learned",
         learn=LearnConfig(steps=12),
         batch_size=8,
     )

@@ -72,9 +72,15 @@ class Blocks:
             sequence = sequence[key_X[sequence].argsort(stable=True)]
         return sequence
 
-    def cut(self, sequence_X: Tensor, budgets: Sequence[float]) -> dict[int, Tensor]:
+    def cut(
+        self,
+        sequence_X: Tensor,
+        budgets: Sequence[float],
+        least: int = 0,
+        most: int | None = None,
+    ) -> dict[int, Tensor]:
         """Widths int32 [B, E] of every layer when the head of the sequence is cut off, as near to
-        each pruned share as a block allows."""
+        each pruned share as a block allows; at ``least`` and at ``most`` so many blocks."""
         removed_X = self.parameters_X[sequence_X].cumsum(0)
         step_X = torch.cat([torch.zeros(1, dtype=removed_X.dtype), removed_X]).double()
         if budgets and max(budgets) * self.total > float(step_X[-1]) + 0.5:
@@ -85,7 +91,9 @@ class Blocks:
         width = {}
         rank_X = torch.empty_like(sequence_X)
         rank_X[sequence_X] = torch.arange(len(sequence_X))
+        most = len(sequence_X) if most is None else most
         count_B = [int((step_X - share * self.total).abs().argmin()) for share in budgets]
+        count_B = [min(max(count, least), most) for count in count_B]
         for i, shape in self.layers.items():
             here = self.layer_X == i
             rank_EN = rank_X[here].view(shape.experts, -1)
@@ -196,5 +204,9 @@ def cut_between(plan: Plan, richer: int, poorer: int, pruned: float) -> dict[int
         pace_X = (rich_X - start_X) / (rich_X - poor_X).clamp_min(1)
         pace_X = torch.where(start_X >= rich_X, -1.0, pace_X)  # gone already
         primary_X[here] = torch.where(start_X < poor_X, 2.0, pace_X).double()  # stays longest
-    width = blocks.cut(blocks.sequence(primary_X, primary_X), [pruned])
+    # no budget is hit exactly where blocks are large: the cut stays between those of the two
+    gone, staying = int((primary_X == -1).sum()), int((primary_X == 2).sum())
+    width = blocks.cut(
+        blocks.sequence(primary_X, primary_X), [pruned], gone, len(primary_X) - staying
+    )
     return {i: w[0] for i, w in width.items()}

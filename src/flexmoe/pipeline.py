@@ -242,7 +242,8 @@ def make_plan(
         name = "global" if allocator == "learned" else allocator
         width = allocate(name, shapes, score, budgets, ranked.quantum)
     made = {"allocate": allocator, "settings": settings}
-    made["options"] = given(dataclasses.replace(config, allocate=allocator, learn=learn))
+    asked = config.allocate if allocator == config.allocator else allocator
+    made["options"] = given(dataclasses.replace(config, allocate=asked, learn=learn))
     return Plan(
         layers=ranked.layers,
         order={i: ranked.order[i].gather(1, order_of(s).long()) for i, s in score.items()},
