@@ -17,7 +17,7 @@ import dataclasses
 import fcntl
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ PATH = RESULTS / "family.json"
 class Bench:
     """One model and seed: its calibration windows, held-out windows and results so far."""
 
-    def __init__(self, model: str, seed: int, path: Path = PATH, only: str = ""):
+    def __init__(self, model: str, seed: int, path: Path = PATH, only: Sequence[str] = ()):
         self.model, self.seed, self.path, self.only = model, seed, path, only
         self.name = "tiny" if model == "tiny" else Path(model).name
         self.windows: dict[str, Tensor] = {}
@@ -78,7 +78,7 @@ class Bench:
     def skips(self, recipe: str) -> bool:
         """Whether there is nothing to do: measured already, or not asked for."""
         measured = any(self._is(row, recipe) for row in self._rows())
-        return measured or self.only not in recipe
+        return measured or not any(words in recipe for words in self.only or [""])
 
     def _is(self, row: Mapping[str, Any], recipe: str) -> bool:
         return (row["model"], row["seed"], row["recipe"]) == (self.name, self.seed, recipe)
@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("model", help="'tiny' or a folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=400_000, help="for recovery")
-    parser.add_argument("--only", default="", help="recipes with these words in their name")
+    parser.add_argument("--only", nargs="+", default=(), help="recipes with one of these in them")
     parser.add_argument("--pairs", type=Path)
     parser.add_argument("--per-paradigm", type=int, default=None)
     asked = parser.parse_args()
