@@ -33,8 +33,8 @@ from flexmoe.pick import parse_bytes
 from flexmoe.plan import Plan
 
 SIZES = {  # layers, experts, channels, hidden, and the memory allowed
-    "large": (120, 8, 512, 768, "608MiB"),
-    "small": (6, 8, 128, 256, "608MiB"),  # to try this script
+    "large": (140, 8, 512, 768, "704MiB"),
+    "small": (6, 8, 128, 256, "704MiB"),  # to try this script
 }
 LAYOUTS = ("uniform", "ragged", "masked")
 CALIBRATION = ["--samples", "2", "--seq-len", "32", "--batch-size", "2", "--allocate", "global"]

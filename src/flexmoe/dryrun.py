@@ -249,18 +249,21 @@ class DryRun:
         """One half of a step of `flexmoe.learn.learn_positions`, in one piece."""
         masks: list[Tensor] = []
         self.model.requires_grad_(False)
+        teacher, shape = self._teacher(windows, length)
         with (
             activations_recomputed(self.model, checkpointing),
             self._counted(lambda routing, h_SI: h_SI * masks[-1][routing.expert_S]) as found,
         ):
-            with torch.no_grad():
-                masks.append(self._mask())
-                teacher = self._logits(windows, length)
-            for _ in range(draws):
-                masks.append(self._mask().requires_grad_(True))
-                student = self._logits(windows, length)
-                divergence(student, teacher).backward()
-        return found[0]
+            masks.append(self._mask().requires_grad_(True))
+            taught = torch.empty(shape, dtype=self.dtype)
+            divergence(self._logits(windows, length), taught).backward()
+        return teacher.then(found[0].times(draws))
+
+    def _teacher(self, windows: int, length: int) -> tuple[Cost, torch.Size]:
+        """The cost of a teacher's logits, and their shape."""
+        with torch.no_grad(), self._counted(lambda routing, h_SI: h_SI) as found:
+            shape = self._logits(windows, length).shape
+        return found[0], shape
 
     def compare(self, windows: int, length: int) -> Cost:
         """The divergence of one member from the full model, without gradients."""
@@ -281,9 +284,7 @@ class DryRun:
 
     def forward(self, windows: int, length: int) -> Cost:
         """One forward pass without gradients."""
-        with torch.no_grad(), self._counted(lambda routing, h_SI: h_SI) as found:
-            self._logits(windows, length)
-        return found[0]
+        return self._teacher(windows, length)[0]
 
     def distil(
         self,
@@ -294,8 +295,9 @@ class DryRun:
         checkpointing: bool,
     ) -> Cost:
         """One micro-batch of `flexmoe.distil.distil`: the teacher on all ``windows``, a member on
-        each number of ``rows``."""
+        each number of ``rows``, of which the largest is tried and counted for all."""
         self.model.requires_grad_(False)
+        teacher, shape = self._teacher(windows, length)
         for parameter in trained:
             parameter.requires_grad_(True)
             with self.mode:
@@ -304,12 +306,9 @@ class DryRun:
             activations_recomputed(self.model, checkpointing),
             self._counted(lambda routing, h_SI: h_SI) as found,
         ):
-            with torch.no_grad():
-                taught = self._logits(windows, length)
-            for count in rows:
-                student = self._logits(count, length)
-                divergence(student, taught[:count]).backward()
-        return found[0]
+            taught, count = torch.empty(shape, dtype=self.dtype), max(rows)
+            divergence(self._logits(count, length), taught[:count]).backward()
+        return teacher.then(found[0].times(sum(rows) / count))
 
 
 def _materialize(model: nn.Module, dtype: torch.dtype) -> None:

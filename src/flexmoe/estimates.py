@@ -115,6 +115,7 @@ class Estimator:
     _rates: dict[torch.dtype, Rates] = field(default_factory=dict)
     _dry: dict[torch.dtype, DryRun] = field(default_factory=dict)
     _compared: dict[tuple[torch.dtype, int, int], Cost] = field(default_factory=dict)
+    _distilled: dict[tuple, Cost] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | Path, device: str = "auto") -> Estimator:
@@ -283,7 +284,11 @@ class Estimator:
         trained = list(trained_parameters(dry.model, mode).values())
         family = (config.scheme or ("family" if config.at is None else "sp")) == "family"
         rows = [micro] if not family else _dealt(micro)
-        step = dry.distil(micro, rows, length, trained, config.checkpointing)
+        key = (mode, micro, *rows, length, config.checkpointing)
+        if key not in self._distilled:  # of two modes the step is the same
+            step = dry.distil(micro, rows, length, trained, config.checkpointing)
+            self._distilled[key] = step
+        step = self._distilled[key]
         cost = step.times(steps * size / micro)
         if not family:
             return cost
