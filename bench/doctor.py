@@ -72,8 +72,8 @@ def make(name: str, folder: Path) -> None:
 def worker(job: str, root: Path) -> None:
     """One job: what is expected and what was needed, as one line of JSON."""
     from flexmoe.checkpoint import Checkpoint
-    from flexmoe.doctor import examine
-    from flexmoe.estimates import Estimator
+    from flexmoe.doctor.diagnosis import examine
+    from flexmoe.doctor.estimates import Estimator
     from flexmoe.exporter import export
     from flexmoe.learn import LearnConfig
     from flexmoe.pipeline import CompressConfig, compress

@@ -29,18 +29,18 @@ from common import RESULTS, environment
 from flexmoe.actions import ActionConfig
 from flexmoe.data import calibration_windows, evaluation_windows
 from flexmoe.distil import Schedule, Swapped, distil
-from flexmoe.evaluate import budget_rows, evaluate, mean_nll
+from flexmoe.evaluation.evaluate import budget_rows, evaluate, mean_nll
+from flexmoe.evaluation.members import budgets_of
+from flexmoe.evaluation.pairs import encode, pair_rows, read_pairs, right_pairs
 from flexmoe.experts import expert_layers, experts_function
 from flexmoe.learn import LearnConfig
 from flexmoe.lora import lora_experts
-from flexmoe.members import budgets_of
-from flexmoe.pairs import encode, pair_rows, read_pairs, right_pairs
 from flexmoe.pipeline import CompressConfig, Ranked, attach_plan, make_plan, rank_channels
 from flexmoe.plan import Plan
 from flexmoe.progress import bar
 from flexmoe.recover import default_rate, trained_parameters
 from flexmoe.refit import refit
-from flexmoe.report import merge_rows
+from flexmoe.reports.report import merge_rows
 from rivals import progressive, rco
 
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)

@@ -17,11 +17,11 @@ from transformers.utils import logging
 from common import save
 from flexmoe.actions import ActionConfig
 from flexmoe.data import evaluation_windows, load_tokenizer
-from flexmoe.evaluate import budget_rows, evaluate, mean_nll
+from flexmoe.evaluation.evaluate import budget_rows, evaluate, mean_nll
 from flexmoe.methods import all_methods
 from flexmoe.pipeline import CompressConfig, Ranked, attach_plan, make_plan, rank_channels
 from flexmoe.progress import bar
-from flexmoe.report import merge_rows
+from flexmoe.reports.report import merge_rows
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
 SCORED = ("uniform", "layer", "global")

@@ -28,8 +28,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from common import save
 from flexmoe.checkpoint import INDEX_NAME, Checkpoint
 from flexmoe.data import TINY
+from flexmoe.evaluation.pick import parse_bytes
 from flexmoe.memory import gib
-from flexmoe.pick import parse_bytes
 from flexmoe.plan import Plan
 
 SIZES = {  # layers, experts, channels, hidden, and the memory allowed

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flexmoe.checkpoint import Checkpoint
+from flexmoe.evaluation.records import Curve, OfWeights, Point, TextFile
 from flexmoe.experts import expert_layers, experts_function
 from flexmoe.plan import LayerRecord, Plan, Recipe
-from flexmoe.records import Curve, OfWeights, Point, TextFile
 
 BUDGETS = (0.0, 0.2, 0.4, 0.6)
 # The same float32 products summed in another order or grouping, two layers deep.

@@ -16,13 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexmoe.checkpoint import resolve
 from flexmoe.cli import main
-from flexmoe.curve import load_curve, save_curve
 from flexmoe.errors import FlexmoeError
+from flexmoe.evaluation.curve import load_curve, save_curve
+from flexmoe.evaluation.records import Curve, OfWeights
 from flexmoe.exporter import export
 from flexmoe.methods import all_methods
 from flexmoe.pipeline import CompressConfig, compress
 from flexmoe.plan import Plan
-from flexmoe.records import Curve, OfWeights
 from zoo import tiny_model, tiny_off_interface
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 400

@@ -5,16 +5,16 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard
 
-from flexmoe.card import refresh_card, write_card
-from flexmoe.curve import of_weights, save_curve, versions
 from flexmoe.errors import FlexmoeError
+from flexmoe.evaluation.curve import of_weights, save_curve, versions
+from flexmoe.evaluation.records import OfWeights
 from flexmoe.exporter import export, write_family
 from flexmoe.learn import LearnConfig
 from flexmoe.pipeline import CompressConfig
 from flexmoe.plan import Plan, Recipe
-from flexmoe.provenance import Record, commands, given, record_in, record_of
-from flexmoe.records import OfWeights
 from flexmoe.recover import RecoverConfig
+from flexmoe.reports.card import refresh_card, write_card
+from flexmoe.reports.provenance import Record, commands, given, record_in, record_of
 from helpers import made_curve, random_plan
 from zoo import tiny_model
 

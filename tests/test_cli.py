@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flexmoe.cli import app, main
-from flexmoe.evaluate import evaluate_path
+from flexmoe.evaluation.evaluate import evaluate_path
 
 
 @pytest.fixture(scope="module")

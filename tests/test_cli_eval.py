@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flexmoe.cli import app, main
-from flexmoe.curve import load_curve, stale
 from flexmoe.data import TINY
-from flexmoe.evaluate import EvaluateConfig, evaluate_path, measure
+from flexmoe.evaluation.curve import load_curve, stale
+from flexmoe.evaluation.evaluate import EvaluateConfig, evaluate_path, measure
 from flexmoe.exporter import export, rank_checkpoint
 from flexmoe.family import load_stock
 from helpers import random_plan
@@ -123,7 +123,9 @@ def test_an_export_beside_its_base_is_as_the_family_says(family, tmp_path, monke
     (whole, of_family) = measure(family, EvaluateConfig(**SMALL, pruned=(0.0, 0.4))).members
     found = {}
     for together in (True, False):
-        monkeypatch.setattr("flexmoe.compared.fit_together", lambda *_, fit=together: fit)
+        monkeypatch.setattr(
+            "flexmoe.evaluation.compared.fit_together", lambda *_, fit=together: fit
+        )
         found[together] = measure(tmp_path / "member", EvaluateConfig(**SMALL, against="tiny"))
         (row,) = found[together].members
         assert row["pruned"] == 0.4 and found[together].against["model"] == "tiny"

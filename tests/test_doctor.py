@@ -12,12 +12,12 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
-from flexmoe import dryrun
 from flexmoe.checkpoint import Checkpoint, meta_model, resolve
 from flexmoe.cli import app
-from flexmoe.doctor import before_compress, examine
-from flexmoe.dryrun import DryRun, _Meter
-from flexmoe.estimates import Estimator
+from flexmoe.doctor import dryrun
+from flexmoe.doctor.diagnosis import before_compress, examine
+from flexmoe.doctor.dryrun import DryRun, _Meter
+from flexmoe.doctor.estimates import Estimator
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import export
 from flexmoe.family import load_stock
@@ -106,7 +106,7 @@ def test_compress_refuses_what_does_not_fit(
     assert before_compress("tiny", tmp_path / "out", config) == []
     weights = 4 * sum(p.numel() for p in meta_model(resolve("tiny")).parameters())
     for free, expected in ((weights + 1000, "warned"), (weights - 1000, "refused")):
-        monkeypatch.setattr("flexmoe.doctor.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("flexmoe.doctor.diagnosis.free_memory", lambda device, free=free: free)
         if expected == "warned":
             (line,) = before_compress("tiny", tmp_path / "out", config)
             assert "compress takes about" in line and "--batch-size" in line

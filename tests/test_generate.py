@@ -8,10 +8,10 @@ import torch
 import flexmoe
 from flexmoe.data import TINY, load_tokenizer
 from flexmoe.errors import FlexmoeError
-from flexmoe.generate import Answer, answers, end_tokens, greedy, sampled
-from flexmoe.health import health_row, loops
-from flexmoe.prompts import Prompt, check_prompts, read_prompts, window_prompts
-from flexmoe.structured import calls_tool, is_json, structured_row
+from flexmoe.evaluation.generate import Answer, answers, end_tokens, greedy, sampled
+from flexmoe.evaluation.health import health_row, loops
+from flexmoe.evaluation.prompts import Prompt, check_prompts, read_prompts, window_prompts
+from flexmoe.evaluation.structured import calls_tool, is_json, structured_row
 
 TEXTS = ("The captain", "1 + 1 =", "def add(a, b):\n    return", "It was a dark and stormy night")
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}A:"  # noqa: E501

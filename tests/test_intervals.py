@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from flexmoe.intervals import interval, resampled_means, share_interval
-from flexmoe.losses import loss_rows
+from flexmoe.evaluation.intervals import interval, resampled_means, share_interval
+from flexmoe.evaluation.losses import loss_rows
 
 
 def test_95_of_100_intervals_hold_the_true_mean():
@@ -39,7 +39,7 @@ def test_the_same_seed_gives_the_same_interval_and_another_one_nearly():
 def test_chunks_change_nothing(monkeypatch):
     strata = [np.random.default_rng(2).normal(size=(50, 2))]
     whole = resampled_means(strata, draws=100)
-    monkeypatch.setattr("flexmoe.intervals.CHUNK", 500)
+    monkeypatch.setattr("flexmoe.evaluation.intervals.CHUNK", 500)
     assert np.allclose(whole, resampled_means(strata, draws=100))
 
 

@@ -5,9 +5,9 @@ import torch
 
 import flexmoe
 from flexmoe.data import TINY
+from flexmoe.evaluation.losses import loss_rows, window_losses
+from flexmoe.evaluation.members import Shelf, budgets_of
 from flexmoe.family import attach, load_stock
-from flexmoe.losses import loss_rows, window_losses
-from flexmoe.members import Shelf, budgets_of
 from helpers import random_plan
 
 BUDGETS = (0.0, 0.2, 0.6)
@@ -69,7 +69,7 @@ def test_batches_and_their_order_change_nothing(model, windows, tmp_path):
 def test_chunks_change_nothing(model, windows, monkeypatch):
     members = budgets_of(model, (0.0, 0.6))
     whole = window_losses(members, windows, 0.0)
-    monkeypatch.setattr("flexmoe.losses.CHUNK", 7 * 4096)
+    monkeypatch.setattr("flexmoe.evaluation.losses.CHUNK", 7 * 4096)
     parts = window_losses(members, windows, 0.0)
     torch.testing.assert_close(parts[0.6]["a"], whole[0.6]["a"], rtol=1e-6, atol=1e-7)
 

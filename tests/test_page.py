@@ -10,15 +10,15 @@ import torch
 
 from flexmoe.checkpoint import Checkpoint
 from flexmoe.cli import main
-from flexmoe.curve import of_weights, save_curve
 from flexmoe.data import TINY
+from flexmoe.evaluation.curve import of_weights, save_curve
 from flexmoe.exporter import write_family
 from flexmoe.family import load_stock
-from flexmoe.page import build_page, measured_curve
 from flexmoe.plan import Plan
-from flexmoe.report import measured_rows
-from flexmoe.samples import make_samples
-from flexmoe.sizes import GONE, KEPT, parts
+from flexmoe.reports.page import build_page, measured_curve
+from flexmoe.reports.report import measured_rows
+from flexmoe.reports.samples import make_samples
+from flexmoe.reports.sizes import GONE, KEPT, parts
 from helpers import made_curve, random_plan
 
 NASTY = "<script>alert(1)</script> $x^2$ & \"quoted\" 'text'"

@@ -9,7 +9,14 @@ import torch
 import flexmoe
 from flexmoe.data import TINY, load_tokenizer
 from flexmoe.errors import FlexmoeError
-from flexmoe.pairs import Pair, encode, pair_rows, read_pairs, right_pairs, sequence_scores
+from flexmoe.evaluation.pairs import (
+    Pair,
+    encode,
+    pair_rows,
+    read_pairs,
+    right_pairs,
+    sequence_scores,
+)
 from minimal import made_pairs, write_pairs
 
 

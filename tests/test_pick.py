@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from flexmoe.curve import save_curve
 from flexmoe.data import TINY
 from flexmoe.errors import FlexmoeError
+from flexmoe.evaluation.curve import save_curve
+from flexmoe.evaluation.pick import Candidate, Wanted, choose, parse_bytes, parse_count, pick
+from flexmoe.evaluation.records import Curve, OfWeights, PairsPoint, Point
 from flexmoe.family import load_stock
-from flexmoe.pick import Candidate, Wanted, choose, parse_bytes, parse_count, pick
 from flexmoe.plan import Member
-from flexmoe.records import Curve, OfWeights, PairsPoint, Point
 from helpers import random_plan
 
 KEPT = {0.0: (1.0, 1.0), 0.2: (0.98, 1.01), 0.4: (0.96, 0.99), 0.6: (0.80, 0.97)}  # loss, pairs

@@ -3,7 +3,7 @@
 import pytest
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.quality import check_gate, gate, kept
+from flexmoe.evaluation.quality import check_gate, gate, kept
 
 
 def row(pruned, share, spread=None, **others):

@@ -165,7 +165,7 @@ def test_a_plan_alone_becomes_a_family(family, tmp_path):
 def test_recovery_lowers_the_loss_of_pruned_members(family, tmp_path):
     config = RecoverConfig(tokens=40 * 512, seq_len=64, batch_size=8, lr=1e-3)
     recover(family, tmp_path / "out", config)
-    from flexmoe.evaluate import evaluate_path, mean_nll
+    from flexmoe.evaluation.evaluate import evaluate_path, mean_nll
 
     def loss(folder, pruned):
         rows = evaluate_path(folder, pruned=[pruned], samples=4, seq_len=128)

@@ -13,9 +13,9 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.exporter import export
 from flexmoe.pipeline import CompressConfig, compress
 from flexmoe.plan import read_manifest
-from flexmoe.provenance import record_of
 from flexmoe.recover import RecoverConfig, recover
-from flexmoe.reproduce import compare, read_record, rerun
+from flexmoe.reports.provenance import record_of
+from flexmoe.reports.reproduce import compare, read_record, rerun
 from flexmoe.sources import Source, documents
 
 LAYERS, EXPERTS = 4, 16

@@ -8,18 +8,18 @@ import pytest
 import torch
 
 import zoo
-from flexmoe import fit, streaming
 from flexmoe.config import CompressConfig, check_config
 from flexmoe.data import TINY, Windows
 from flexmoe.errors import FlexmoeError
 from flexmoe.family import load_stock
-from flexmoe.fit import check_weights, gather_within
-from flexmoe.layer_loader import LayerLoader
 from flexmoe.memory import held
 from flexmoe.pipeline import compress
 from flexmoe.resume import Work
 from flexmoe.statistics import observe
-from flexmoe.streaming import gather_streamed
+from flexmoe.streamed import fit, streaming
+from flexmoe.streamed.fit import check_weights, gather_within
+from flexmoe.streamed.layer_loader import LayerLoader
+from flexmoe.streamed.streaming import gather_streamed
 
 # The same float32 products, in micro-batches of another size and logits in chunks; relative, and
 # to a millionth of the largest value of the layer. Seen on all 61 architectures: up to 3e-5 with

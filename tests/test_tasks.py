@@ -8,10 +8,10 @@ import torch
 import flexmoe
 from flexmoe.data import TINY, load_tokenizer
 from flexmoe.errors import FlexmoeError
+from flexmoe.evaluation.members import budgets_of
+from flexmoe.evaluation.pairs import sequence_scores
+from flexmoe.evaluation.tasks import load_tasks, run_tasks, task_rows
 from flexmoe.family import attach
-from flexmoe.members import budgets_of
-from flexmoe.pairs import sequence_scores
-from flexmoe.tasks import load_tasks, run_tasks, task_rows
 from helpers import random_plan
 
 FOLDER = Path(__file__).parent / "offline_task"

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from upcycle import upcycle
 
 from flexmoe.data import TINY, evaluation_windows
-from flexmoe.evaluate import evaluate
+from flexmoe.evaluation.evaluate import evaluate
 from flexmoe.files import written_beside
 
 sys.path.append(str(Path(__file__).parents[1]))

@@ -20,7 +20,7 @@ from flexmoe.plan import JSON_NAME, TENSORS_NAME
 
 INDEX_NAME = "model.safetensors.index.json"
 EXPORT_NAME = "flexmoe_export.json"  # what an export says about itself
-CURVE_NAME = "evaluation.json"  # the measured curve of a family, see `flexmoe.curve`
+CURVE_NAME = "evaluation.json"  # the measured curve of a family, see `flexmoe.evaluation.curve`
 # Weights of other formats would be stale beside new ones, so they are never copied.
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 # Names of the safetensors format.

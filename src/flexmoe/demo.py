@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from flexmoe.data import evaluation_windows
 from flexmoe.errors import FlexmoeError
-from flexmoe.evaluate import Row, budget_rows, evaluate, mean_nll, perplexity
+from flexmoe.evaluation.evaluate import Row, budget_rows, evaluate, mean_nll, perplexity
 from flexmoe.exporter import ExportReport, export, write_family
 from flexmoe.family import load, set_budget
 from flexmoe.learn import LearnConfig
@@ -26,9 +26,9 @@ from flexmoe.pipeline import (
     rank_channels,
 )
 from flexmoe.plan import Plan
-from flexmoe.plots import plot_quality, save, widths_figure
 from flexmoe.progress import Track
-from flexmoe.report import budget_table, merge_rows, size
+from flexmoe.reports.plots import plot_quality, save, widths_figure
+from flexmoe.reports.report import budget_table, merge_rows, size
 
 MARK = ".flexmoe-demo"  # a folder with this file may be replaced
 CHOOSING = 8  # held-out windows of each domain that choose the allocator

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexmoe.card import write_card
 from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.evidence import Evidence
@@ -24,6 +23,7 @@ from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_be
 from flexmoe.hf import FORMAT
 from flexmoe.plan import Plan, Recipe, read_manifest
 from flexmoe.progress import Track, silent
+from flexmoe.reports.card import write_card
 from flexmoe.shards import (
     Cut,
     RaggedNames,

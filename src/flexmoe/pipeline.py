@@ -15,25 +15,25 @@ from transformers import PreTrainedModel
 from flexmoe.actions import ActionConfig, learn_widths
 from flexmoe.allocate import allocate, allocate_experts, order_of, widths_from_path
 from flexmoe.config import SETTINGS_OF, CompressConfig, check_config
-from flexmoe.curve import hardware, versions
 from flexmoe.data import Windows
+from flexmoe.evaluation.curve import hardware, versions
 from flexmoe.evidence import Evidence, gather
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import check_room, write_family
 from flexmoe.family import attach, check_finite, load_stock, pick_device
-from flexmoe.fit import check_weights, gather_within
-from flexmoe.layer_loader import LayerLoader
 from flexmoe.learn import LearnConfig, learn_positions
 from flexmoe.methods import find_method, score_layers
 from flexmoe.plan import JSON_NAME, LayerRecord, Plan, Recipe
 from flexmoe.prepare import Prepared, prepare
 from flexmoe.progress import Track, silent
-from flexmoe.provenance import given
 from flexmoe.reference import add_reference
+from flexmoe.reports.provenance import given
 from flexmoe.resume import Saved, Work
 from flexmoe.sequential import score_sequential
 from flexmoe.sharding import gathered, shard_model
 from flexmoe.statistics import Statistics, observe, thin_experts
+from flexmoe.streamed.fit import check_weights, gather_within
+from flexmoe.streamed.layer_loader import LayerLoader
 from flexmoe.training import by_first
 
 # show how many experts a token is sent to, where no text is read

@@ -22,9 +22,7 @@ from transformers import PreTrainedModel
 
 import flexmoe
 from flexmoe.around import router_weights
-from flexmoe.card import write_card
 from flexmoe.checkpoint import resolve
-from flexmoe.curve import hardware, versions
 from flexmoe.data import (
     calibration_windows,
     check_tokens,
@@ -34,6 +32,7 @@ from flexmoe.data import (
 )
 from flexmoe.distil import SCHEMES, Schedule, Swapped, distil, whole
 from flexmoe.errors import FlexmoeError, did_you_mean
+from flexmoe.evaluation.curve import hardware, versions
 from flexmoe.evidence import FILE_NAME as EVIDENCE_NAME
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import copy_others
@@ -42,8 +41,9 @@ from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_be
 from flexmoe.lora import lora_experts
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.progress import Track, silent
-from flexmoe.provenance import given
 from flexmoe.refit import refit
+from flexmoe.reports.card import write_card
+from flexmoe.reports.provenance import given
 from flexmoe.resume import Work
 from flexmoe.sharding import check_processes, shard_model
 from flexmoe.shards import Source, replaced, verify, write

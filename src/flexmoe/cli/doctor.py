@@ -1,0 +1,136 @@
+"""The command ``flexmoe doctor``."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flexmoe.cli.common import Device, quiet, say
+
+if TYPE_CHECKING:
+    from flexmoe.doctor.diagnosis import Diagnosis
+
+EXAMPLES = """\
+[bold]Examples[/bold]
+
+  flexmoe doctor ./Qwen3-30B-A3B
+
+  flexmoe doctor families/tiny --json
+"""
+
+
+def doctor(
+    model: Annotated[str, typer.Argument(help="folder, model in the hub's cache, or 'tiny'")],
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """What a checkpoint is, what works with it, what that takes, and why it would fail.
+
+    Reads configs and headers, no weights. Memory and time are estimates for default settings.
+    Exit code 2 if compress would fail.
+    """
+    from flexmoe.config import CompressConfig
+    from flexmoe.doctor.diagnosis import examine, report
+
+    quiet()
+    found = examine(model, CompressConfig(device=device))
+    if as_json:
+        typer.echo(json.dumps(report(found), indent=1))
+    else:
+        if found.layers:
+            _describe(found)
+        for line in found.warnings:
+            say(f"warning: {line}", style="yellow")
+        for line in found.problems:
+            say(f"problem: {line}", style="red")
+        if not found.problems:
+            say(f"next: flexmoe compress {model} -o FAMILY")
+    if found.problems:
+        raise typer.Exit(2)
+
+
+def _describe(found: Diagnosis) -> None:
+    from flexmoe.reports.report import count
+
+    say(f"{found.model}: {found.architecture} ({found.model_type}), {found.dtype}")
+    shares = ", ".join(f"{count(number)} {name}" for name, number in found.parameters.items())
+    say(f"parameters  {shares}")
+    say(f"experts     {found.experts_per_token or '?'} a token")
+    for what, group in groupby(found.layers, key=_kind):
+        same = list(group)
+        where = _numbers([layer.index for layer in same])
+        say(f"MoE layers  {where}: {what}")
+    if found.widths:
+        say(_widths(found))
+    for layout, why in found.exports.items():
+        say(f"export      {layout}: {why or 'works'}")
+    if found.needs:
+        say(_needs(found))
+
+
+def _kind(layer: Any) -> str:
+    shared = f", shared experts of {layer.shared_parameters:,} parameters" * bool(
+        layer.shared_parameters
+    )
+    return (
+        f"{layer.experts} experts of {layer.channels} channels, hidden {layer.hidden}, "
+        f"{layer.activation}{shared}; {', '.join(layer.flags) or 'no flags'}"
+    )
+
+
+def _numbers(found: list[int]) -> str:
+    if len(found) > 1 and found == list(range(found[0], found[-1] + 1)):
+        return f"{found[0]} to {found[-1]}"
+    return ", ".join(map(str, found))
+
+
+def _widths(found: Diagnosis) -> Any:
+    from rich.table import Table
+
+    table = Table(title="one width for all experts", title_justify="left")
+    for name in ("pruned", "width", "tensor parallel", "FP8 blocks of 128", "K-quants of 256"):
+        table.add_column(name, justify="right")
+    for row in found.widths:
+        table.add_row(
+            f"{row.pruned:.0%}",
+            str(row.width),
+            ", ".join(map(str, row.tensor_parallel)) or "no",
+            "yes" if row.fp8_blocks else "no",
+            "yes" if row.k_quants else "no",
+        )
+    return table
+
+
+def _needs(found: Diagnosis) -> Any:
+    from rich.table import Table
+
+    from flexmoe.reports.report import size
+
+    title = (
+        f"estimates on {found.device}: {size(found.memory_free)} of memory and "
+        f"{size(found.disk_free)} of disk are free"
+    )
+    table = Table(title=title, title_justify="left")
+    for name in ("job", "memory", "of which", "time", "disk", "state beside"):
+        table.add_column(name, justify="left" if name in ("job", "of which") else "right")
+    for need in found.needs:
+        table.add_row(
+            need.job,
+            size(need.memory),
+            ", ".join(f"{name} {size(number)}" for name, number in need.parts.items()),
+            "unknown" if need.seconds is None else duration(need.seconds),
+            size(need.disk),
+            size(need.scratch) if need.scratch else "",
+        )
+    return table
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 3 h 20 min."""
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,86 @@
+"""The commands ``flexmoe score`` and ``flexmoe methods``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexmoe.cli.common import BatchSize, Device, quiet, say
+
+EXAMPLES = """\
+[bold]Examples[/bold]
+
+  flexmoe score tiny --method reap -o reap.safetensors
+
+  flexmoe score tiny --method reap --method ean --method ./mine.py:score -o scores.safetensors
+
+  flexmoe score ./tuned --method router-change --reference ./before -o change.safetensors
+"""
+
+
+def score(
+    model: Annotated[str, typer.Argument(help="folder, hub id, or 'tiny' (comes with flexmoe)")],
+    method: Annotated[
+        list[str],
+        typer.Option(help="NAME or FILE.py:FUNCTION, see: methods; several share one pass"),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="file to write (.safetensors)")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="calibration text: FILE[:WEIGHT],... (.jsonl, .txt, .gz); default: tiny"),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="windows of calibration text; default: 128")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="tokens a window; default: a quarter of the context, <= 2048")
+    ] = None,
+    batch_size: BatchSize = None,
+    reference: Annotated[
+        str | None, typer.Option(help="second checkpoint, for methods that compare with one")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="draws windows and random scores")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Write raw scores of methods: tensors layers.{i}.{method} [E, I] or [E], higher = keep."""
+    from flexmoe.progress import bar
+    from flexmoe.score import score as run
+
+    quiet()
+    found = run(
+        model,
+        method,
+        out,
+        data=data,
+        samples=samples,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        reference=reference,
+        track=bar,
+    )
+    for name, scores in found.items():
+        shapes = sorted({tuple(s.shape) for s in scores.values()})
+        say(f"{out}: {name}, {len(scores)} layers of {', '.join(str(list(s)) for s in shapes)}")
+
+
+def methods() -> None:
+    """List the scoring methods: unit, passes over the text and their cost, default allocation."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from flexmoe.methods import all_methods
+
+    caption = "passes over the text, what one costs; rule: what --allocate is unless given"
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
+    for name in ("method", "unit", "passes", "cost", "rule"):
+        table.add_column(name, overflow="fold")
+    table.add_column("paper", overflow="fold", min_width=16)
+    for found in sorted(all_methods().values(), key=lambda m: (m.unit, m.name)):
+        table.add_row(
+            found.name, found.unit, str(found.passes), found.cost, found.allocate, found.paper
+        )
+    say(table)

@@ -1,0 +1,350 @@
+"""What a checkpoint is, what can be done with it, what that takes, and every reason it would fail.
+
+Reads configs and shard headers only; what shapes can tell is asked of a model without weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+import flexmoe
+from flexmoe.allocate import default_quantum
+from flexmoe.checkpoint import (
+    Checkpoint,
+    is_hub_id,
+    meta_model,
+    read_config,
+    read_header,
+    resolve,
+)
+from flexmoe.config import BUDGETS, CompressConfig, check_config
+from flexmoe.data import load_tokenizer, pick_batch_size, pick_seq_len
+from flexmoe.doctor.estimates import Estimator, Need, free_memory
+from flexmoe.errors import FlexmoeError
+from flexmoe.experts import LAYOUT_FLAGS, ExpertLayer, expert_layers, routed_parameters
+from flexmoe.exporter import LAYOUTS
+from flexmoe.family import pick_device
+from flexmoe.files import free_disk, refuse_existing
+from flexmoe.learn import check_halves
+from flexmoe.methods import find_method
+from flexmoe.plan import JSON_NAME, Plan
+from flexmoe.recover import MODES, RecoverConfig
+from flexmoe.trace import TracedLayer, missing_parameters, trace
+from flexmoe.uniform import nearest_width, uniform_config
+
+Result = TypeVar("Result")
+
+TENSOR_PARALLEL = (2, 4, 8)
+FP8_BLOCK, K_QUANT = 128, 256
+EXPORTED = 0.4  # the member whose exports are looked at
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One MoE layer. ``flags``: those of its layout that are set."""
+
+    index: int
+    experts: int
+    channels: int
+    hidden: int
+    activation: str
+    flags: tuple[str, ...]
+    shared_parameters: int
+
+
+@dataclass(frozen=True)
+class Width:
+    """An expert width and what it divides into: ``tensor_parallel`` the sizes that split it into
+    even shards; whole FP8 blocks of 128; whole K-quant rows of 256."""
+
+    pruned: float
+    width: int
+    tensor_parallel: tuple[int, ...]
+    fp8_blocks: bool
+    k_quants: bool
+
+
+@dataclass
+class Diagnosis:
+    """What was found. ``problems`` are all reasons why `compress` would fail, ``warnings`` what
+    may go wrong. ``exports``: why a layout cannot be written ("" if it can)."""
+
+    model: str
+    device: str = ""
+    model_type: str = ""
+    architecture: str = ""
+    dtype: str = ""
+    layers: list[Layer] = field(default_factory=list)
+    experts_per_token: int | None = None
+    parameters: dict[str, int] = field(default_factory=dict)
+    widths: list[Width] = field(default_factory=list)
+    exports: dict[str, str] = field(default_factory=dict)
+    needs: list[Need] = field(default_factory=list)
+    memory_free: int = 0
+    disk_free: int = 0
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def attempt(self, check: Callable[[], Result]) -> Result | None:
+        """What ``check`` gives; if it refuses, its reason is noted."""
+        try:
+            return check()
+        except FlexmoeError as error:
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
+            return None
+
+
+def examine(
+    model: str | Path,
+    config: CompressConfig | None = None,
+    out: str | Path | None = None,
+    *,
+    everything: bool = True,
+) -> Diagnosis:
+    """Examine a checkpoint, or a family, for `compress` with ``config`` into ``out``; with
+    ``everything`` also for recovery and exports."""
+    found, wanted = Diagnosis(str(model)), config or CompressConfig()
+    found.attempt(lambda: check_config(wanted))
+    device = found.attempt(lambda: pick_device(wanted.device))
+    config = CompressConfig() if found.problems else wanted  # those refused have no needs
+    folder = found.attempt(lambda: local_folder(model))
+    if folder is None:
+        return found
+    settings = found.attempt(lambda: read_config(folder))
+    if settings is None:
+        return found
+    network = found.attempt(lambda: meta_model(folder))
+    if network is None and settings.get("quantization_config"):  # what else would be wrong?
+        plain = {k: v for k, v in settings.items() if k != "quantization_config"}
+        network = found.attempt(lambda: meta_model(folder, plain))
+    checkpoint = found.attempt(lambda: resolve(folder)) and open_checkpoint(folder, found)
+    if network is None:
+        return found
+    found.model_type = str(network.config.model_type)
+    found.architecture = type(network).__name__
+    layers = found.attempt(lambda: expert_layers(network))
+    if config.needs_data:
+        found.attempt(lambda: load_tokenizer(folder, network.config))
+        length = found.attempt(lambda: pick_seq_len(config.seq_len, network.config))
+        if length and config.allocator == "learned":
+            found.attempt(lambda: check_halves(pick_batch_size(config.batch_size, length)))
+    if layers is None:
+        return found
+    _describe(found, network, layers, config)
+    traced = checkpoint and found.attempt(lambda: trace(checkpoint, network))
+    if checkpoint and traced:
+        found.attempt(lambda: missing_parameters(checkpoint, network))
+    if checkpoint and traced and (everything or not found.problems):
+        estimator = Estimator(checkpoint, traced, device or torch.device("cpu"))
+        if _estimate(found, estimator, config, out, everything) and everything:
+            _exports(found, estimator)
+    return found
+
+
+def before_compress(model: str | Path, out: str | Path, config: CompressConfig) -> list[str]:
+    """What `compress` should tell its user before it starts. Raises `FlexmoeError` with every
+    reason why it would fail."""
+    check_config(config)
+    refuse_existing(out)
+    found = examine(resolve(model), config, out, everything=False)
+    if len(found.problems) > 1:
+        raise FlexmoeError("\n- ".join([f"{model} cannot be compressed:", *found.problems]))
+    if found.problems:
+        raise FlexmoeError(found.problems[0])
+    return found.warnings
+
+
+def local_folder(model: str | Path) -> Path:
+    """The folder of a checkpoint that is on this machine; nothing is downloaded."""
+    path = Path(model).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if path.is_dir() or not is_hub_id(str(model)):
+        return resolve(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        raise FlexmoeError(
+            f"'{model}' is neither a folder here nor a model in the cache of the hub, and nothing "
+            f"is downloaded only to look at it: get it with 'hf download {model}'"
+        ) from None
+
+
+def open_checkpoint(folder: Path, found: Diagnosis) -> Checkpoint | None:
+    """The checkpoint, or what is wrong with each of its files."""
+    try:
+        return Checkpoint(folder)
+    except FlexmoeError as error:
+        first = str(error)
+    for file in sorted(folder.glob("*.safetensors")):
+        found.attempt(partial(read_header, file))
+    if first not in found.problems:
+        found.problems.insert(0, first)
+    return None
+
+
+def _describe(
+    found: Diagnosis, network: PreTrainedModel, layers: list[ExpertLayer], config: CompressConfig
+) -> None:
+    parameters = dict(network.named_parameters())
+    for layer in layers:
+        module, block = layer.module, layer.name.rpartition(".")[0].rpartition(".")[0]
+        activation = getattr(module, "act_fn", None)
+        shared = sum(
+            p.numel()
+            for name, p in parameters.items()
+            if name.startswith(f"{block}.") and re.search(r"\bshared_|_shared\b|\.shared", name)
+        )
+        found.layers.append(
+            Layer(
+                layer.index,
+                layer.E,
+                layer.I,
+                layer.H,
+                type(activation).__name__ if activation is not None else "its own",
+                tuple(flag for flag in LAYOUT_FLAGS if getattr(module, flag)),
+                shared,
+            )
+        )
+    total, routed = sum(p.numel() for p in parameters.values()), routed_parameters(network)
+    shared = sum(layer.shared_parameters for layer in found.layers)
+    found.parameters = {"total": total, "routed": routed, "shared": shared}
+    narrowest = min(layer.I for layer in layers)
+    if config.quantum is not None and config.quantum > narrowest:
+        found.problems.append(
+            f"quantum {config.quantum} is wider than an expert of {narrowest} channels"
+        )
+    quantum = config.quantum or default_quantum(narrowest)
+    for share in (0.0, *BUDGETS):
+        width = narrowest if not share else nearest_width(narrowest, quantum, share)
+        found.widths.append(
+            Width(
+                share,
+                width,
+                tuple(n for n in TENSOR_PARALLEL if width % n == 0),
+                width % FP8_BLOCK == 0,
+                width % K_QUANT == 0,
+            )
+        )
+
+
+def _estimate(
+    found: Diagnosis,
+    estimator: Estimator,
+    config: CompressConfig,
+    out: str | Path | None,
+    everything: bool,
+) -> bool:
+    """The needs of compress and recover; false where the model cannot run at all."""
+    found.device, found.dtype = str(estimator.device), str(estimator.stored).removeprefix("torch.")
+    found.memory_free = free_memory(estimator.device)
+    found.disk_free = free_disk(out or ".")
+    try:
+        top_k = estimator.top_k
+    except RuntimeError as error:
+        line = str(error).splitlines()[0]
+        found.problems.append(
+            f"the model of this config.json cannot run ({line}): compare the file with that of "
+            "the original checkpoint (as many experts a token as there are experts, at most?)"
+        )
+        return False
+    found.experts_per_token = top_k
+    found.attempt(lambda: estimator.try_method(find_method(config.method)))
+    if top_k:
+        idle = sum(
+            t.layer.shape.parameters * (1 - top_k / t.layer.E) for t in estimator.traced.values()
+        )
+        found.parameters["active"] = round(found.parameters["total"] - idle)
+    found.needs.append(estimator.compress(config))
+    if everything:
+        for mode in MODES:
+            recover = RecoverConfig(mode=mode, device=config.device)
+            need = found.attempt(partial(estimator.recover, recover, found.memory_free))
+            found.needs += [need] if need else []
+    for need in found.needs:
+        # of several processes each needs less, and a limit of memory is kept by another way
+        if not config.shard and config.memory is None:
+            _compare(found, need)
+    return True
+
+
+def _compare(found: Diagnosis, need: Need) -> None:
+    """Note what does not fit: of compress a problem if the weights alone do not."""
+    where = "memory" if found.device == "cpu" else f"memory of {found.device}"
+    weights, free = need.parts.get("weights", 0), f"{found.memory_free / 1e9:.3g} GB are free"
+    if need.job == "compress" and weights > found.memory_free:
+        found.problems.append(
+            f"the weights alone take {weights / 1e9:.3g} GB of {where}, {free}: observe layer by "
+            "layer with --memory, or use a machine with more, or several devices with --shard"
+        )
+    elif need.memory > found.memory_free:
+        found.warnings.append(
+            f"{need.job} takes about {need.memory / 1e9:.3g} GB of {where}, {free}: lower "
+            "--batch-size or --seq-len"
+            + (" or use --micro-batch 1 --checkpointing" if "full" in need.job else "")
+        )
+    if need.disk + need.scratch > found.disk_free:
+        text = (
+            f"{need.job} writes {(need.disk + need.scratch) / 1e9:.3g} GB, the disk has "
+            f"{found.disk_free / 1e9:.3g} GB free"
+        )
+        (found.problems if need.job == "compress" else found.warnings).append(text)
+
+
+def _exports(found: Diagnosis, estimator: Estimator) -> None:
+    checkpoint, traced = estimator.checkpoint, dict(estimator.traced)
+    size = export_sizes(checkpoint, traced, found)
+    for layout in LAYOUTS:
+        found.exports[layout] = ""
+        if layout == "uniform":
+            try:
+                uniform_config(checkpoint, traced, found.widths[0].width // 2)
+            except FlexmoeError as error:
+                found.exports[layout] = str(error)
+                continue
+        need = estimator.export(layout, size[layout])
+        found.needs.append(need)
+        _compare(found, need)
+
+
+def export_sizes(
+    checkpoint: Checkpoint, traced: dict[int, TracedLayer], found: Diagnosis
+) -> dict[str, int]:
+    """Bytes of the tensors of each layout at `EXPORTED`: exact, but for a ragged export of what
+    has no plan yet."""
+    piece = next(iter(traced.values())).stored[0]
+    info = checkpoint.tensors[piece.name]
+    itemsize = info.bytes // max(1, torch.Size(info.shape).numel())
+    widths = next(w for w in found.widths if w.pruned == EXPORTED)
+    removed = sum(
+        t.layer.E * (t.layer.I - widths.width) * t.layer.shape.channel_parameters
+        for t in traced.values()
+    )
+    routed = sum(t.layer.shape.parameters for t in traced.values())
+    size = {
+        "uniform": checkpoint.bytes - itemsize * removed,
+        "masked": checkpoint.bytes,
+        "ragged": checkpoint.bytes - round(itemsize * EXPORTED * routed),
+    }
+    if (checkpoint.path / JSON_NAME).is_file():
+        plan = found.attempt(lambda: Plan.load(checkpoint.path))
+        if plan and plan.budgets[-1] >= EXPORTED:
+            size["ragged"] = plan.member(EXPORTED).bytes
+    return size
+
+
+def report(found: Diagnosis) -> dict[str, Any]:
+    """Everything as JSON, with the version that said so."""
+    return {"flexmoe": flexmoe.__version__, **asdict(found)}

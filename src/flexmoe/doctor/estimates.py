@@ -1,0 +1,348 @@
+"""What a job will need: memory, time and disk, before it starts.
+
+Memory is what the process takes at most beyond Python and its libraries: the weights, what stays
+beside them, and the activations of the largest step, which a dry run counts (`dryrun`). Time is
+the operations of that dry run over the rate of a matrix product of the experts' own shape, plus
+the bytes it writes over the rate of a copy, both measured here for a moment: an estimate, no more.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+from transformers import PreTrainedModel
+
+from flexmoe.checkpoint import DTYPES, Checkpoint, meta_model
+from flexmoe.config import SAMPLES, CompressConfig
+from flexmoe.data import pick_batch_size, pick_seq_len
+from flexmoe.distil import STRATA
+from flexmoe.doctor.dryrun import Cost, DryRun
+from flexmoe.experts import expert_layers, routed_parameters
+from flexmoe.family import pick_device
+from flexmoe.learn import CHECKED, MIXES, LearnConfig
+from flexmoe.methods import Method, check_shape, find_method, score_layer
+from flexmoe.recover import TOKENS, RecoverConfig, trained_parameters
+from flexmoe.reference import ROUTER
+from flexmoe.statistics import LayerStatistics, find_statistics
+from flexmoe.trace import CODED_HIDDEN, TracedLayer, trace
+
+MOMENT = 0.05  # seconds each rate is measured for
+VECTORS = 12  # float64 vectors over all channels that learning holds at a time
+FULL_STATE = 16  # bytes a trained parameter: the original, a gradient, two moments
+
+
+@dataclass(frozen=True)
+class Need:
+    """``memory``: bytes at the peak, ``parts`` what they are of. ``disk``: bytes of the tensors
+    written; ``scratch``: what lies beside them at most until the job is done. ``seconds``: None
+    where the architecture's forward pass cannot be tried without data; ``memory`` is without
+    activations then."""
+
+    job: str
+    memory: int
+    parts: dict[str, int]
+    disk: int
+    scratch: int = 0
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations and bytes a second of a device."""
+
+    operations: float
+    bytes: float
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, rows: int, model: nn.Module) -> Rates:
+    """Of a product [rows, H] x [H, I] in the shape of the model's experts, and of a copy of 32 MB;
+    each is repeated for a moment."""
+    layer = expert_layers(model)[0]
+    a = torch.ones(max(rows, 1), layer.H, dtype=dtype, device=device)
+    b = torch.ones(layer.H, layer.I, dtype=dtype, device=device)
+    source = torch.ones(2**23, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    product = _repeated(lambda: a @ b, device)
+    copy = _repeated(lambda: target.copy_(source), device)
+    return Rates(2 * a.numel() * layer.I / product, source.nbytes / copy)
+
+
+def _repeated(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds a call."""
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start, calls = time.perf_counter(), 0
+    while (passed := time.perf_counter() - start) < MOMENT:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        calls += 1
+    return passed / max(calls, 1)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; on the CPU what its control group leaves."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # comes with accelerate
+
+    free = int(psutil.virtual_memory().available)
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
+        free = min(free, int(most) - int(used.read_text()))
+    return free
+
+
+@dataclass
+class Estimator:
+    """The needs of jobs on one checkpoint and device."""
+
+    checkpoint: Checkpoint
+    traced: Mapping[int, TracedLayer]
+    device: torch.device
+    _rates: dict[torch.dtype, Rates] = field(default_factory=dict)
+    _dry: dict[torch.dtype, DryRun] = field(default_factory=dict)
+    _compared: dict[tuple[torch.dtype, int, int], Cost] = field(default_factory=dict)
+    _distilled: dict[tuple, Cost] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | Path, device: str = "auto") -> Estimator:
+        """Of the checkpoint or family in a folder."""
+        checkpoint = Checkpoint(path)
+        return cls(checkpoint, trace(checkpoint, meta_model(path)), pick_device(device))
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        return meta_model(self.checkpoint.path)
+
+    @cached_property
+    def top_k(self) -> int | None:
+        """Experts a token is sent to; None where the forward pass looks at values. A `RuntimeError`
+        if the model cannot run at all."""
+        dry = self.dry(self.dtype)
+        try:
+            dry.forward(1, 2)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            pass
+        return dry.top_k
+
+    def try_method(self, method: Method) -> None:
+        """`FlexmoeError` if a method fails, or its scores have the wrong shape, for statistics of
+        which only shapes are known. What depends on values is seen later."""
+        dry = self.dry(self.dtype)
+        layer = dry.layers[0]
+        with dry.mode:
+            wanted = find_statistics(["count_E", *method.needs])
+            values = {s.name: torch.ones_like(s.zeros(layer)) for s in wanted}
+            if method.reference:
+                values[ROUTER] = torch.ones(layer.E, layer.H, dtype=torch.float64)
+            shape = score_layer(method, layer, LayerStatistics(values, 1, 1, 1)).shape
+        check_shape(method, layer, shape)
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The experts' dtype in the checkpoint."""
+        piece = next(iter(self.traced.values())).stored[0]
+        return DTYPES[self.checkpoint.tensors[piece.name].dtype]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `compress` computes in here."""
+        return torch.float32 if self.device.type == "cpu" else self.stored
+
+    def dry(self, dtype: torch.dtype) -> DryRun:
+        """The model for dry runs, made once a dtype."""
+        if dtype not in self._dry:
+            model = meta_model(self.checkpoint.path)
+            self._dry[dtype] = DryRun(model, dtype, heap=self.device.type == "cpu")
+        return self._dry[dtype]
+
+    def weights(self, dtype: torch.dtype) -> int:
+        """Bytes of the model in memory."""
+        return dtype.itemsize * sum(p.numel() for p in self.model.parameters())
+
+    def loading(self, dtype: torch.dtype) -> int:
+        """Bytes at the peak of loading: on the CPU the files are mapped while another dtype is
+        made of them, and an expert parameter is built from its parts."""
+        if self.device.type != "cpu":
+            return self.weights(dtype)
+        mapped = 0 if dtype == self.stored else self.checkpoint.bytes
+        largest = max(
+            p.numel() for layer in expert_layers(self.model) for p in layer.parameters.values()
+        )
+        return self.weights(dtype) + mapped + dtype.itemsize * largest
+
+    def seconds(self, cost: Cost, dtype: torch.dtype, tokens: int) -> float:
+        """Time of a cost on this device, ``tokens`` of them at a time."""
+        rates = self.rates(dtype, tokens)
+        return cost.operations / rates.operations + cost.moved / rates.bytes
+
+    def rates(self, dtype: torch.dtype, tokens: int) -> Rates:
+        """The rates for products of the size that ``tokens`` make, measured once a dtype."""
+        if dtype not in self._rates:
+            E = expert_layers(self.model)[0].E
+            rows = min(4096, tokens * (self.top_k or 1) // E)
+            self._rates[dtype] = measure_rates(self.device, dtype, rows, self.model)
+        return self._rates[dtype]
+
+    @property
+    def files(self) -> float:
+        """Seconds to read, write and compare all tensors, if the disk is no slower than memory."""
+        return 4 * self.checkpoint.bytes / self.rates(self.dtype, 4096).bytes
+
+    # --- the jobs -----------------------------------------------------------------------------
+
+    def compress(self, config: CompressConfig) -> Need:
+        """`flexmoe.pipeline.compress` of this checkpoint."""
+        method, dtype = find_method(config.method), self.dtype
+        length = pick_seq_len(config.seq_len, self.model.config)
+        size = pick_batch_size(config.batch_size, length)
+        wanted = find_statistics(method.needs)
+        channels = sum(layer.E * layer.I for layer in expert_layers(self.model))
+        learned = config.allocator == "learned"
+        parts = {
+            "weights": self.weights(dtype),
+            "statistics": 8 * channels * (len(wanted) + 1 + learned * VECTORS),
+        }
+        scratch = 8 * channels if learned else 0
+        need = Need("compress", 0, parts, self.checkpoint.bytes, scratch)
+        if not config.needs_data:
+            return self._need(need, Cost(), dtype, 1)
+        cost = self._try(lambda: self._compress(config, size, length, dtype))
+        return self._need(need, cost, dtype, size * length)
+
+    def _compress(self, config: CompressConfig, size: int, length: int, dtype: torch.dtype) -> Cost:
+        dry, samples = self.dry(dtype), config.samples or SAMPLES
+        wanted = find_statistics(find_method(config.method).needs)
+        cost = dry.observe(size, length, wanted).times(math.ceil(samples / size))
+        if config.allocator != "learned":
+            return cost
+        steps = config.learn.steps if config.learn else LearnConfig().steps
+        micro = min(config.micro_batch or size, math.ceil(size / 2))
+        half = dry.learn(micro, length, LearnConfig().draws, config.checkpointing)
+        cost = cost.then(half.times(steps * size / micro))
+        micro = config.micro_batch or size
+        members = 4 * size / micro * len(MIXES) * len(CHECKED)
+        return cost.then(self._compare(dtype, micro, length).times(members / 2))
+
+    def recover(self, config: RecoverConfig, free: int) -> Need:
+        """`flexmoe.recover.recover` of a family of this checkpoint; ``free`` bytes of memory."""
+        dtype = torch.float32
+        length = pick_seq_len(config.seq_len, self.model.config)
+        size = pick_batch_size(config.batch_size, length)
+        tokens = config.tokens or TOKENS[config.mode]
+        steps = max(1, tokens // (size * length))
+        layers = expert_layers(self.model)
+        parts = {"weights": self.weights(dtype)}
+        if config.mode == "closed-form":
+            of_layer = [4 * layer.E * layer.I**2 for layer in layers]
+            held = max(max(of_layer), min(sum(of_layer), max(0, free - parts["weights"]) // 2))
+            parts["moments"] = held
+            passes = math.ceil(sum(of_layer) / held)
+            cost = self._try(lambda: self.dry(dtype).forward(size, length).times(steps * passes))
+            work = sum(layer.E * layer.I**2 * (layer.I / 3 + 4 * layer.H) for layer in layers)
+            work += sum(2 * layer.I**2 * (self.top_k or 1) * tokens for layer in layers)
+            cost = cost and Cost(cost.peak, cost.operations + work, cost.moved)
+            need = Need("recover --mode closed-form", 0, parts, self.checkpoint.bytes)
+            return self._need(need, cost, dtype, size * length)
+        parameters = trained_parameters(self.model, config.mode)
+        trained = sum(p.numel() for p in parameters.values())
+        if config.mode == "lora":
+            rank = config.rank or 16
+            trained = sum(
+                rank * layer.E * (p.shape[1] + p.shape[2])
+                for layer in layers
+                for p in layer.parameters.values()
+                if p.dim() == 3
+            )
+            # the experts' weights with the adapter, which the backward pass keeps
+            parts["adapted weights"] = 4 * routed_parameters(self.model)
+        parts["training state"] = (12 if config.mode == "lora" else FULL_STATE) * trained
+        micro = config.micro_batch or size
+        cost = self._try(lambda: self._distil(config, size, micro, length, steps))
+        state = 2 * 12 * trained  # parameters and moments, two files in turn
+        need = Need(f"recover --mode {config.mode}", 0, parts, self.checkpoint.bytes, state)
+        return self._need(need, cost, dtype, micro * length)
+
+    def _distil(
+        self, config: RecoverConfig, size: int, micro: int, length: int, steps: int
+    ) -> Cost:
+        dry = self.dry(torch.float32)
+        mode = "full" if config.mode == "lora" else config.mode
+        trained = list(trained_parameters(dry.model, mode).values())
+        family = (config.scheme or ("family" if config.at is None else "sp")) == "family"
+        rows = [micro] if not family else _dealt(micro)
+        key = (mode, micro, *rows, length, config.checkpointing)
+        if key not in self._distilled:  # of two modes the step is the same
+            step = dry.distil(micro, rows, length, trained, config.checkpointing)
+            self._distilled[key] = step
+        step = self._distilled[key]
+        cost = step.times(steps * size / micro)
+        if not family:
+            return cost
+        probe = self._compare(torch.float32, micro, length)
+        return probe.times((STRATA - 1) * size / micro).then(cost)
+
+    def _try(self, run: Callable[[], Cost]) -> Cost | None:
+        """The cost of a dry run, or None for models that cannot be tried on shapes alone."""
+        try:
+            return run()
+        except RuntimeError:  # that it does run on values, `top_k` has shown
+            return None
+
+    def _compare(self, dtype: torch.dtype, windows: int, length: int) -> Cost:
+        """`DryRun.compare`, which several jobs need, tried once."""
+        key = (dtype, windows, length)
+        if key not in self._compared:
+            self._compared[key] = self.dry(dtype).compare(windows, length)
+        return self._compared[key]
+
+    def _need(self, need: Need, cost: Cost | None, dtype: torch.dtype, tokens: int) -> Need:
+        parts = dict(need.parts)
+        if cost is not None:
+            parts["activations"] = cost.peak
+        loading, working = self.loading(dtype), sum(parts.values())
+        if loading > working:
+            parts = {"weights": parts["weights"], "reading them": loading - parts["weights"]}
+        seconds = None if cost is None else self.seconds(cost, dtype, tokens) + self.files
+        return replace(need, memory=max(loading, working), parts=parts, seconds=seconds)
+
+    def export(self, layout: str, size: int) -> Need:
+        """An export of ``size`` bytes. It goes tensor by tensor: the most that is held are two
+        copies of a tensor without channels, a tensor with all experts and one of them, or one
+        expert of either side in float32; or, before, the numbers of the trace."""
+        info = self.checkpoint.tensors
+        pieces = {piece.name: piece for t in self.traced.values() for piece in t.stored}
+        others = max((i.bytes for name, i in info.items() if name not in pieces), default=0)
+        E, I = max((t.layer.E, t.layer.I) for t in self.traced.values())
+        rebuilt = 0
+        for name, piece in pieces.items():
+            row = info[name].bytes // (E if piece.expert is None else 1)
+            rebuilt = max(rebuilt, 2 * row + (0 if layout == "ragged" else info[name].bytes))
+        expert = max(sum(info[p.name].bytes for p in t.stored) for t in self.traced.values()) // E
+        parts = {
+            "two copies of the largest tensor": 2 * others,
+            "a tensor of experts": rebuilt,
+            "an expert, read and written": 2 * expert + 4 * expert // self.stored.itemsize,
+            "the trace": 4 * 8 * CODED_HIDDEN * E * 2 * I,
+        }
+        largest = max(parts, key=lambda name: parts[name])
+        memory, parts = parts[largest], {largest: parts[largest]}
+        return Need(f"export --layout {layout}", memory, parts, size, seconds=self.files)
+
+
+def _dealt(windows: int) -> list[int]:
+    """How many windows each stratum gets."""
+    return [len(range(k, windows, STRATA)) for k in range(min(STRATA, windows))]

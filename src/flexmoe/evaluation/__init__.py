@@ -1,0 +1,1 @@
+"""How good every budget is: text, minimal pairs, tasks and answers, beside the base."""

@@ -1,0 +1,1 @@
+"""The observe pass over models larger than memory, one decoder layer at a time."""

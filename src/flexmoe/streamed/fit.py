@@ -1,0 +1,139 @@
+"""The observe pass within a given memory: what must fit is checked, how much goes at a time picked.
+
+What a layer needs beside its weights depends on its attention, its routing and the length of a
+window, so it is measured: one, two, four ... windows go through the first MoE layer as they will
+in the pass, as long as twice as many would fit by what was seen.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flexmoe.data import Windows
+from flexmoe.errors import FlexmoeError
+from flexmoe.evidence import Evidence
+from flexmoe.memory import MicroBatch, MostHeld, gib, held
+from flexmoe.progress import Track, silent
+from flexmoe.resume import Saved
+from flexmoe.statistics import passes
+from flexmoe.streamed.activations import Activations
+from flexmoe.streamed.layer_loader import LayerLoader
+from flexmoe.streamed.streaming import Pass, gather_streamed
+from flexmoe.training import CHUNK
+
+# What is left alone for what the allocator keeps and libraries take later: measured, a few percent.
+SLACK_SHARE, SLACK_BYTES = 0.05, 32 * 2**20
+COPIES = 6  # of the logits in float32, the gradient and what the loss makes of them among these
+
+
+def check_weights(loader: LayerLoader, memory: int) -> None:
+    """`FlexmoeError` if ``memory`` bytes cannot hold what is in memory at any time: known from
+    config.json, before a weight is read."""
+    now, outside, layer = held(loader.device), loader.bytes_outside, max(loader.bytes_of)
+    if (needed := now + outside + layer) > _usable(memory):
+        raise FlexmoeError(
+            f"{gib(memory)} of memory are too little: {gib(now)} are held already, embeddings and "
+            f"head take {gib(outside)}, the largest decoder layer {gib(layer)} "
+            f"({str(loader.dtype).removeprefix('torch.')}). Give --memory more than "
+            f"{gib(_with_slack(needed))}"
+        )
+
+
+def _usable(memory: int) -> int:
+    return int(memory * (1 - SLACK_SHARE)) - SLACK_BYTES
+
+
+def _with_slack(needed: int) -> int:
+    return int((needed + SLACK_BYTES) / (1 - SLACK_SHARE))
+
+
+def gather_within(
+    memory: int,
+    loader: LayerLoader,
+    windows: Windows,
+    names: Sequence[str],
+    *,
+    batch_size: int,
+    saved: Saved,
+    seed: int = 0,
+    track: Track = silent,
+) -> Evidence:
+    """`gather_streamed` with as many windows of a batch, and tokens at the head, at a time as fit
+    into ``memory`` bytes. Raises `FlexmoeError` if one window does not fit, or the disk is too
+    small for the activations."""
+    kept = saved.work.stage("sizes")
+    if (state := kept.load()) is None:  # measured once: with other sizes sums would round otherwise
+        state = 0, _sizes(memory, loader, windows, names, batch_size, saved.work.path)
+        kept.save(*state)
+    return gather_streamed(
+        loader,
+        windows,
+        names,
+        batch_size=batch_size,
+        micro_batch=int(state[1]["micro_batch"]),
+        chunk=int(state[1]["chunk"]),
+        seed=seed,
+        saved=saved,
+        track=track,
+    )
+
+
+def _sizes(
+    memory: int,
+    loader: LayerLoader,
+    windows: Windows,
+    names: Sequence[str],
+    batch_size: int,
+    folder: Path,
+) -> dict[str, Tensor]:
+    base, first, largest = held(loader.device), min(loader.experts), max(loader.bytes_of)
+    files = Activations(folder / "rehearsal", loader.device)
+    # of several passes the first one is the largest: what comes after is of whole experts
+    wanted, ids, usable = passes(names)[0], windows.ids, _usable(memory)
+
+    def most(number: int) -> int:
+        some = Windows(ids[:number], "", ("",), torch.zeros(number))
+        part = Pass(loader, some, wanted, files, number, MicroBatch(number), CHUNK)
+        with MostHeld(loader.device) as seen:
+            part.rehearse(first)
+        return seen.bytes + largest - loader.bytes_of[first]
+
+    try:
+        number, peak = 1, most(1)
+        both = any(statistic.when != "forward" for statistic in wanted)
+        _check_disk(files, len(ids) * (len(loader.layers) + 1 if both else 2))
+        if peak > usable:
+            raise FlexmoeError(
+                f"{gib(memory)} of memory are too little for one window of {ids.shape[1]} tokens: "
+                f"it takes {gib(peak)}. Give --memory more than {gib(_with_slack(peak))}, or a "
+                "shorter --seq-len"
+            )
+        each = max(0, peak - base - largest)
+        while 2 * number <= min(batch_size, len(ids)) and peak + number * each <= usable:
+            before, peak = peak, most(2 * number)
+            if peak > usable:
+                break
+            each, number = max(0, peak - before) // number, 2 * number
+    finally:
+        shutil.rmtree(files.path, ignore_errors=True)
+    vocabulary = loader.model.config.get_text_config().vocab_size
+    tokens = (usable - held(loader.device)) // (COPIES * 4 * vocabulary)
+    sizes = {"micro_batch": number, "chunk": max(1, min(CHUNK, tokens))}
+    return {name: torch.tensor(value) for name, value in sizes.items()}
+
+
+def _check_disk(files: Activations, kept: int) -> None:
+    """`FlexmoeError` if what layers give, ``kept`` times that for one window, is too much for the
+    disk."""
+    of_one = sum(file.stat().st_size for file in files.path.glob("output-0/*"))
+    needed, free = of_one * kept, shutil.disk_usage(files.path).free
+    if needed > free:
+        raise FlexmoeError(
+            f"the activations of all windows need {gib(needed)} of disk, '{files.path.parent}' has "
+            f"{gib(free)} free: use fewer --samples, a shorter --seq-len, or --out on another disk"
+        )
