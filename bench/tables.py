@@ -131,6 +131,40 @@ def costs() -> str:
     return "\n".join(lines)
 
 
+def trust() -> str:
+    streamed, kill, doctor = results("streaming"), results("kill"), results("doctor")
+    jobs = streamed["jobs"]
+    peaks = ", ".join(f"{name} {gib(job['peak_bytes'])}" for name, job in jobs.items())
+    lines = [
+        "| | |",
+        "|---|---|",
+        f"| a checkpoint of {gib(streamed['checkpoint_bytes'])} with `--memory` "
+        f"{gib(streamed['memory_bytes'])}: peak of the process | {peaks} |",
+    ]
+    for name in ("compress", "recover"):
+        hits = ", ".join(f"{stage} {count}" for stage, count in kill[name]["hit"].items())
+        lines.append(
+            f"| `{name}` killed (-9) at {kill['kills']} moments and started again: equal to the "
+            f"unbroken run | {kill[name]['equal']} of {kill['kills']} ({hits}) |"
+        )
+    rows = [(m, j, row) for m, jobs in doctor["models"].items() for j, row in jobs.items()]
+    within = sum(abs(row["memory"]["off"]) <= 0.25 for _, _, row in rows)
+    worst = max(rows, key=lambda found: abs(found[2]["memory"]["off"]))
+    lines.append(
+        f"| `doctor`: memory expected within 25 % of what was measured, "
+        f"{len(doctor['models'])} models | {within} of {len(rows)} jobs; furthest "
+        f"{worst[2]['memory']['off']:+.0%} ({worst[1]}, {worst[0]}); disk exact: "
+        f"{'yes' if doctor['disk_exact'] else 'no'} |"
+    )
+    commands = ("streaming", "kill", "doctor")
+    notes = [measured_on(results(name), f"python bench/{name}.py") for name in commands]
+    return "\n".join([*lines, "", *notes])
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
 def filled(text: str, tables: dict[str, Callable[[], str]]) -> str:
     for name, table in tables.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
@@ -158,6 +192,7 @@ PAGES = {
         "plans": lambda: family_table(recovered=False),
         "recovered": lambda: family_table(recovered=True),
         "costs": costs,
+        "trust": trust,
     },
     HERE.parent / "docs" / "log.md": {"learned": learned},
 }
