@@ -22,8 +22,9 @@ def results(name: str) -> dict:
 
 def measured_on(found: dict, command: str) -> str:
     where = found["environment"]
+    cores = f"{where['cores']} core" + "s" * (where["cores"] != 1)
     return (
-        f"`{command}`; {where['cores']} cores of {where['cpu']}, torch {where['torch']}, "
+        f"`{command}`; {cores} of {where['cpu']}, torch {where['torch']}, "
         f"transformers {where['transformers']}, {where['date']}, commit {where['commit']}."
     )
 
