@@ -16,6 +16,7 @@ from flexmoe.plan import read_manifest
 from flexmoe.recover import RecoverConfig, recover
 from flexmoe.reports.provenance import record_of
 from flexmoe.reports.reproduce import compare, read_record, rerun
+from flexmoe.reweigh import reweigh
 from flexmoe.sources import Source, documents
 
 LAYERS, EXPERTS = 4, 16
@@ -126,3 +127,9 @@ def test_what_cannot_be_made_again(made, tmp_path, capsys):
     (old / "flexmoe.json").write_text(json.dumps(about))
     assert read_manifest(old).recipe.options is None  # as written before options were kept
     assert "did not record its options" in refused(old)
+
+
+def test_a_reweighed_plan_says_that_no_command_makes_it(made, tmp_path, capsys):
+    reweigh(made / "family", "text", tmp_path / "plan")
+    assert run(tmp_path / "plan") == 2
+    assert "options" in capsys.readouterr().err

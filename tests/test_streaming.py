@@ -11,8 +11,10 @@ import zoo
 from flexmoe.config import CompressConfig, check_config
 from flexmoe.data import TINY, Windows
 from flexmoe.errors import FlexmoeError
+from flexmoe.evidence import gather
 from flexmoe.family import load_stock
 from flexmoe.memory import held
+from flexmoe.methods import all_methods
 from flexmoe.pipeline import compress
 from flexmoe.resume import Work
 from flexmoe.statistics import observe
@@ -262,6 +264,31 @@ def test_compress_within_memory_gives_the_same_plan(tmp_path):
     assert min(same) > 0.99
     assert all(torch.equal(got.width[i], want.width[i]) for i in want.width)
     assert not (tmp_path / "streamed.work").exists()
+
+
+def test_a_source_without_a_window_is_left_out(tmp_path):
+    path = checkpoint("qwen2_moe", tmp_path / "base")
+    place = torch.tensor([0, 2, 2, 0, 2])
+    some = dataclasses.replace(windows(), sources=("a", "none", "b"), source_n=place)
+    model = load_stock(path, device="cpu", dtype=torch.float32)
+    with LayerLoader(path, CPU, torch.float32) as loader:
+        got = gather_streamed(loader, some, NAMES, saved=saved(tmp_path / "work"))
+    assert list(got.sources) == list(gather(model, some, NAMES).sources) == ["a", "b"]
+
+
+def test_every_statistic_of_every_method_in_all_their_passes(tmp_path):
+    """Of the router, the residual stream and those that come after others, too."""
+    path = checkpoint("qwen3_moe", tmp_path / "base")
+    needs = sorted({name for method in all_methods().values() for name in method.needs})
+    model = load_stock(path, device="cpu", dtype=torch.float32)
+    got = streamed(path, tmp_path / "work", needs, micro_batch=2)
+    want = gather(model, windows(), needs, batch_size=2)
+    for source, statistics in want.sources.items():
+        for i, stats in statistics.items():
+            mine = got.sources[source][i]
+            assert mine.values.keys() == stats.values.keys() and mine.tokens == stats.tokens
+            for name, value in stats.values.items():
+                assert torch.allclose(mine[name], value, rtol=1e-3, atol=1e-9), name
 
 
 def test_a_method_that_reads_weights_and_no_text(tmp_path):

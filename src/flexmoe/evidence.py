@@ -150,7 +150,7 @@ class Evidence:
         if not path.is_file():
             raise FlexmoeError(
                 f"'{folder}' keeps no statistics ({FILE_NAME}): they are in the folder that "
-                "compress made, if its method or allocator reads text"
+                "compress made, if it reads text and is not --sequential"
             )
         try:
             with safe_open(path, framework="pt") as file:

@@ -17,7 +17,7 @@ from flexmoe.allocate import allocate, allocate_experts, order_of, widths_from_p
 from flexmoe.config import SETTINGS_OF, CompressConfig, check_config
 from flexmoe.data import Windows
 from flexmoe.evaluation.curve import hardware, versions
-from flexmoe.evidence import Evidence, gather
+from flexmoe.evidence import FILE_NAME, Evidence, gather
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import check_room, write_family
 from flexmoe.family import attach, check_finite, load_stock, pick_device
@@ -128,7 +128,7 @@ def _observe_by_layer(ready: Prepared, track: Track, saved: Saved | None) -> See
             method.needs,
             batch_size=ready.batch_size,
             seed=config.seed,
-            saved=saved or Work(folder, {}).stage("observe"),
+            saved=saved or Work(Path(folder) / "pass", {}).stage("observe"),
             track=track,
         )
         statistics = evidence.mixed()
@@ -306,7 +306,7 @@ def _plan(ready: Prepared, work: Work, track: Track) -> tuple[Plan, Evidence | N
     kept = work.path / "plan"
     if (kept / JSON_NAME).is_file():
         plan = Plan.load(kept)
-        read = ready.windows is not None
+        read = (kept / FILE_NAME).is_file()
         return plan, Evidence.load(kept, plan.recipe.data_sha256) if read else None
     ranked = rank(ready, track, work.stage("observe"))
     plan = make_plan(ranked, ready.config.allocator, track, work.stage("learn"))

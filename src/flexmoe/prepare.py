@@ -67,6 +67,8 @@ def prepare(model: str | Path, config: CompressConfig) -> Prepared:
     """Check and read all that can be without the model's weights."""
     check_config(config)
     source = resolve(model)
+    if config.reference is not None:
+        Checkpoint(resolve(config.reference))  # refuses what is not there before the slow part
     meta, checkpoint = meta_model(source), Checkpoint(source)
     traced = trace(checkpoint, meta)  # refuses weights it cannot find before the slow part
     channels = [layer.shape.channels for layer in expert_layers(meta)]

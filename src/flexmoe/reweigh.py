@@ -70,6 +70,7 @@ def reweigh(
         recipe=plan.recipe.model_copy(
             update={
                 "allocate": allocator,
+                "options": None,  # no command makes it from the base model alone
                 "settings": settings | {"reweighed": data},
                 "thin_experts": thin_experts(chosen.mixed()),
             }

@@ -2,9 +2,10 @@
 
 The loss of a subset is the distance between the layer's output and its output when the router may
 choose from the subset only; as in the authors' code it is a norm for each batch, added up, so that
-the batch size matters a little. They take the best subset of one size. Members of a family must be
-nested, so here it is the chain of subsets, one expert fewer each time, whose losses over those of
-the best of their size add up to the least. Their progressive form is not covered.
+the batch size matters a little (and, where memory is short, the parts that a batch goes in). They
+take the best subset of one size. Members of a family must be nested, so here it is the chain of
+subsets, one expert fewer each time, whose losses over those of the best of their size add up to the
+least. Their progressive form is not covered.
 """
 
 import torch

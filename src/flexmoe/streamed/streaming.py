@@ -65,7 +65,8 @@ def gather_streamed(
     if (state := saved.load()) is not None:
         done, tensors = state
         micro.size = int(tensors.pop("micro_batch"))
-        kept = Evidence.from_tensors(list(windows.sources), tensors, windows.sha256)
+        sources = list(dict.fromkeys(name for name, _ in windows.batches(batch_size)))
+        kept = Evidence.from_tensors(sources, tensors, windows.sha256)
     before = 0  # steps of the passes before this one
     for wanted in passes(names):
         streamed = Pass(
@@ -119,12 +120,13 @@ class Pass:
             start = self.batches[-1].places.stop if self.batches else 0
             self.batches.append(Batch(source, range(start, start + len(ids)), ids))
         self.ids = torch.cat([batch.ids for batch in self.batches])
+        self.sources = list(dict.fromkeys(batch.source for batch in self.batches))
         self.backward_wanted = goes_backward(self.wanted)
 
     def empty(self, seed: int = 0) -> Evidence:
         """Statistics with the tokens and batches of each source, all sums 0."""
         layers, found = list(self.loader.experts.values()), {}
-        for source in self.windows.sources:
+        for source in self.sources:
             found[source] = empty_statistics(layers, self.wanted, seed)
             mine = [batch.ids for batch in self.batches if batch.source == source]
             for stats in found[source].values():
@@ -256,7 +258,7 @@ class Pass:
                 observer = Observer(layer, self.wanted, self.earlier.get(index))
             layer.module.flexmoe_observer = observer or _unchanged
             try:
-                with around_experts([layer], self.wanted) as around:
+                with around_experts([layer], self.wanted if observer else ()) as around:
                     if observer is not None:
                         observer.around = around[index]
                     yield observer
