@@ -26,6 +26,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.sharding import own_rows
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+SINCE_5_20 = "has_post_expert_norm"  # false where transformers is older
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class ExpertLayer:
             channel_parameters=(sides + 1) * self.H + sides * bias,
             fixed_parameters=self.H * bias,
         )
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The layout flags that are set."""
+        return tuple(flag for flag in LAYOUT_FLAGS if getattr(self.module, flag, False))
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -138,7 +144,8 @@ def routed_parameters(model: nn.Module) -> int:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether ``module`` is a fused experts module on the transformers experts interface."""
-    return hasattr(module, "_apply_gate") and all(hasattr(module, flag) for flag in LAYOUT_FLAGS)
+    flags = (flag for flag in LAYOUT_FLAGS if flag != SINCE_5_20)
+    return hasattr(module, "_apply_gate") and all(hasattr(module, flag) for flag in flags)
 
 
 def _why_no_experts(model: nn.Module) -> str:
@@ -197,7 +204,8 @@ class Routing:
         architecture has them. Both are of an expert, not of a channel, and stay at every width."""
         if module.has_bias:
             y_SH = y_SH + module.down_proj_bias[self.expert_S]
-        return module.post_expert_norm(y_SH) if module.has_post_expert_norm else y_SH
+        has_norm = getattr(module, SINCE_5_20, False)
+        return module.post_expert_norm(y_SH) if has_norm else y_SH
 
     def combine(self, y_SH: Tensor, like_TH: Tensor, K: int) -> Tensor:
         """Weigh the experts' outputs and add them up per token, in a fixed order."""

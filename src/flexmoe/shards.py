@@ -257,14 +257,14 @@ def _best(checkpoint: Checkpoint, piece: Piece, cut: Cut, e: int, side: str) -> 
 
 
 def write(source: Source, out: Path, shards: Shards, track: Track = silent) -> None:
-    """Write all shards into ``out``, and their index if the source has one."""
+    """Write all shards into ``out``, and their index: engines that take every safetensors file of
+    a folder for weights take those of the index where there is one, and leave our tables alone."""
     for n, (file, entries) in enumerate(shards.items(), 1):
         _write_shard(out / file, entries, track, f"write {n}/{len(shards)}")
-    if (source.checkpoint.path / INDEX_NAME).is_file():
-        names = {entry.name: file for file, entries in shards.items() for entry in entries}
-        size = sum(entry.bytes for entries in shards.values() for entry in entries)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
-        (out / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    names = {entry.name: file for file, entries in shards.items() for entry in entries}
+    size = sum(entry.bytes for entries in shards.values() for entry in entries)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
+    (out / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_shard(path: Path, entries: list[Entry], track: Track, description: str) -> None:

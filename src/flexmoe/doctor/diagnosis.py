@@ -29,7 +29,7 @@ from flexmoe.config import BUDGETS, CompressConfig, check_config
 from flexmoe.data import load_tokenizer, pick_batch_size, pick_seq_len
 from flexmoe.doctor.estimates import Estimator, Need, free_memory
 from flexmoe.errors import FlexmoeError
-from flexmoe.experts import LAYOUT_FLAGS, ExpertLayer, expert_layers, routed_parameters
+from flexmoe.experts import ExpertLayer, expert_layers, routed_parameters
 from flexmoe.exporter import LAYOUTS
 from flexmoe.family import pick_device
 from flexmoe.files import free_disk, refuse_existing
@@ -214,7 +214,7 @@ def _describe(
                 layer.I,
                 layer.H,
                 type(activation).__name__ if activation is not None else "its own",
-                tuple(flag for flag in LAYOUT_FLAGS if getattr(module, flag)),
+                layer.flags,
                 shared,
             )
         )

@@ -1,0 +1,2 @@
+def label(share: float) -> str:
+    return f"{share * 100:g}"

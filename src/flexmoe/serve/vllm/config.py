@@ -1,0 +1,152 @@
+"""The ``flexmoe`` quantization method of vLLM: what is served, as read from the model folder.
+
+Three things can be served: a ragged export (its config.json says everything), a family
+(``--quantization flexmoe``; ``flexmoe.json`` lies beside the weights) and an untouched base model
+with a plan alone (``--hf-overrides`` names the plan, see `overrides`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.models.utils import extract_layer_index
+
+from flexmoe.errors import FlexmoeError
+from flexmoe.family import find_folder
+from flexmoe.plan import JSON_NAME, Plan, read_manifest
+from flexmoe.serve.ids import label
+from flexmoe.serve.vllm import compat
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """Widths of one MoE layer's experts. ``width_BE`` int32, one row a budget served;
+    ``stored_E`` what is in memory, ``in_file_E`` what the checkpoint has; ``order_EI`` where the
+    checkpoint's channels must be put in order while loading."""
+
+    width_BE: Tensor
+    stored_E: Tensor
+    in_file_E: Tensor
+    order_EI: Tensor | None
+    quantum: int
+
+
+class FlexmoeConfig(QuantizationConfig):
+    """``shares`` are the budgets served, richest first; no channel beyond the richest is kept."""
+
+    def __init__(self, asked: dict[str, Any]):
+        super().__init__()
+        self.asked = asked
+        self.folder: str | None = None
+        self.shares: tuple[float, ...] = ()
+        if "widths" in asked:  # a ragged export: one member
+            self.shares = (float(asked.get("pruned", 0.0)),)
+
+    def get_name(self) -> str:
+        return "flexmoe"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return [JSON_NAME]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> FlexmoeConfig:
+        return cls(config)
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Find the plan: beside the model, or where ``--hf-overrides`` says. vLLM calls this once,
+        before any worker starts, so what is wrong with the plan is said here."""
+        if self.shares:
+            return
+        self.folder = str(find_folder(self.asked.get("plan") or model_name))
+        plan = load_plan(self.folder)
+        if hf_config is not None and hf_config.model_type != plan.recipe.model_type:
+            raise FlexmoeError(
+                f"the plan in {self.folder} is for model_type '{plan.recipe.model_type}', "
+                f"{model_name} has '{hf_config.model_type}'"
+            )
+        asked = self.asked.get("shares", plan.budgets)
+        self.shares = tuple(sorted(float(share) for share in asked))
+        for share in self.shares:
+            plan.widths(share)  # refuses what is out of reach
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Row of the width tables for each budget served, richest first."""
+        return {label(share): row for row, share in enumerate(self.shares)}
+
+    def layer(self, index: int) -> LayerTable | None:
+        """Widths of decoder layer ``index``; None where the plan has none."""
+        if self.folder is None:
+            found = self.asked["widths"].get(str(index))
+            if found is None:
+                return None
+            width_E = torch.tensor(found, dtype=torch.int32, device="cpu")
+            return LayerTable(width_E[None], width_E, width_E, None, self.asked.get("quantum", 1))
+        plan = load_plan(self.folder)
+        if index not in plan.layers:
+            return None
+        width_BE = torch.stack([widths(self.folder, share)[index] for share in self.shares])
+        return LayerTable(
+            width_BE=width_BE,
+            stored_E=width_BE[0],
+            in_file_E=torch.full_like(width_BE[0], plan.layers[index].channels),
+            order_EI=None if is_ranked(self.folder) else plan.order[index],
+            quantum=plan.quantum,
+        )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from flexmoe.serve.vllm.experts import FlexmoeExperts
+
+        if isinstance(layer, RoutedExperts):
+            compat.check_run(get_current_vllm_config())
+            index = extract_layer_index(prefix)
+            table = self.layer(index)
+            return table and FlexmoeExperts(layer.moe_config, table, prefix)
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+
+def overrides(plan: str | Path | None, shares: list[float] | None) -> dict[str, Any]:
+    """``--hf-overrides`` that serve ``shares`` of the plan in folder ``plan``."""
+    asked: dict[str, Any] = {"quant_method": "flexmoe"}
+    if plan is not None:
+        asked["plan"] = str(plan)
+    if shares is not None:
+        asked["shares"] = shares
+    return {"quantization_config": asked}
+
+
+@lru_cache(maxsize=4)
+def load_plan(folder: str) -> Plan:
+    return Plan.load(folder)
+
+
+@lru_cache(maxsize=None)
+def widths(folder: str, share: float) -> dict[int, Tensor]:
+    return load_plan(folder).widths(share)
+
+
+@lru_cache(maxsize=4)
+def is_ranked(folder: str) -> bool:
+    return read_manifest(folder).ranked
