@@ -97,15 +97,20 @@ def load(
     plan.widths(pruned or 0.0)  # refuse a share out of reach before the slow part
     source = folder if ranked else resolve(base or plan.recipe.base_model)
     if not ranked:
-        meta, checkpoint = meta_model(source), Checkpoint(source)
-        traced = trace(checkpoint, meta)
-        plan.check_fits(meta.config.model_type, {i: t.layer.shape for i, t in traced.items()})
-        check_weights(plan, checkpoint, traced)
+        check_base(plan, source)
     model = load_stock(source, device=device, dtype=dtype)
     attach(model, plan, ranked=ranked)
     if pruned:
         set_budget(model, pruned)
     return model
+
+
+def check_base(plan: Plan, folder: Path) -> None:
+    """`FlexmoeError` unless ``folder`` has the very weights that a plan alone was made for."""
+    meta, checkpoint = meta_model(folder), Checkpoint(folder)
+    traced = trace(checkpoint, meta)
+    plan.check_fits(meta.config.model_type, {i: t.layer.shape for i, t in traced.items()})
+    check_weights(plan, checkpoint, traced)
 
 
 def _check_single(folder: Path, pruned: float | None) -> None:

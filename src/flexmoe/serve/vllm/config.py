@@ -2,14 +2,13 @@
 
 Three things can be served: a ragged export (its config.json says everything), a family
 (``--quantization flexmoe``; ``flexmoe.json`` lies beside the weights) and an untouched base model
-with a plan alone (``--hf-overrides`` names the plan, see `overrides`).
+with a plan alone (``--hf-overrides`` names the plan, see `flexmoe.serve.vllm.launch`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.model_executor.models.utils import extract_layer_index
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.family import find_folder
+from flexmoe.family import check_base, find_folder
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.serve.ids import label
 from flexmoe.serve.vllm import compat
@@ -81,6 +80,8 @@ class FlexmoeConfig(QuantizationConfig):
             return
         self.folder = str(find_folder(self.asked.get("plan") or model_name))
         plan = load_plan(self.folder)
+        if not is_ranked(self.folder):
+            check_base(plan, find_folder(model_name))
         if hf_config is not None and hf_config.model_type != plan.recipe.model_type:
             raise FlexmoeError(
                 f"the plan in {self.folder} is for model_type '{plan.recipe.model_type}', "
@@ -127,22 +128,12 @@ class FlexmoeConfig(QuantizationConfig):
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 
-def overrides(plan: str | Path | None, shares: list[float] | None) -> dict[str, Any]:
-    """``--hf-overrides`` that serve ``shares`` of the plan in folder ``plan``."""
-    asked: dict[str, Any] = {"quant_method": "flexmoe"}
-    if plan is not None:
-        asked["plan"] = str(plan)
-    if shares is not None:
-        asked["shares"] = shares
-    return {"quantization_config": asked}
-
-
 @lru_cache(maxsize=4)
 def load_plan(folder: str) -> Plan:
     return Plan.load(folder)
 
 
-@lru_cache(maxsize=None)
+@cache
 def widths(folder: str, share: float) -> dict[int, Tensor]:
     return load_plan(folder).widths(share)
 

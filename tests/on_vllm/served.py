@@ -1,6 +1,6 @@
 """Tiny random models of the architectures served, as families, plans and exports on disk.
 
-    python tests/vllm/served.py FOLDER ARCHITECTURE...
+    python tests/on_vllm/served.py FOLDER ARCHITECTURE...
 
 Writes FOLDER/ARCHITECTURE/{base,family,plan,ragged,uniform} and the tokens that transformers
 generates, greedily and in float32, with the pruned channels of the base model masked.
@@ -22,11 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers import random_plan
-
 from flexmoe.experts import expert_layers, experts_function
 from flexmoe.exporter import export, write_family
 from flexmoe.plan import Plan
+from helpers import random_plan
 
 BUDGETS = (0.0, 0.2, 0.4, 0.6)
 RAGGED = 0.4
@@ -138,15 +137,26 @@ def masked_tokens(model: PreTrainedModel, plan: Plan, share: float) -> list[list
         layer.module.flexmoe_mask_EI = torch.zeros(layer.E, layer.I).scatter_(
             1, order_EI, kept_EI.float()
         )
+    with experts_function(model, "flexmoe_mask"):
+        return greedy(model)
+
+
+def stock_tokens(checkpoint: Path) -> list[list[int]]:
+    """What stock transformers generates from a checkpoint."""
+    return greedy(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval())
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel) -> list[list[int]]:
+    """The most likely new tokens after every prompt."""
     ids = torch.tensor(prompts())
-    with experts_function(model, "flexmoe_mask"), torch.no_grad():
-        found = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-        )
+    found = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+    )
     return found[:, ids.shape[1] :].tolist()
 
 

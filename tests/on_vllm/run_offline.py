@@ -1,6 +1,6 @@
 """Generate with vLLM in a process of its own: the engine starts once a process.
 
-    python tests/vllm/run_offline.py MODEL OUT.json SETTINGS.json
+    python tests/on_vllm/run_offline.py MODEL OUT.json SETTINGS.json
 
 SETTINGS: ``llm`` (arguments of vllm.LLM), ``budgets`` (one for all prompts, or one each), in runs.
 """

@@ -1,0 +1,57 @@
+"""Budgets as model ids and the dial, in front of vLLM's own routes.
+
+vLLM finds `FlexmoeEndpoint` through the entry point ``vllm.endpoint_plugins`` and loads it in the
+API server where ``VLLM_PLUGINS`` names it; ``flexmoe serve`` sees to that, see `launch`.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from typing import Any
+
+from flexmoe.errors import FlexmoeError
+from flexmoe.serve.engine import Engine, ServeSettings
+from flexmoe.serve.middleware import ServeMiddleware
+from flexmoe.serve.state import ServeState
+from flexmoe.serve.vllm import requests
+from flexmoe.serve.vllm.compat import BUDGET
+
+SETTINGS = "FLEXMOE_SERVE"  # environment variable that holds `ServeSettings` as JSON
+
+
+class VllmEngine(Engine):
+    """vLLM, as the middleware sees it. `flexmoe.serve.vllm.requests` reads what `mark` writes, and
+    salts the prefix cache with it."""
+
+    has_metrics = True
+
+    def __init__(self, model: str):
+        self.model = model
+
+    def mark(self, body: dict, budget: str) -> dict:
+        given = body.get("vllm_xargs")
+        if given is not None and not isinstance(given, dict):
+            raise FlexmoeError(f"vllm_xargs must be an object, found {type(given).__name__}")
+        return {**body, "vllm_xargs": {**(given or {}), BUDGET: budget}}
+
+    async def on_switch(self, budget: str) -> None:
+        requests.set_default(budget)  # for what comes in by other routes than the marked ones
+
+
+class FlexmoeEndpoint:
+    """vLLM's contract for plug-ins that add routes."""
+
+    name = "flexmoe_api"
+    required_tasks = None
+
+    def attach_router(self, app: Any) -> None:
+        text = os.environ.get(SETTINGS)
+        if text is None:
+            raise FlexmoeError(f"{SETTINGS} is not set: start the server with flexmoe serve")
+        settings = ServeSettings.from_json(text)
+        requests.set_default(settings.default)
+        app.add_middleware(ServeMiddleware, state=ServeState(settings, VllmEngine(settings.name)))
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Nothing: the middleware reaches the engine through the requests alone."""

@@ -1,0 +1,150 @@
+"""vLLM generates, token for token, what transformers does with the pruned channels masked.
+
+Every case is a process of its own, float32, greedy, 16 prompts of 32 new tokens: every budget
+alone, all budgets mixed in one batch, and prompts that name none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from served import ARCHITECTURES, BUDGETS, PROMPTS, RAGGED, make, stock_tokens
+
+from flexmoe.serve.ids import label
+
+LABELS = [label(share) for share in BUDGETS]
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """``model`` is the folder served, ``budgets`` those that are, the richest first."""
+
+    architecture: str
+    model: str = "family"
+    llm: dict[str, Any] = field(default_factory=dict)
+    shares: tuple[float, ...] = BUDGETS
+
+    def __str__(self) -> str:
+        return "-".join([self.architecture, self.model, *self.llm])
+
+
+TP = {"tensor_parallel_size": 2}
+CASES = [
+    *(Case(name) for name in ARCHITECTURES),
+    Case("qwen2_moe", "ragged", shares=(RAGGED,)),
+    Case("mixtral", "ragged", shares=(RAGGED,)),
+    Case("dots1", "ragged", shares=(RAGGED,)),
+    Case("olmoe", "base"),
+    Case("qwen3_moe", shares=(0.2, 0.4)),
+    Case("mixtral", llm=TP),
+    Case("dots1", llm={**TP, "enable_expert_parallel": True}),
+    Case("qwen3_moe", llm={"enforce_eager": False}),
+    Case("qwen2_moe", llm={"model_impl": "transformers"}),
+]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("served")
+    for name in ARCHITECTURES:
+        make(name, root)
+    return root
+
+
+def settings(case: Case, folder: Path) -> dict[str, Any]:
+    asked: dict[str, Any] = {"quant_method": "flexmoe"}
+    if case.model == "base":
+        asked["plan"] = str(folder / case.architecture / "plan")
+    if case.shares != BUDGETS:
+        asked["shares"] = case.shares
+    served = case.model in ("base", "family")
+    more = {"quantization": "flexmoe", "hf_overrides": {"quantization_config": asked}}
+    labels = [label(share) for share in case.shares]
+    mixed = [labels[n % len(labels)] for n in range(PROMPTS)]
+    runs = [[budget] * PROMPTS for budget in labels] + [mixed, [None] * PROMPTS]
+    return {"llm": {**case.llm, **(more if served else {})}, "runs": runs}
+
+
+def generate(model: Path, asked: dict[str, Any], tmp_path: Path, **env: str) -> list[Any]:
+    out, how = tmp_path / "out.json", tmp_path / "how.json"
+    how.write_text(json.dumps(asked))
+    script = Path(__file__).with_name("run_offline.py")
+    ranks = TWO_RANKS if "tensor_parallel_size" in asked["llm"] else {}
+    done = subprocess.run(
+        [sys.executable, str(script), str(model), str(out), str(how)],
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **ranks, **env},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_tokens_equal_the_masked_model(case: Case, folder: Path, tmp_path: Path) -> None:
+    wanted = json.loads((folder / case.architecture / "tokens.json").read_text())
+    assert len({json.dumps(tokens) for tokens in wanted.values()}) == len(LABELS)
+    asked = settings(case, folder)
+    found = generate(folder / case.architecture / case.model, asked, tmp_path)
+    for budgets, tokens in zip(asked["runs"], found, strict=True):
+        for n, budget in enumerate(budgets):
+            assert tokens[n] == wanted[budget or label(case.shares[0])][n], (budget, n)
+
+
+def test_stock_vllm_serves_a_uniform_export(folder: Path, tmp_path: Path) -> None:
+    """Without any of our plug-ins."""
+    export = folder / "olmoe" / "uniform"
+    asked = {"llm": {}, "runs": [[None] * PROMPTS]}
+    assert generate(export, asked, tmp_path, VLLM_PLUGINS="") == [stock_tokens(export)]
+
+
+def test_stock_vllm_serves_a_family_at_full_width(folder: Path, tmp_path: Path) -> None:
+    """A family is a stock checkpoint; the tables beside its weights disturb nobody."""
+    family = folder / "mixtral" / "family"
+    wanted = json.loads((folder / "mixtral" / "tokens.json").read_text())["0"]
+    asked = {"llm": {}, "runs": [[None] * PROMPTS]}
+    assert generate(family, asked, tmp_path, VLLM_PLUGINS="") == [wanted]
+
+
+def test_what_cannot_be_served_is_refused(folder: Path, tmp_path: Path) -> None:
+    family, plan = folder / "olmoe" / "family", folder / "olmoe" / "plan"
+    other = folder / "mixtral" / "plan"
+
+    def asked(**more: Any) -> dict[str, Any]:
+        return {"hf_overrides": {"quantization_config": {"quant_method": "flexmoe", **more}}}
+
+    bad = {
+        "no plan": ({"model": str(folder / "olmoe" / "base"), **asked()}, "flexmoe.json"),
+        "another model's plan": ({"model": str(family), **asked(plan=str(other))}, "mixtral"),
+        "out of reach": ({"model": str(family), **asked(shares=[0.9])}, "reaches from 0 to 0.6"),
+        "not the plan's weights": (
+            {"model": str(folder / "olmoe" / "ragged"), **asked(plan=str(plan))},
+            "weights",
+        ),
+    }
+    out, how = tmp_path / "out.json", tmp_path / "how.json"
+    how.write_text(json.dumps({name: llm for name, (llm, _) in bad.items()}))
+    script = Path(__file__).with_name("run_refused.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(out), str(how)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    messages = json.loads(out.read_text())
+    for name, (_, words) in bad.items():
+        assert words in messages[name], (name, messages[name])
+    without = {**os.environ, "VLLM_PLUGINS": ""}
+    how.write_text(json.dumps({"ragged": {"model": str(folder / "olmoe" / "ragged")}}))
+    subprocess.run([sys.executable, str(script), str(out), str(how)], env=without, check=True)
+    assert "Unknown quantization method: flexmoe" in json.loads(out.read_text())["ragged"]
