@@ -61,14 +61,15 @@ def patch_runner() -> None:
         if rows is not None:
             inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
             tokens = len(next(x for x in inputs if x is not None))
-            batch.fill(_row_of_tokens(runner, rows, tokens))
+            batch.fill(row_of_tokens(runner, rows, tokens))
         return original(runner, *args, **kwargs)
 
     _model_forward.flexmoe = True  # type: ignore[attr-defined]
     GPUModelRunner._model_forward = _model_forward
 
 
-def _row_of_tokens(runner: Any, rows: dict[str, int], tokens: int) -> np.ndarray:
+def row_of_tokens(runner: Any, rows: dict[str, int], tokens: int) -> np.ndarray:
+    """Row of the width tables for each of the ``tokens`` that the V1 runner is about to compute."""
     ids = runner.input_batch.req_ids
     of_request = np.zeros(max(1, len(ids)), dtype=np.int32)
     for at, request in enumerate(ids):
