@@ -9,6 +9,7 @@ generates, greedily and in float32, with the pruned channels of the base model m
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
@@ -22,9 +23,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.experts import expert_layers, experts_function
 from flexmoe.exporter import export, write_family
 from flexmoe.plan import Plan
+from flexmoe.trace import fingerprint, trace
 from helpers import random_plan
 
 BUDGETS = (0.0, 0.2, 0.4, 0.6)
@@ -107,6 +110,10 @@ def make(name: str, folder: Path) -> None:
     model.save_pretrained(base)
     tokenizer().save_pretrained(base)
     plan = random_plan(model, base, BUDGETS, quantum=8)
+    checkpoint = Checkpoint(base)
+    of_base = fingerprint(checkpoint, trace(checkpoint, meta_model(base)))
+    recipe = plan.recipe.model_copy(update={"weights_sha256": of_base})
+    plan = dataclasses.replace(plan, recipe=recipe)
     write_family(base, plan, folder / name / "family")
     plan.save(folder / name / "plan")
     family = folder / name / "family"
