@@ -1,0 +1,97 @@
+"""What a server is told (`ServeSettings`) and what it needs of an engine (`Engine`)."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from flexmoe.serve.ids import Budgets, label
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServedMember(_Record):
+    """One budget: its figures (see `flexmoe.plan.Member`), and as measured (None: it was not) the
+    loss in nats per token and the share of the full model's likelihood per token it keeps."""
+
+    pruned: float
+    routed_parameters: int
+    bytes: int
+    nll: float | None = None
+    kept: float | None = None
+
+    @property
+    def budget(self) -> str:
+        """Its label."""
+        return label(self.pruned)
+
+
+class Slo(_Record):
+    """What the policy holds: 95 % of requests within ``ttft_ms`` to the first token and ``tpot_ms``
+    for each further one, by moving the default between the budgets ``richest`` and ``poorest``
+    (labels)."""
+
+    ttft_ms: float
+    tpot_ms: float
+    richest: str
+    poorest: str
+
+
+class ServeSettings(_Record):
+    """All that a server needs to know, as the command line worked it out. Plain data: it goes as
+    JSON into processes that an engine starts.
+
+    ``model``: folder of a family, plan, export or checkpoint; ``base``: weights for a plan alone;
+    ``name``: the model id; ``members``: the budgets to serve, rich to poor; ``default``: label of
+    the budget of requests that name none; ``max_body``: bytes a request may have;
+    ``strict_timeout``: seconds a strict switch waits for requests at other budgets.
+    """
+
+    model: str
+    name: str
+    members: tuple[ServedMember, ...]
+    default: str
+    base: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    max_body: int = 8 * 2**20
+    strict_timeout: float = 60.0
+    slo: Slo | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    @property
+    def budgets(self) -> Budgets:
+        """Ids and labels of the members."""
+        return Budgets(self.name, tuple(member.pruned for member in self.members))
+
+    def to_json(self) -> str:
+        """Every setting, the API key too."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> ServeSettings:
+        """The settings that `to_json` wrote."""
+        return cls.model_validate_json(text)
+
+
+class Engine:
+    """What the middleware needs of an engine; subclass it.
+
+    ``model`` is the one name under which the engine knows the model: requests are sent on with it,
+    and it is replaced in the answers. ``has_metrics`` says whether the engine itself answers
+    ``GET /metrics`` with the default registry of prometheus-client.
+    """
+
+    model: str
+    has_metrics: bool = False
+
+    def mark(self, body: dict, budget: str) -> dict:
+        """The JSON body of a request with its ``budget`` (a label) put where the engine reads it,
+        whatever a client had put there."""
+        raise NotImplementedError
+
+    async def on_switch(self, budget: str) -> None:
+        """Called before ``budget`` becomes the default; an exception keeps the one before."""

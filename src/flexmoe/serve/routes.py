@@ -1,0 +1,139 @@
+"""The routes of the server's own: ``/flexmoe/*``, the list of models, and metrics."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from flexmoe.errors import FlexmoeError
+from flexmoe.serve.http import (
+    App,
+    Receive,
+    Refused,
+    Scope,
+    Send,
+    ask,
+    header,
+    parse_object,
+    read_body,
+    send_bytes,
+    send_json,
+)
+from flexmoe.serve.state import ServeState
+
+OWN = "/flexmoe/"
+MODELS = "/v1/models"
+
+
+async def own_route(
+    state: ServeState, path: str, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Answer a request below ``/flexmoe/``."""
+    method = scope["method"]
+    if path == "/flexmoe/budget" and method == "POST":
+        await _turn(state, scope, receive, send)
+        return
+    if path not in ("/flexmoe/budget", "/flexmoe/status", "/flexmoe/ui"):
+        raise Refused(404, f"no route {path}; there are /flexmoe/budget, status and ui")
+    if method not in ("GET", "HEAD"):
+        raise Refused(405, f"{path} does not take {method}")
+    if path == "/flexmoe/budget":
+        await send_json(send, 200, state.dial_status())
+    elif path == "/flexmoe/status":
+        await send_json(send, 200, state.status())
+    else:
+        page = files("flexmoe.serve").joinpath("page.html").read_bytes()
+        await send_bytes(send, 200, page, b"text/html; charset=utf-8")
+
+
+async def _turn(state: ServeState, scope: Scope, receive: Receive, send: Send) -> None:
+    """``POST /flexmoe/budget``: turn the dial; ``strict`` waits for what runs at other budgets."""
+    kind = (header(scope, b"content-type") or b"").split(b";")[0].strip()
+    if kind != b"application/json":  # which no page of another site can send unasked
+        raise Refused(415, "the body must be sent as content-type application/json")
+    body = await read_body(scope, receive, state.settings.max_body)
+    if body is None:
+        return
+    budget, strict = _wish(parse_object(body))
+    try:
+        seconds = await state.dial.turn(budget, "request")
+    except FlexmoeError as error:
+        raise Refused(404, str(error), "budget") from None
+    except Exception as error:
+        raise Refused(
+            503, f"the engine did not switch, the default is {state.dial.budget}: {error}"
+        ) from error
+    if strict and (late := await state.dial.settle(state.settings.strict_timeout)):
+        raise Refused(
+            503,
+            f"the default is {budget} now, but after {state.settings.strict_timeout:g} s there are "
+            f"still {late} requests that began at another",
+        )
+    await send_json(send, 200, {**state.dial_status(), "seconds": seconds})
+
+
+def _wish(body: dict[str, Any]) -> tuple[str, bool]:
+    if unknown := sorted(body.keys() - {"budget", "strict"}):
+        raise Refused(422, f"unknown field '{unknown[0]}': there are budget and strict", unknown[0])
+    budget, strict = body.get("budget"), body.get("strict", False)
+    if not isinstance(budget, str):
+        raise Refused(422, f'budget must be a string such as "40", found {budget!r}', "budget")
+    if not isinstance(strict, bool):
+        raise Refused(422, f"strict must be true or false, found {strict!r}", "strict")
+    return budget, strict
+
+
+async def models(
+    state: ServeState, path: str, app: App, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """``GET /v1/models`` and ``/v1/models/ID``: what the engine lists, and an entry a budget."""
+    status, body = await ask(app, {**scope, "path": MODELS, "raw_path": MODELS.encode()}, receive)
+    if status != 200:
+        await send_bytes(send, status, body, b"application/json")
+        return
+    listed: list[dict[str, Any]] = []
+    for entry in json.loads(body)["data"]:
+        listed += _entries(state, entry) if entry["id"] == state.engine.model else [entry]
+    if path == MODELS:
+        await send_json(send, 200, {"object": "list", "data": listed})
+        return
+    wanted = path.removeprefix(f"{MODELS}/")
+    found = next((entry for entry in listed if entry["id"] == wanted), None)
+    if found is None:
+        raise Refused(404, str(_unknown(state, wanted)), "model")
+    await send_json(send, 200, found)
+
+
+def _entries(state: ServeState, entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The engine's entry under the name served, and one for each budget, listed as adapters are:
+    ``root`` and ``parent`` are the model they belong to."""
+    budgets = state.budgets
+    figures = {
+        budgets.id(member.budget): member.model_dump(
+            include={"pruned", "routed_parameters", "bytes"}
+        )
+        for member in state.settings.members
+    }
+    default = {**entry, "id": budgets.name, "flexmoe": {"default": state.dial.budget}}
+    keep = {key: entry[key] for key in ("object", "created", "owned_by") if key in entry}
+    return [default] + [
+        {"id": name, **keep, "root": budgets.name, "parent": budgets.name, "flexmoe": figures[name]}
+        for name in budgets.ids[1:]
+    ]
+
+
+def _unknown(state: ServeState, model_id: str) -> FlexmoeError:
+    try:
+        state.budgets.find(model_id)
+    except FlexmoeError as error:
+        return error
+    return FlexmoeError(f"the engine does not list its model, asked for '{model_id}'")
+
+
+async def metrics(state: ServeState, send: Send) -> None:
+    """``GET /metrics`` for engines that have none."""
+    body = generate_latest(state.ledger.metrics.registry)
+    await send_bytes(send, 200, body, CONTENT_TYPE_LATEST.encode())

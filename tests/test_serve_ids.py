@@ -1,0 +1,54 @@
+"""Model ids and settings."""
+
+import pytest
+
+from flexmoe.errors import FlexmoeError
+from flexmoe.serve.engine import ServeSettings, Slo
+from flexmoe.serve.ids import Budgets, label
+from serving import settings
+
+
+def test_labels_are_percent():
+    shares = (0.0, 0.07, 0.125, 0.29, 0.4, 0.57)
+    assert [label(s) for s in shares] == ["0", "7", "12.5", "29", "40", "57"]
+
+
+def test_ids_name_shares():
+    budgets = Budgets("org/moe", (0.0, 0.125, 0.4))
+    assert budgets.ids == ("org/moe", "org/moe:0", "org/moe:12.5", "org/moe:40")
+    assert [budgets.find(i) for i in budgets.ids] == [None, 0.0, 0.125, 0.4]
+    assert [budgets.share(b) for b in budgets.labels] == [0.0, 0.125, 0.4]
+
+
+def test_a_plain_model_has_one_id_an_export_two():
+    assert Budgets("moe", (0.0,)).ids == ("moe",)
+    assert Budgets("moe-40", (0.4,)).ids == ("moe-40", "moe-40:40")
+    with pytest.raises(FlexmoeError, match="unknown model 'moe:0'"):
+        Budgets("moe", (0.0,)).find("moe:0")
+
+
+@pytest.mark.parametrize("found", ["moe:39", "moe:040", "moe:40.0", "moe:", "MOE:40", ":40", ""])
+def test_unknown_ids_list_the_known(found):
+    with pytest.raises(FlexmoeError, match=r"Known: moe, moe:0, moe:40$"):
+        Budgets("moe", (0.0, 0.4)).find(found)
+
+
+@pytest.mark.parametrize(
+    ("found", "nearest"), [("38", "40"), ("0.4", "40"), ("90", "40"), ("-3", "0"), ("1", "0")]
+)
+def test_unknown_budgets_name_the_nearest(found, nearest):
+    with pytest.raises(FlexmoeError, match=rf"Did you mean '{nearest}'\? Known: 0, 20, 40"):
+        Budgets("moe", (0.0, 0.2, 0.4)).share(found)
+
+
+@pytest.mark.parametrize("name", ["", "two words", 'quote"', "back\\slash", "tab\t", "ümlaut"])
+def test_names_that_do_not_fit_into_ids_are_refused(name):
+    with pytest.raises(FlexmoeError, match="model name"):
+        Budgets(name, (0.0,))
+
+
+def test_settings_survive_json():
+    found = settings(
+        api_key="k", slo=Slo(ttft_ms=500, tpot_ms=50, richest="0", poorest="40"), base="weights"
+    )
+    assert ServeSettings.from_json(found.to_json()) == found
