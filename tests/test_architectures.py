@@ -121,6 +121,36 @@ def test_pairs_of_experts_held_elsewhere_are_left_out(name):
     assert layer.module.flexmoe_load_E.sum() == 0
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h", "muse_spark"])
+def test_tokens_of_one_batch_go_by_budgets_of_their_own(name):
+    model = tiny_model(name)
+    generator, T = torch.Generator().manual_seed(0), 24
+    layer = expert_layers(model)[0]
+    width_BE = torch.randint(0, layer.I + 1, (3, layer.E), generator=generator)
+    width_BE[0] = 0
+    x_TH = torch.randn(T, layer.H, generator=generator)
+    index_TK = torch.rand(T, layer.E, generator=generator).topk(2).indices
+    weight_TK = torch.rand(T, 2, generator=generator)
+    budget_T = torch.randint(0, 3, (T,), generator=generator)
+    alone = []
+    with torch.no_grad():
+        for row in width_BE.tolist():
+            layer.module.flexmoe_width_E = row
+            alone.append(prefix_forward(layer.module, x_TH, index_TK, weight_TK))
+        want = torch.stack(alone)[budget_T, torch.arange(len(budget_T))]
+        assert difference(alone[1], alone[2]) > 1e-3
+        for table in (width_BE, width_BE.tolist()):
+            layer.module.flexmoe_width_BE = table
+            layer.module.flexmoe_token_budget_T = budget_T
+            got = prefix_forward(layer.module, x_TH, index_TK, weight_TK)
+            assert difference(got, want) < TOLERANCE
+        with pytest.raises(FlexmoeError, match="budgets for 24 tokens, the batch has 23"):
+            prefix_forward(layer.module, x_TH[1:], index_TK[1:], weight_TK[1:])
+        layer.module.flexmoe_token_budget_T = None
+        got = prefix_forward(layer.module, x_TH, index_TK, weight_TK)
+        assert torch.equal(got, alone[2])
+
+
 def test_counts_of_a_layer_are_those_of_its_parameters():
     for name in ("gpt_oss", "nemotron_h", "qwen3_moe"):
         model = tiny_model(name)

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from flexmoe.errors import FlexmoeError
+from flexmoe.kernels.routing import Routing
+from flexmoe.kernels.torch_loop import Prefix, outputs
 from flexmoe.sharding import own_rows
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
@@ -161,50 +163,12 @@ def _why_no_experts(model: nn.Module) -> str:
 # --- The functions registered at the seam -----------------------------------------------------
 
 
-@dataclass
-class Routing:
-    """Routed (token, expert) pairs sorted by expert; pairs of experts held elsewhere are left out.
-
-    ``segments`` lists (expert, start, stop) of the experts that got tokens.
-    """
-
-    position_S: Tensor
-    expert_S: Tensor
-    token_S: Tensor
-    weight_S: Tensor
-    segments: list[tuple[int, int, int]]
-
-    def split(self, rows_S: Tensor) -> tuple[Tensor, ...]:
-        """Rows of each segment. Not slices: the gradient of a split is one concatenation, that of
-        a slice a full-size zero for every expert."""
-        return rows_S.split([b - a for _, a, b in self.segments])
-
-    @classmethod
-    def of(cls, index_TK: Tensor, weight_TK: Tensor, experts: int) -> Routing:
-        expert_S, position_S = torch.sort(index_TK.reshape(-1), stable=True)
-        count = torch.bincount(expert_S, minlength=experts)[:experts].tolist()
-        segments, start = [], 0
-        for e, n in enumerate(count):
-            if n:
-                segments.append((e, start, start + n))
-            start += n
-        position_S, expert_S = position_S[:start], expert_S[:start]
-        token_S = position_S // index_TK.shape[1]
-        return cls(position_S, expert_S, token_S, weight_TK.reshape(-1)[position_S], segments)
-
-    def whole(self, module: nn.Module, y_SH: Tensor) -> Tensor:
-        """What the down projections gave, as whole expert outputs: with bias and norm, where the
-        architecture has them. Both are of an expert, not of a channel, and stay at every width."""
-        if module.has_bias:
-            y_SH = y_SH + module.down_proj_bias[self.expert_S]
-        return module.post_expert_norm(y_SH) if module.has_post_expert_norm else y_SH
-
-    def combine(self, y_SH: Tensor, like_TH: Tensor, K: int) -> Tensor:
-        """Weigh the experts' outputs and add them up per token, in a fixed order."""
-        weighted = y_SH * self.weight_S[:, None]
-        T, H = like_TH.shape[0], y_SH.shape[1]
-        pairs = weighted.new_zeros(T * K, H).index_copy(0, self.position_S, weighted)
-        return pairs.view(T, K, H).sum(1).to(like_TH.dtype)
+def _whole(module: nn.Module, routing: Routing, y_SH: Tensor) -> Tensor:
+    """What the down projections gave, as whole expert outputs: with bias and norm, where the
+    architecture has them. Both are of an expert, not of a channel, and stay at every width."""
+    if module.has_bias:
+        y_SH = y_SH + module.down_proj_bias[routing.expert_S]
+    return module.post_expert_norm(y_SH) if module.has_post_expert_norm else y_SH
 
 
 @dataclass(frozen=True)
@@ -249,7 +213,7 @@ def full_width_forward(
     h_SI = edit(routing, module._apply_gate(pre_S) if module.has_gate else module.act_fn(pre_S))
     parts = zip(routing.segments, routing.split(h_SI), strict=True)
     y = [_linear(module, h_nI, down_E[e]) for (e, _, _), h_nI in parts]
-    y_SH = routing.whole(module, torch.cat(y) if y else torch.zeros_like(x_SH))
+    y_SH = _whole(module, routing, torch.cat(y) if y else torch.zeros_like(x_SH))
     out_TH = routing.combine(y_SH, x_TH, index_TK.shape[1])
     if see is not None:
         see(Seen(x_TH, index_TK, weight_TK, routing, pre_S, h_SI, y_SH, out_TH))
@@ -284,38 +248,39 @@ def mask_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: T
 
 def prefix_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Registered as ``flexmoe``: expert e computes its first ``module.flexmoe_width_E[e]``
-    channels and no more."""
-    width_E: list[int] = module.flexmoe_width_E
-    routing = Routing.of(index_TK, weight_TK, len(width_E))
-    x_SH = x_TH[routing.token_S]
+    channels and no more. Where ``module.flexmoe_token_budget_T`` (int) is set and not None, token t
+    goes by its own row ``flexmoe_token_budget_T[t]`` of ``module.flexmoe_width_BE`` instead."""
+    width_BE, token_budget_T = _budgets(module, x_TH.shape[0])
+    routing = Routing.of(index_TK, weight_TK, len(width_BE[0]), token_budget_T, len(width_BE))
     stored = _Stored(module)
-    y = [
-        _prefix_output(module, stored, e, width_E[e], x_nH)
-        if width_E[e]
-        else torch.zeros_like(x_nH)
-        for (e, _, _), x_nH in zip(routing.segments, routing.split(x_SH), strict=True)
-    ]
-    y_SH = routing.whole(module, torch.cat(y) if y else x_SH)
-    return routing.combine(y_SH, x_TH, index_TK.shape[1])
+    y_SH = outputs(
+        x_TH[routing.token_S], routing, width_BE, stored.prefix, activation_function(module)
+    )
+    return routing.combine(_whole(module, routing, y_SH), x_TH, index_TK.shape[1])
 
 
-def _prefix_output(module: nn.Module, stored: _Stored, e: int, w: int, x_nH: Tensor) -> Tensor:
-    """Expert ``e`` cut to its first ``w`` channels, without down bias and routing weight."""
-    up, bias, down_wH = stored.prefix(e, w)
-    return channel_activations(module, x_nH.to(down_wH.dtype), up, bias) @ down_wH
+def _budgets(module: nn.Module, tokens: int) -> tuple[list[list[int]], Tensor | None]:
+    """The widths of all budgets in use, and which of them each token is at (None: the only one)."""
+    token_budget_T = getattr(module, "flexmoe_token_budget_T", None)
+    if token_budget_T is None:
+        return [module.flexmoe_width_E], None
+    if len(token_budget_T) != tokens:
+        raise FlexmoeError(
+            f"flexmoe_token_budget_T has budgets for {len(token_budget_T)} tokens, the batch has "
+            f"{tokens}: set it anew for every batch, or to None"
+        )
+    table = module.flexmoe_width_BE
+    return table.tolist() if isinstance(table, Tensor) else table, token_budget_T
 
 
-def channel_activations(
-    module: nn.Module, x_nH: Tensor, up: list[Tensor], bias: list[Tensor | None]
-) -> Tensor:
-    """Activations [n, w] of an expert's channels from ``up``, its [gate, up] (or [up]) each
-    [w, H]. The module lends its activation function only: it may be on the meta device."""
-    pre = [F.linear(x_nH, weight, b) for weight, b in zip(up, bias, strict=True)]
+def activation_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What maps gate and up side by side [n, 2w] (or up alone) to channel activations [n, w]. The
+    module lends its function only: it may be on the meta device."""
     if not module.has_gate:
-        return module.act_fn(pre[0])
+        return module.act_fn
     if module.is_concatenated:
-        return module._apply_gate(torch.cat(pre, -1))
-    return module._apply_gate(torch.stack(pre, -1).flatten(-2))
+        return module._apply_gate
+    return lambda pre_n: module._apply_gate(torch.stack(pre_n.chunk(2, -1), -1).flatten(-2))
 
 
 class _Stored:
@@ -334,14 +299,13 @@ class _Stored:
             self.layer = ExpertLayer(-1, "", module)
             self.experts = {name: tensor.unbind(0) for name, tensor in stored.items()}
 
-    def prefix(self, e: int, w: int) -> tuple[list[Tensor], list[Tensor | None], Tensor]:
-        """Views on the first ``w`` channels of expert ``e``: [gate, up] (or [up]) each [w, H],
-        their biases [w], and down [w, H]."""
+    def prefix(self, e: int, w: int) -> Prefix:
+        """Views on the first ``w`` channels of expert ``e``."""
         up = self._views(self.name, e, w)
         bias: list[Tensor | None] = [None] * len(up)
         if self.module.has_bias:
             bias = list(self._views(f"{self.name}_bias", e, w))
-        return up, bias, self._views("down_proj", e, w)[0]
+        return Prefix(up, bias, self._views("down_proj", e, w)[0])
 
     def _views(self, name: str, e: int, w: int) -> list[Tensor]:
         if not self.offset_E:

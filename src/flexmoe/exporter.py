@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.evidence import Evidence
-from flexmoe.experts import channel_activations
+from flexmoe.experts import activation_function
 from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_beside
 from flexmoe.hf import FORMAT
+from flexmoe.kernels.torch_loop import activations
 from flexmoe.plan import Plan, Recipe, read_manifest
 from flexmoe.progress import Track, silent
 from flexmoe.reports.card import write_card
@@ -286,7 +287,7 @@ def _output(
     part = {side: tensor.float() for side, tensor in expert.items()}
     sides = [side for side in ("gate", "up") if side in part]
     bias = [part.get(f"{side}_bias") for side in sides]
-    h_nI = channel_activations(module, x_nH, [part[side] for side in sides], bias)
+    h_nI = activations(x_nH, [part[side] for side in sides], bias, activation_function(module))
     if kept_I is not None:
         h_nI = torch.where(kept_I, h_nI, 0.0)
     y_nH = h_nI @ part["down"]

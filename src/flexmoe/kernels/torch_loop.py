@@ -1,15 +1,31 @@
-"""Back end of plain torch operations: a loop over experts. The reference, and the fallback."""
+"""Back end of plain torch operations: a loop over experts. The reference, and the fallback.
+
+It alone has gradients, and it serves storage that is not channel-major too (`Prefix` is all that
+it asks of a storage), so the transformers seam runs it as well.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexmoe.kernels.routing import Routing
+
 if TYPE_CHECKING:
     from flexmoe.kernels.interface import Weights
+
+
+class Prefix(NamedTuple):
+    """The first w channels of an expert: ``up`` is [gate, up] (or [up]), each [w, H], ``bias``
+    theirs [w] or None, ``down_wH`` a row for each channel."""
+
+    up: Sequence[Tensor]
+    bias: Sequence[Tensor | None]
+    down_wH: Tensor
 
 
 def experts(
@@ -22,42 +38,60 @@ def experts(
     budget: int = 0,
 ) -> Tensor:
     """See `flexmoe.kernels.interface.experts`."""
-    (T, K), (B, E) = index_TK.shape, width_BE.shape
-    offset_E, width = weights.offset_E.tolist(), width_BE.tolist()
-    # pairs are sorted by (expert, budget): every group has one width
-    expert_S = index_TK.reshape(-1).long()
-    expert_S = torch.where((expert_S < 0) | (expert_S >= E), E, expert_S)
+    table = width_BE.tolist()
     if token_budget_T is None:
-        budget_S = torch.full_like(expert_S, budget)
+        table = [table[budget]]
     else:
-        budget_S = token_budget_T[:T].long().repeat_interleave(K)
-    key_S, position_S = torch.sort(expert_S * B + budget_S, stable=True)
-    count = torch.bincount(key_S, minlength=E * B)[: E * B].tolist()
-    pairs_SH = x_TH.new_zeros(T * K, x_TH.shape[1])
-    start = 0
-    for key, n in enumerate(count):
-        if not n:
-            continue
-        e, b = divmod(key, B)
-        at_n = position_S[start : start + n]
-        start += n
-        y_nH = _output(weights, x_TH[at_n // K], offset_E[e], width[b][e], e)
-        if y_nH is not None:
-            pairs_SH[at_n] = y_nH
-    out_TH = (pairs_SH.view(T, K, -1).float() * weight_TK[..., None].float()).sum(1)
-    return out_TH.to(x_TH.dtype)
+        token_budget_T = token_budget_T[: x_TH.shape[0]]
+    routing = Routing.of(index_TK, weight_TK, len(table[0]), token_budget_T, len(table))
+    prefix = prefixes(weights)
+    y_SH = outputs(x_TH[routing.token_S], routing, table, prefix, weights.activate)
+    if weights.down_bias_EH is not None:
+        y_SH = y_SH + weights.down_bias_EH[routing.expert_S]
+    return routing.combine(y_SH, x_TH, index_TK.shape[1])
 
 
-def _output(weights: Weights, x_nH: Tensor, row: int, w: int, e: int) -> Tensor | None:
-    """Outputs of expert ``e`` cut to ``w`` channels, from row ``row`` on; None for nothing."""
-    bias_H = None if weights.down_bias_EH is None else weights.down_bias_EH[e]
-    if not w:
-        return None if bias_H is None else bias_H.expand_as(x_nH)
-    up_wCH = weights.up_RCH[row : row + w]
-    bias_wC = None if weights.up_bias_RC is None else weights.up_bias_RC[row : row + w]
-    sides = [
-        F.linear(x_nH, up_wCH[:, c], None if bias_wC is None else bias_wC[:, c])
-        for c in range(up_wCH.shape[1])
-    ]
-    y_nH = weights.activate(torch.cat(sides, -1)) @ weights.down_RH[row : row + w]
-    return y_nH if bias_H is None else y_nH + bias_H
+def outputs(
+    x_SH: Tensor,
+    routing: Routing,
+    width_BE: Sequence[Sequence[int]],
+    prefix: Callable[[int, int], Prefix],
+    activate: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """What the down projections give for every routed pair [S, H], without bias and routing
+    weight; ``prefix(e, w)`` is what the storage has of an expert."""
+    y = []
+    for (e, _, _), b, x_nH in zip(
+        routing.segments, routing.budgets, routing.split(x_SH), strict=True
+    ):
+        if w := width_BE[b][e]:
+            up, bias, down_wH = prefix(e, w)
+            y.append(activations(x_nH.to(down_wH.dtype), up, bias, activate) @ down_wH)
+        else:
+            y.append(torch.zeros_like(x_nH))
+    return torch.cat(y) if y else x_SH
+
+
+def activations(
+    x_nH: Tensor,
+    up: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    activate: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Activations [n, w] of the channels in ``up``, see `Prefix`."""
+    sides = [F.linear(x_nH, weight, b) for weight, b in zip(up, bias, strict=True)]
+    return activate(torch.cat(sides, -1) if len(sides) > 1 else sides[0])
+
+
+def prefixes(weights: Weights) -> Callable[[int, int], Prefix]:
+    """How to get at the channels of channel-major storage. Split, not sliced, for the gradient."""
+    stored = weights.offset_E.diff().tolist()
+    up_E, down_E = weights.up_RCH.split(stored), weights.down_RH.split(stored)
+    bias_E = None if weights.up_bias_RC is None else weights.up_bias_RC.split(stored)
+
+    def prefix(e: int, w: int) -> Prefix:
+        up = up_E[e][:w].unbind(1)
+        bias = [None] * len(up) if bias_E is None else bias_E[e][:w].unbind(1)
+        return Prefix(up, bias, down_E[e][:w])
+
+    return prefix
