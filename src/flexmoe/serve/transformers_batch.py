@@ -139,8 +139,9 @@ def draw(scores_nV: Tensor, temperature_n: Tensor, top_p_n: Tensor) -> Tensor:
     reaches its ``top_p`` (nucleus sampling, arXiv:1904.09751)."""
     share_nV = (scores_nV / temperature_n[:, None]).softmax(-1)
     share_nV, token_nV = share_nV.sort(-1, descending=True)
-    before_nV = share_nV.cumsum(-1) - share_nV
-    kept_nV = share_nV.masked_fill(before_nV >= top_p_n[:, None], 0)
+    out_nV = share_nV.cumsum(-1) - share_nV >= top_p_n[:, None]
+    out_nV[:, 0] = False  # at top_p 0 too
+    kept_nV = share_nV.masked_fill(out_nV, 0)
     return token_nV.gather(-1, kept_nV.multinomial(1))[:, 0]
 
 

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from prometheus_client import REGISTRY, CollectorRegistry
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from transformers import (
     AutoTokenizer,
     ContinuousBatchingConfig,
@@ -27,7 +30,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import GenerationState
+from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
@@ -45,7 +48,10 @@ CPU_KV_TOKENS = 16384  # of memory shared with the weights not all that is free 
 CPU_PAGE, CPU_BATCH_TOKENS = 32, 512
 GREEDY_BELOW = 0.01  # temperatures at which only the likeliest token has a chance
 # What continuous batching would ignore without a word, and values that ask for nothing.
-IGNORED = ("stop", "n", "best_of", "frequency_penalty", "presence_penalty", "logprobs", "echo")
+IGNORED = (
+    "stop", "n", "best_of", "echo", "logprobs", "frequency_penalty", "presence_penalty",
+    "generation_config",
+)  # fmt: skip
 NOTHING: tuple[Any, ...] = (None, False, 0, 1, [], "")
 LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
@@ -144,7 +150,6 @@ def start_batching(model: PreTrainedModel, settings: ServeSettings) -> tuple[Gen
 
 
 def build(
-    settings: ServeSettings,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     generation: GenerationState,
@@ -169,18 +174,18 @@ def build(
     def models() -> dict[str, Any]:
         return {"object": "list", "data": [entry]}
 
-    @app.exception_handler(HTTPException)
-    async def refused(_: Any, error: HTTPException) -> JSONResponse:
-        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code)
+    def answer_with(kind: type[Exception], code: int | None = None) -> None:
+        async def handler(_: Request, error: Any) -> JSONResponse:
+            status = code or error.status_code
+            text = str(getattr(error, "detail", "") or error) or type(error).__name__
+            return JSONResponse(error_body(status, text), status)
 
-    @app.exception_handler(FlexmoeError)
-    async def asked_wrongly(_: Any, error: FlexmoeError) -> JSONResponse:
-        return JSONResponse(error_body(400, str(error)), 400)
+        app.add_exception_handler(kind, handler)
 
-    @app.exception_handler(Exception)
-    async def failed(_: Any, error: Exception) -> JSONResponse:
-        return JSONResponse(error_body(500, f"{type(error).__name__}: {error}"), 500)
-
+    answer_with(HTTPException)
+    answer_with(FlexmoeError, 400)
+    answer_with(CBWorkerDeadError, 503)
+    answer_with(Exception, 500)
     return app
 
 
@@ -196,19 +201,27 @@ def own_request_ids(app: App) -> App:
     return wrapped
 
 
-def launch(settings: ServeSettings, say: Callable[[str], None]) -> None:
-    """Load, and serve until the process is told to end. ``say`` gets a line when it is up."""
+def assemble(
+    settings: ServeSettings, registry: CollectorRegistry = REGISTRY
+) -> tuple[ServeMiddleware, GenerationState, int]:
+    """The loaded server as an ASGI application, what it generates with (to be shut down), and the
+    tokens its KV cache holds."""
     batching.check()
     model, tokenizer = open_model(settings)
     generation, room = start_batching(model, settings)
+    chats = tokenizer.chat_template is not None
+    engine = TransformersEngine(settings.budgets.labels, model.generation_config, chats)
+    app = own_request_ids(build(model, tokenizer, generation))
+    return ServeMiddleware(app, ServeState(settings, engine, registry)), generation, room
+
+
+def launch(settings: ServeSettings, say: Callable[[str], None]) -> None:
+    """Load, and serve until the process is told to end; ``say`` gets what is known once loaded."""
+    app, generation, room = assemble(settings)
+    say(f"KV cache   room for {room:,} tokens")
     try:
-        budgets = settings.budgets.labels
-        chats = tokenizer.chat_template is not None
-        engine = TransformersEngine(budgets, model.generation_config, chats)
-        app = own_request_ids(build(settings, model, tokenizer, generation))
-        say(f"KV cache   room for {room:,} tokens")
         uvicorn.run(
-            ServeMiddleware(app, ServeState(settings, engine)),
+            app,
             host=settings.host,
             port=settings.port,
             log_level="warning",
