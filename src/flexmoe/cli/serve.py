@@ -114,10 +114,9 @@ def _lines(settings: Any, engine: str) -> list[str]:
     budgets = settings.budgets
     lines = [f"{settings.model} with {engine}", "id, routed parameters, bytes as a ragged export"]
     for member in settings.members:
-        model_id = budgets.id(member.budget) if len(budgets.ids) > 1 else budgets.name
         kept = "" if member.kept is None else f"  keeps {member.kept:.1%} of the likelihood"
         lines.append(
-            f"  {model_id:<24} {count(member.routed_parameters):>8} {size(member.bytes):>9}{kept}"
+            f"  {budgets.id(member.budget):<24} {count(member.routed_parameters):>8} {size(member.bytes):>9}{kept}"
         )
     held = settings.members[0]
     lines.append(f"memory     {size(held.bytes)} of weights: those of the richest, shared by all")
