@@ -21,6 +21,7 @@ from flexmoe.cli import report as cli_report
 from flexmoe.cli import reproduce as cli_reproduce
 from flexmoe.cli import reweigh as cli_reweigh
 from flexmoe.cli import score as cli_score
+from flexmoe.cli import serve as cli_serve
 from flexmoe.cli.common import (
     Base,
     BatchSize,
@@ -242,6 +243,7 @@ app.command(epilog=cli_report.EXAMPLES)(cli_report.report)
 app.command(epilog=cli_reproduce.EXAMPLES)(cli_reproduce.reproduce)
 app.command(epilog=cli_score.EXAMPLES)(cli_score.score)
 app.command()(cli_score.methods)
+app.command(epilog=cli_serve.EXAMPLES)(cli_serve.serve)
 
 
 @app.command()

@@ -45,7 +45,8 @@ class ServeSettings(_Record):
     ``model``: folder of a family, plan, export or checkpoint; ``base``: weights for a plan alone;
     ``name``: the model id; ``members``: the budgets to serve, rich to poor; ``default``: label of
     the budget of requests that name none; ``max_body``: bytes a request may have;
-    ``strict_timeout``: seconds a strict switch waits for requests at other budgets.
+    ``strict_timeout``: seconds a strict switch waits for requests at other budgets; ``kv_tokens``:
+    tokens the KV cache has room for (None: the engine decides).
     """
 
     model: str
@@ -61,6 +62,7 @@ class ServeSettings(_Record):
     slo: Slo | None = None
     device: str = "auto"
     dtype: str = "auto"
+    kv_tokens: int | None = None
 
     @property
     def budgets(self) -> Budgets:

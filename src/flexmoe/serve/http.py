@@ -14,15 +14,17 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 TYPES = {
-    400: "BadRequestError",
     401: "AuthenticationError",
     404: "NotFoundError",
-    405: "BadRequestError",
-    413: "BadRequestError",
-    415: "BadRequestError",
-    422: "BadRequestError",
+    500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
+
+
+def error_body(code: int, message: str, param: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients expect it."""
+    kind = TYPES.get(code, "BadRequestError")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Refused(Exception):
@@ -35,9 +37,8 @@ class Refused(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The error as OpenAI's clients expect it."""
-        about = {"message": str(self), "type": TYPES[self.code], "param": self.param}
-        return {"error": {**about, "code": self.code}}
+        """The answer's body."""
+        return error_body(self.code, str(self), self.param)
 
 
 def header(scope: Scope, name: bytes) -> bytes | None:

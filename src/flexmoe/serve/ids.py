@@ -40,14 +40,12 @@ class Budgets:
 
     def id(self, budget: str) -> str:
         """The model id of a label."""
-        return f"{self.name}:{budget}"
+        return self.name if self.shares == (0.0,) else f"{self.name}:{budget}"
 
     @property
     def ids(self) -> tuple[str, ...]:
         """Every model id, the one of the default first."""
-        if self.shares == (0.0,):
-            return (self.name,)
-        return (self.name, *map(self.id, self.labels))
+        return tuple(dict.fromkeys((self.name, *map(self.id, self.labels))))
 
     def find(self, model_id: str) -> float | None:
         """The share that ``model_id`` names, None for the default; a `FlexmoeError` lists the ids

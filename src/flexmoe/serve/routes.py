@@ -26,6 +26,12 @@ from flexmoe.serve.state import ServeState
 
 OWN = "/flexmoe/"
 MODELS = "/v1/models"
+# the page holds all it needs, and speaks to this server only
+PAGE_MAY = (
+    b"default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    b"connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    b"frame-ancestors 'none'"
+)
 
 
 async def own_route(
@@ -46,7 +52,8 @@ async def own_route(
         await send_json(send, 200, state.status())
     else:
         page = files("flexmoe.serve").joinpath("page.html").read_bytes()
-        await send_bytes(send, 200, page, b"text/html; charset=utf-8")
+        headers = [(b"content-security-policy", PAGE_MAY)]
+        await send_bytes(send, 200, page, b"text/html; charset=utf-8", headers)
 
 
 async def _turn(state: ServeState, scope: Scope, receive: Receive, send: Send) -> None:

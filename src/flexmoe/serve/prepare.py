@@ -1,0 +1,174 @@
+"""From what was asked for to `ServeSettings`: everything that can be wrong is found here, before
+anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, read_json, resolve
+from flexmoe.errors import FlexmoeError, did_you_mean
+from flexmoe.evaluation.curve import load_curve
+from flexmoe.experts import routed_parameters
+from flexmoe.family import find_folder
+from flexmoe.plan import JSON_NAME, Plan, read_manifest
+from flexmoe.serve.engine import ServedMember, ServeSettings, Slo
+from flexmoe.serve.ids import Budgets, label
+
+ENGINES = ("vllm", "transformers")
+INSTALL = {"vllm": "pip install 'flexmoe[vllm]'", "transformers": "pip install 'flexmoe[serve]'"}
+NEEDED = {"vllm": ("vllm",), "transformers": ("fastapi", "uvicorn", "openai", "prometheus_client")}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TTFT_MS, TPOT_MS = 500.0, 50.0
+
+
+def pick_engine(asked: str) -> str:
+    """The engine's name; ``auto`` is vLLM where that is installed. A `FlexmoeError` says what to
+    install."""
+    if asked == "auto":
+        return "vllm" if _installed("vllm") else pick_engine("transformers")
+    if asked not in ENGINES:
+        raise did_you_mean(asked, ("auto", *ENGINES), "engine")
+    if not _installed(asked):
+        raise FlexmoeError(f"--engine {asked} is not installed: {INSTALL[asked]}")
+    return asked
+
+
+def _installed(engine: str) -> bool:
+    return all(importlib.util.find_spec(module) is not None for module in NEEDED[engine])
+
+
+def check_port(host: str, port: int) -> None:
+    """`FlexmoeError` unless a server can listen there."""
+    if not 0 < port < 65536:
+        raise FlexmoeError(f"--port {port}: expected a number from 1 to 65535")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(found[0], found[1]) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(found[4])
+    except OSError as error:
+        raise FlexmoeError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}. Give another --port "
+            "or --host"
+        ) from None
+
+
+def served_members(path: str, budgets: str | None) -> tuple[ServedMember, ...]:
+    """The members at ``path`` that ``budgets`` names in percent (None: all), rich to poor. An
+    export or a plain checkpoint is one."""
+    folder = find_folder(path)
+    if not (folder / JSON_NAME).is_file():
+        if budgets is not None:
+            raise FlexmoeError(f"--budgets has no effect: '{path}' is one member, not a family")
+        return (_single(resolve(folder)),)
+    plan = Plan.load(folder)
+    known = Budgets("family", plan.budgets)
+    asked = known.labels if budgets is None else [b.strip() for b in budgets.split(",")]
+    shares = sorted({known.share(budget) for budget in asked})
+    quality, figures = _quality(folder), {"pruned", "routed_parameters", "bytes"}
+    return tuple(
+        ServedMember.model_validate(
+            {**plan.member(share).model_dump(include=figures), **quality.get(share, {})}
+        )
+        for share in shares
+    )
+
+
+def _single(folder: Path) -> ServedMember:
+    about = read_json(folder / EXPORT_NAME) if (folder / EXPORT_NAME).is_file() else {}
+    return ServedMember(
+        pruned=about.get("pruned", 0.0),
+        routed_parameters=routed_parameters(meta_model(folder)),
+        bytes=Checkpoint(folder).bytes,
+    )
+
+
+def _quality(folder: Path) -> dict[float, dict[str, float]]:
+    """Loss and share of likelihood kept by budget, where a curve of this plan is saved. (That the
+    weights are those it was measured with is not checked: that takes reading them all.)"""
+    curve = load_curve(folder)
+    if curve is None or curve.of.plan_sha256 != read_manifest(folder).tensors_sha256:
+        return {}
+    return {point.pruned: {"nll": point.nll, "kept": point.kept} for point in curve.budgets}
+
+
+def make_slo(
+    policy: str | None,
+    ttft_ms: float | None,
+    tpot_ms: float | None,
+    richest: str | None,
+    poorest: str | None,
+    members: Sequence[ServedMember],
+) -> Slo | None:
+    """The policy's settings, None without one; a `FlexmoeError` for those that have no effect or
+    make no sense."""
+    given = {
+        "--ttft-ms": ttft_ms,
+        "--tpot-ms": tpot_ms,
+        "--richest": richest,
+        "--poorest": poorest,
+    }
+    if policy is None:
+        for option, value in given.items():
+            if value is not None:
+                raise FlexmoeError(f"{option} has no effect without --policy slo")
+        return None
+    if policy != "slo":
+        raise did_you_mean(policy, ("slo",), "policy")
+    for option in ("--ttft-ms", "--tpot-ms"):
+        value = given[option]
+        if isinstance(value, float) and not 0 < value < float("inf"):
+            raise FlexmoeError(f"{option} {value:g}: expected milliseconds above 0")
+    budgets = Budgets("family", tuple(member.pruned for member in members))
+    rich, poor = richest or budgets.labels[0], poorest or budgets.labels[-1]
+    if budgets.share(rich) >= budgets.share(poor):
+        raise FlexmoeError(
+            f"the policy has nowhere to go: --richest {rich} must prune less than --poorest {poor}"
+        )
+    return Slo(ttft_ms=ttft_ms or TTFT_MS, tpot_ms=tpot_ms or TPOT_MS, richest=rich, poorest=poor)
+
+
+def make_settings(
+    family: str,
+    *,
+    budgets: str | None = None,
+    default: str | None = None,
+    name: str | None = None,
+    policy: str | None = None,
+    ttft_ms: float | None = None,
+    tpot_ms: float | None = None,
+    richest: str | None = None,
+    poorest: str | None = None,
+    max_body_mb: float = 8.0,
+    **others: Any,
+) -> ServeSettings:
+    """Settings to serve ``family`` with, checked; ``others`` are fields of `ServeSettings`.
+
+    ``default`` is by default the richest budget, ``name`` the folder's name or the hub id.
+    """
+    check_port(others["host"], others["port"])
+    if others["dtype"] not in DTYPES:
+        raise did_you_mean(others["dtype"], DTYPES, "dtype")
+    if not 0 < max_body_mb < float("inf"):
+        raise FlexmoeError(f"--max-body-mb {max_body_mb:g}: expected a number above 0")
+    if others["kv_tokens"] is not None and others["kv_tokens"] < 1:
+        raise FlexmoeError(f"--kv-tokens {others['kv_tokens']}: expected a number from 1 on")
+    if others["api_key"] == "":
+        raise FlexmoeError("--api-key is empty: give a key, or leave it out")
+    members = served_members(family, budgets)
+    local = Path(family).expanduser()
+    settings = ServeSettings(
+        model=str(local.absolute() if local.is_dir() else family),
+        name=name or (local.resolve().name if local.is_dir() else family),
+        members=members,
+        default=default or label(members[0].pruned),
+        slo=make_slo(policy, ttft_ms, tpot_ms, richest, poorest, members),
+        max_body=round(max_body_mb * 10**6),
+        **others,
+    )
+    settings.budgets.share(settings.default)
+    return settings

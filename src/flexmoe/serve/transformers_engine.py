@@ -1,0 +1,231 @@
+"""``flexmoe serve --engine transformers``: transformers' own server and continuous batching.
+
+Requests of different budgets share a batch. KV blocks are never shared between requests: the same
+prompt has other keys and values at another budget.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from prometheus_client import REGISTRY, CollectorRegistry
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from transformers import (
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager, TimedModel
+from transformers.cli.serving.response import ResponseHandler
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
+
+from flexmoe.errors import FlexmoeError
+from flexmoe.experts import expert_layers
+from flexmoe.family import find_folder, load
+from flexmoe.plan import JSON_NAME, read_manifest
+from flexmoe.serve import transformers_batch as batching
+from flexmoe.serve.engine import Engine, ServeSettings
+from flexmoe.serve.http import App, Receive, Scope, Send, error_body, without
+from flexmoe.serve.middleware import ServeMiddleware
+from flexmoe.serve.state import ServeState
+
+MODEL = "flexmoe@main"  # in transformers' own form: it adds the revision where there is none
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/health")
+CPU_KV_TOKENS = 16384  # of memory shared with the weights not all that is free is taken
+CPU_PAGE, CPU_BATCH_TOKENS = 32, 512
+GREEDY_BELOW = 0.01  # temperatures at which only the likeliest token has a chance
+# What continuous batching would ignore without a word, and values that ask for nothing.
+IGNORED = (
+    "stop", "n", "best_of", "echo", "logprobs", "frequency_penalty", "presence_penalty",
+    "generation_config",
+)  # fmt: skip
+NOTHING: tuple[Any, ...] = (None, False, 0, 1, [], "")
+LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
+
+class TransformersEngine(Engine):
+    """transformers, as the middleware sees it: the budget goes along in the asyncio context."""
+
+    model = MODEL
+
+    def __init__(self, budgets: tuple[str, ...], generation: GenerationConfig, chats: bool):
+        self.budgets, self.chats = budgets, chats
+        sampled = bool(generation.do_sample)
+        self.temperature = (generation.temperature or 1.0) if sampled else 0.0
+        self.top_p = (generation.top_p or 1.0) if sampled else 1.0
+
+    def mark(self, body: dict, budget: str) -> dict:
+        for name in IGNORED:
+            if body.get(name) not in NOTHING:
+                raise FlexmoeError(
+                    f"{name} is not supported by --engine transformers: leave it out"
+                )
+        for name in LIMITS:
+            limit = body.get(name)
+            if limit is not None and (type(limit) is not int or limit < 1):
+                raise FlexmoeError(f"{name} must be a whole number from 1 on, found {limit!r}")
+        if not self.chats and "prompt" not in body:
+            raise FlexmoeError("this model's tokenizer has no chat template: use /v1/completions")
+        temperature = _number(body, "temperature", self.temperature, 0, 2)
+        batching.WISH.set(
+            batching.Wish(
+                budget=self.budgets.index(budget),
+                temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
+                top_p=_number(body, "top_p", self.top_p, 0, 1),
+            )
+        )
+        return body
+
+
+def _number(body: dict, name: str, default: float, low: float, high: float) -> float:
+    found = body.get(name)
+    if found is None:
+        return default
+    if type(found) not in (int, float) or not low <= found <= high:
+        raise FlexmoeError(f"{name} must be a number from {low} to {high}, found {found!r}")
+    return float(found)
+
+
+def open_model(settings: ServeSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, with the widths of all budgets beside its experts modules, and its tokenizer."""
+    folder = find_folder(settings.model)
+    shares = [member.pruned for member in settings.members]
+    single = len(shares) == 1
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    model = load(
+        folder,
+        shares[0] if single else None,
+        base=settings.base,
+        device=settings.device,
+        dtype=dtype,
+    )
+    if not single:
+        widths = [model.flexmoe_plan.widths(share) for share in shares]
+        for layer in expert_layers(model):
+            layer.module.flexmoe_width_BE = [width[layer.index].tolist() for width in widths]
+        model.set_experts_implementation("flexmoe")
+    source: Any = folder
+    if (folder / JSON_NAME).is_file() and not read_manifest(folder).ranked:
+        source = find_folder(settings.base or read_manifest(folder).recipe.base_model)
+    return model, AutoTokenizer.from_pretrained(source)
+
+
+def start_batching(model: PreTrainedModel, settings: ServeSettings) -> tuple[GenerationState, int]:
+    """transformers' generation state with a running manager, and the tokens its KV cache holds."""
+    sizes: dict[str, int] = {}
+    tokens = settings.kv_tokens
+    if model.device.type == "cpu":
+        sizes = {"page_size": CPU_PAGE, "max_batch_tokens": CPU_BATCH_TOKENS}
+        tokens = tokens or CPU_KV_TOKENS
+    config = ContinuousBatchingConfig(allow_block_sharing=False, use_cuda_graph=False, **sizes)
+    if tokens is not None:
+        config.num_blocks = math.ceil(tokens / config.page_size)
+    # one setting for all requests: how to end; how to sample goes by request
+    ends = GenerationConfig(
+        do_sample=False,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=model.generation_config.pad_token_id,
+    )
+    experts = [layer.module for layer in expert_layers(model)] if len(settings.members) > 1 else []
+    try:
+        return batching.start(model, MODEL, ends, config, experts)
+    except (ValueError, MemoryError, AttributeError, NotImplementedError) as error:
+        raise FlexmoeError(
+            f"transformers cannot batch this model continuously ({error}): use --engine vllm, or "
+            "another --kv-tokens"
+        ) from error
+
+
+def build(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: GenerationState,
+) -> FastAPI:
+    """transformers' application for this one model, without what would load or drop models."""
+    manager = ModelManager(model_timeout=-1)
+    manager.force_model = MODEL
+    manager.loaded_models[MODEL] = TimedModel(model, timeout_seconds=-1, processor=tokenizer)
+    handlers = [kind(manager, generation) for kind in (CompletionHandler, ResponseHandler)]
+    app = build_server(
+        manager,
+        ChatCompletionHandler(manager, generation),
+        *handlers,
+        transcription_handler=None,
+        systemone_handler=None,
+        generation_state=generation,
+    )
+    app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") in ROUTES]
+    entry = {"id": MODEL, "object": "model", "created": int(time.time()), "owned_by": "flexmoe"}
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [entry]}
+
+    def answer_with(kind: type[Exception], code: int | None = None) -> None:
+        async def handler(_: Request, error: Any) -> JSONResponse:
+            status = code or error.status_code
+            text = str(getattr(error, "detail", "") or error) or type(error).__name__
+            return JSONResponse(error_body(status, text), status)
+
+        app.add_exception_handler(kind, handler)
+
+    answer_with(HTTPException)
+    answer_with(FlexmoeError, 400)
+    answer_with(CBWorkerDeadError, 503)
+    answer_with(Exception, 500)
+    return app
+
+
+def own_request_ids(app: App) -> App:
+    """``app`` without ids that clients give their requests: it tells requests apart by them, and
+    two could give the same."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = {**scope, "headers": without(scope["headers"], b"x-request-id")}
+        await app(scope, receive, send)
+
+    return wrapped
+
+
+def assemble(
+    settings: ServeSettings, registry: CollectorRegistry = REGISTRY
+) -> tuple[ServeMiddleware, GenerationState, int]:
+    """The loaded server as an ASGI application, what it generates with (to be shut down), and the
+    tokens its KV cache holds."""
+    batching.check()
+    model, tokenizer = open_model(settings)
+    generation, room = start_batching(model, settings)
+    chats = tokenizer.chat_template is not None
+    engine = TransformersEngine(settings.budgets.labels, model.generation_config, chats)
+    app = own_request_ids(build(model, tokenizer, generation))
+    return ServeMiddleware(app, ServeState(settings, engine, registry)), generation, room
+
+
+def launch(settings: ServeSettings, say: Callable[[str], None]) -> None:
+    """Load, and serve until the process is told to end; ``say`` gets what is known once loaded."""
+    app, generation, room = assemble(settings)
+    say(f"KV cache   room for {room:,} tokens")
+    try:
+        uvicorn.run(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_level="warning",
+            timeout_graceful_shutdown=10,
+        )
+    finally:
+        generation.shutdown()

@@ -1,0 +1,238 @@
+"""--engine transformers: every budget over HTTP equals the masked model, mixed in one batch too."""
+
+import asyncio
+import shutil
+
+import httpx2
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import flexmoe
+from flexmoe.data import TINY
+from flexmoe.errors import FlexmoeError
+from flexmoe.serve import transformers_batch as batching
+from flexmoe.serve.prepare import make_settings
+from flexmoe.serve.transformers_engine import assemble
+from helpers import masked_logits, random_plan
+from zoo import tiny_model
+
+PROMPTS = ["def main(argv):", "Once upon a time there", "1 + 1 =", "the"]
+BUDGETS = ("0", "20", "40", "60")
+NEW = 12
+OTHERS = {
+    "host": "127.0.0.1",
+    "port": 18399,
+    "api_key": None,
+    "kv_tokens": 2048,
+    "base": None,
+    "device": "cpu",
+    "dtype": "float32",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A random checkpoint with the shipped tokenizer, and a plan for it."""
+    root = tmp_path_factory.mktemp("serve")
+    model = tiny_model("qwen3_moe", vocab_size=4096)
+    model.save_pretrained(root / "base")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / "model" / file, root / "base")
+    plan = random_plan(model, root / "base")
+    plan.save(root / "plan")
+    return root, plan
+
+
+class Server:
+    """The application in this process; `ask` sends requests at once and gives their answers."""
+
+    def __init__(self, path, **changes):
+        settings = make_settings(str(path), name="moe", **OTHERS | changes)
+        self.registry = CollectorRegistry()
+        self.app, self.generation, self.room = assemble(settings, self.registry)
+
+    def ask(self, *bodies, path="/v1/completions"):
+        async def go():
+            transport = httpx2.ASGITransport(app=self.app, raise_app_exceptions=False)
+            async with httpx2.AsyncClient(transport=transport, base_url="http://x") as client:
+                asked = [client.post(path, json=body) for body in bodies]
+                return await asyncio.wait_for(asyncio.gather(*asked), 60)
+
+        return asyncio.run(go())
+
+    def text(self, *bodies):
+        found = []
+        for answer in self.ask(*bodies):
+            assert answer.status_code == 200, answer.text
+            found.append(answer.json()["choices"][0]["text"])
+        return found
+
+
+@pytest.fixture(scope="module")
+def server(made):
+    server = Server(made[0] / "plan")
+    yield server
+    server.generation.shutdown()
+
+
+@pytest.fixture(scope="module")
+def expected(made):
+    """Text by budget and prompt: greedy, one by one, of the masked model."""
+    root, plan = made
+    model = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(root / "base")
+    texts = {}
+    for budget in BUDGETS:
+        for prompt in PROMPTS:
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+            start = ids.shape[1]
+            for _ in range(NEW):
+                best = masked_logits(model, plan, int(budget) / 100, ids)[0, -1].argmax()
+                ids = torch.cat([ids, best[None, None]], 1)
+                if best == model.generation_config.eos_token_id:
+                    break
+            texts[budget, prompt] = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+    # budgets can be told apart
+    assert len({tuple(texts[b, p] for p in PROMPTS) for b in BUDGETS}) == len(BUDGETS)
+    return texts
+
+
+def body(budget, prompt, **more):
+    return {"model": f"moe:{budget}", "prompt": prompt, "max_tokens": NEW, **more}
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_budget_equals_the_masked_model(server, expected, budget):
+    for prompt in PROMPTS:
+        assert server.text(body(budget, prompt, temperature=0)) == [expected[budget, prompt]]
+
+
+def test_a_batch_of_all_budgets_equals_each_alone(server, expected):
+    """With one that samples among them: it must not disturb the others."""
+    asked = [(b, p) for p in PROMPTS for b in BUDGETS]
+    hot = body("40", "the", temperature=2, top_p=0.9)
+    steps = []
+    see = batching._Batch.see
+    try:
+        batching._Batch.see = lambda self, requests: (
+            see(self, requests),
+            steps.append({r.state.logit_processor_kwargs["flexmoe"].budget for r in requests}),
+        )[0]
+        *texts, _ = server.text(*[body(*one) for one in asked], hot)
+    finally:
+        batching._Batch.see = see
+    assert texts == [expected[one] for one in asked]
+    assert any(len(step) == len(BUDGETS) for step in steps)  # they did share batches
+
+
+def test_streams_equal_whole_answers(server, expected):
+    import json
+
+    answers = server.ask(*[body(b, PROMPTS[0], stream=True) for b in BUDGETS])
+    for budget, answer in zip(BUDGETS, answers, strict=True):
+        assert answer.headers["x-flexmoe-budget"] == budget
+        events = [json.loads(line[6:]) for line in answer.text.strip().split("\n\n")]
+        assert {event["model"] for event in events} == {f"moe:{budget}"}
+        text = "".join(event["choices"][0]["text"] for event in events)
+        assert text == expected[budget, PROMPTS[0]]
+
+
+def test_a_request_id_of_the_client_is_not_used(server, expected):
+    async def go():
+        transport = httpx2.ASGITransport(app=server.app)
+        headers = {"x-request-id": "same"}
+        async with httpx2.AsyncClient(transport=transport, base_url="http://x") as client:
+            asked = [
+                client.post("/v1/completions", json=body(b, PROMPTS[0]), headers=headers)
+                for b in BUDGETS
+            ]
+            return await asyncio.wait_for(asyncio.gather(*asked), 60)
+
+    texts = [answer.json()["choices"][0]["text"] for answer in asyncio.run(go())]
+    assert texts == [expected[b, PROMPTS[0]] for b in BUDGETS]
+
+
+def test_evicted_requests_keep_their_budget(made, expected):
+    """A cache with room for two: the others are set back and begin again."""
+    server = Server(made[0] / "plan", kv_tokens=64)
+    try:
+        asked = [(b, p) for p in PROMPTS for b in BUDGETS]
+        assert server.text(*[body(*one) for one in asked]) == [expected[one] for one in asked]
+    finally:
+        server.generation.shutdown()
+
+
+def test_an_export_and_a_plain_checkpoint_are_one_member(made, expected):
+    root, _ = made
+    flexmoe.export(root / "plan", root / "ragged", pruned=0.4, layout="ragged", base=root / "base")
+    for path, ids, budget in (
+        (root / "ragged", ["moe", "moe:40"], "40"),
+        (root / "base", ["moe"], "0"),
+    ):
+        server = Server(path)
+        try:
+            assert list(server.app.state.budgets.ids) == ids
+            plain = {"prompt": PROMPTS[0], "max_tokens": NEW}
+            assert server.text(plain) == [expected[budget, PROMPTS[0]]]
+        finally:
+            server.generation.shutdown()
+
+
+BAD = [
+    ({"prompt": ""}, "the prompt is empty"),
+    ({"prompt": "a", "max_tokens": 0}, "max_tokens must be a whole number from 1 on, found 0"),
+    ({"prompt": "a", "max_tokens": "many"}, "found 'many'"),
+    ({"prompt": "a", "max_tokens": 5000}, "do not fit into the KV cache of 2048 tokens"),
+    ({"prompt": "a", "max_tokens": 5000, "stream": True}, "do not fit into the KV cache"),
+    ({"prompt": "word " * 3000, "max_tokens": 1}, "do not fit into the KV cache"),
+    ({"prompt": ["a"]}, "prompt must be a string"),
+    ({"prompt": "a", "temperature": -1}, "temperature must be a number from 0 to 2, found -1"),
+    ({"prompt": "a", "temperature": True}, "temperature must be a number"),
+    ({"prompt": "a", "top_p": 1.5}, "top_p must be a number from 0 to 1"),
+    ({"prompt": "a", "stop": ["x"]}, "stop is not supported"),
+    ({"prompt": "a", "generation_config": "{}"}, "generation_config is not supported"),
+    ({"prompt": "a", "unknown": 1}, "Unexpected fields"),
+    ({"messages": [{"role": "user", "content": "hi"}]}, "has no chat template"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD)
+def test_bad_input_is_refused_and_the_engine_lives(server, wrong, message):
+    path = "/v1/chat/completions" if "messages" in wrong else "/v1/completions"
+    (answer,) = server.ask(wrong, path=path)
+    assert answer.status_code in (400, 422) and message in answer.json()["error"]["message"]
+    assert server.generation.is_cb_alive()
+
+
+@pytest.mark.parametrize("odd", [{"temperature": 1e-30}, {"temperature": 2, "top_p": 0}, {"n": 1}])
+def test_odd_but_lawful_wishes_are_answered(server, odd):
+    (answer,) = server.ask(body("20", "the", **odd))
+    assert answer.status_code == 200 and server.generation.is_cb_alive()
+
+
+def test_routes_that_load_and_drop_models_are_gone(server):
+    for path in ("/load_model", "/reset", "/v1/systemone", "/v1/audio/transcriptions"):
+        (answer,) = server.ask({}, path=path)
+        assert answer.status_code == 404 and answer.json()["error"]["type"] == "NotFoundError"
+
+
+def test_drawing():
+    torch.manual_seed(0)
+    scores = torch.tensor([[2.0, 1.0, 0.0, -9.0]]).expand(4000, 4)
+    ones = torch.ones(4000)
+    share = torch.bincount(batching.draw(scores, ones, ones), minlength=4) / 4000
+    assert torch.allclose(share, scores[0].softmax(-1), atol=0.03)
+    # 0.665 + 0.245 reach 0.7
+    assert set(batching.draw(scores, ones, 0.7 * ones).tolist()) == {0, 1}
+    assert set(batching.draw(scores, ones, 0 * ones).tolist()) == {0}
+    assert set(batching.draw(scores, 0.01 * ones, ones).tolist()) == {0}
+
+
+def test_another_transformers_is_refused_at_the_start(monkeypatch):
+    from transformers.generation.continuous_batching.model_runner import ModelRunner
+
+    monkeypatch.setattr(ModelRunner, "_sample", lambda self: None)
+    with pytest.raises(FlexmoeError, match="pip install 'transformers=="):
+        batching.check()
