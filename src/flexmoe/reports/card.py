@@ -164,9 +164,12 @@ def _heading(record: Record) -> str:
         )
     else:
         title = f"# {name}, {percent(record.pruned)} pruned ({record.kind})"
+        gone = "of every routed expert the channels that matter least are gone"
+        if recipe.unit == "expert":
+            gone = "the routed experts that matter least are gone"
         what = (
             f"{base} without {percent(record.pruned)} of its routed-expert parameters, pruned by "
-            "flexmoe: of every routed expert the channels that matter least are gone."
+            f"flexmoe: {gone}."
         )
     return f"{title}\n\n{what}"
 
