@@ -160,7 +160,11 @@ class Checkpoint:
     @property
     def bytes_read(self) -> int:
         """Bytes of all that was read, what was read again counted once."""
-        return sum(self.reads.values())
+        return sum(
+            size
+            for (name, row), size in self.reads.items()
+            if row is None or (name, None) not in self.reads
+        )
 
     def tensor(self, name: str, row: int | None = None) -> Tensor:
         """One tensor, or one row of its first axis, and no other bytes.

@@ -58,22 +58,14 @@ def check_file(path: Path) -> Path:
 
 
 def seal(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a JSON file and their hash, see `check_seal`."""
+    """The fields of a JSON file and their hash, see `read_sealed`."""
     return {**fields, SEAL: _sha256(fields)}
-
-
-def check_seal(fields: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of a JSON file without their hash. A `FlexmoeError` if they are not what was
-    written; files from before there was a hash pass."""
-    rest = {name: value for name, value in fields.items() if name != SEAL}
-    if SEAL in fields and fields[SEAL] != _sha256(rest):
-        raise FlexmoeError(f"{path} is damaged or was edited: its sha256 does not fit")
-    return rest
 
 
 def read_sealed(path: Path, form: type[Form], version: int, again: str) -> Form:
     """The JSON file ``path`` as its ``form`` of this format ``version``. A `FlexmoeError` says what
-    is wrong with it, and how to come by a sound one ``again``."""
+    is wrong with it, and how to come by a sound one ``again``. Files from before there was a hash
+    pass."""
     try:
         found = json.loads(path.read_bytes())
     except ValueError as error:  # not JSON, or not text
@@ -81,8 +73,11 @@ def read_sealed(path: Path, form: type[Form], version: int, again: str) -> Form:
     has = found.get("format") if isinstance(found, dict) else None
     if has != version:
         raise FlexmoeError(f"{path} has format {has}, this flexmoe reads format {version}: {again}")
+    rest = {name: value for name, value in found.items() if name != SEAL}
+    if SEAL in found and found[SEAL] != _sha256(rest):
+        raise FlexmoeError(f"{path} is damaged or was edited: its sha256 does not fit, {again}")
     try:
-        return form.model_validate(check_seal(found, path))
+        return form.model_validate(rest)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
