@@ -1,6 +1,6 @@
 """PreMoe on the four domains of the shipped model: specialists, generalist, retrieval, bytes.
 
-    python bench/premoe.py            # writes results/premoe.json (ten minutes on two cores)
+    python bench/premoe.py            # writes results/premoe.json (about ten minutes on a core)
 
 Every pattern is profiled on the training text of its domain; losses and retrieval are measured on
 held-out text. What a specialist takes to make and to load is also measured on a random model large
@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from flexmoe.evaluation.losses import loss_rows, window_losses
 from flexmoe.family import load as load_model
 from flexmoe.memory import MostHeld, held
 from flexmoe.premoe import Pattern, Specialists, activate, compile_plan, load, profile, specialise
-from flexmoe.premoe.retrieve import nearest
+from flexmoe.premoe.retrieval import nearest
 from flexmoe.premoe.signature import (
     mean_signature,
     measure_reach,
@@ -42,6 +43,7 @@ from flexmoe.premoe.signature import (
 from flexmoe.progress import bar
 
 DOMAINS = ("books", "code", "math", "tech")
+METHODS = ("peu", "tcess", "frequency", "reap", "easy-ep")
 KEEP = 0.5
 SAMPLES, HELD_OUT, SEQ_LEN = 128, 32, 256
 WINDOWS, PROMPT = 48, 64  # evaluated windows of SEQ_LEN tokens a domain, each after a prompt
@@ -58,9 +60,7 @@ def main() -> None:
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "patterns"
-        for domain in DOMAINS:
-            settings = {"samples": SAMPLES, "seq_len": SEQ_LEN, "store": store}
-            profile("tiny", domain, f"{domain}.train", track=bar, **settings)
+        profile_all(store, "peu")
         opened = load("tiny", keep=KEEP, store=store, dtype=torch.float32)
         result = {
             "keep": KEEP,
@@ -70,11 +70,19 @@ def main() -> None:
             "windows_a_domain": WINDOWS,
             "prompt": PROMPT,
             "loss": losses(opened),
+            "scores": other_scores(Path(folder)),
             "retrieval": retrieval(opened),
             "bytes": bytes_read(store, Path(folder)),
         }
     result["large"] = large()
     save("premoe", result)
+
+
+def profile_all(store: Path, method: str) -> None:
+    """Patterns of all domains by one method."""
+    for domain in DOMAINS:
+        settings = {"samples": SAMPLES, "seq_len": SEQ_LEN, "method": method}
+        profile("tiny", domain, f"{domain}.train", store=store, track=bar, **settings)
 
 
 # --- Loss of every member on every domain ------------------------------------------------------
@@ -85,42 +93,83 @@ def losses(opened: Specialists) -> dict[str, dict]:
 
     ``retrieved`` answers each window with the member that the `PROMPT` tokens before it ask for.
     """
-    tokenizer = load_tokenizer(resolve("tiny"), opened.model.config)
+    model = opened.model
+    tokenizer = load_tokenizer(resolve("tiny"), model.config)
     found = evaluation_windows("tiny", tokenizer, samples=WINDOWS, seq_len=PROMPT + SEQ_LEN)
     prompts = {name.removesuffix(".valid"): ids[:, :PROMPT] for name, ids in found.items()}
-    windows = {name.removesuffix(".valid"): ids[:, PROMPT:] for name, ids in found.items()}
-
-    def member(patterns: list[Pattern] | None) -> PreTrainedModel:
-        if patterns is None:
-            opened.activate(None)
-        else:
-            activate(opened.model, compile_plan(patterns, KEEP))
-        return opened.model
-
-    members = {"full": partial(member, None)}
-    members |= {pattern.task: partial(member, [pattern]) for pattern in opened.patterns}
-    members["generalist"] = partial(member, opened.patterns)
+    members = specialists(opened) | {
+        "generalist, scores over their sum": partial(
+            active, model, [over_its_sum(pattern) for pattern in opened.patterns]
+        )
+    }
     for seed in range(RANDOM_SEEDS):
-        members[f"random {seed}"] = partial(member, [at_random(opened.patterns[0], seed)])
-    measured = window_losses(members, windows, track=bar)
+        members[f"random {seed}"] = partial(active, model, [at_random(opened.patterns[0], seed)])
+    measured = window_losses(members, held_out(model), track=bar)
     chosen = {d: [opened.retrieve(ids).task or "full" for ids in prompts[d]] for d in prompts}
     measured["retrieved"] = {
         d: torch.stack([measured[task][d][n] for n, task in enumerate(tasks)])
         for d, tasks in chosen.items()
     }
-    rows = loss_rows(measured, "full")
+    counts = {d: {t: tasks.count(t) for t in sorted(set(tasks))} for d, tasks in chosen.items()}
+    return {"members": increases(measured), "retrieved_as": counts}
+
+
+def held_out(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The evaluated windows of every domain: what follows each prompt."""
+    tokenizer = load_tokenizer(resolve("tiny"), model.config)
+    found = evaluation_windows("tiny", tokenizer, samples=WINDOWS, seq_len=PROMPT + SEQ_LEN)
+    return {name.removesuffix(".valid"): ids[:, PROMPT:] for name, ids in found.items()}
+
+
+def specialists(opened: Specialists) -> dict[str, Callable[[], PreTrainedModel]]:
+    """The full model, each pattern's specialist and the generalist of all."""
+    members = {p.task: partial(active, opened.model, [p]) for p in opened.patterns}
+    generalist = partial(active, opened.model, opened.patterns)
+    return {"full": partial(full, opened), **members, "generalist": generalist}
+
+
+def full(opened: Specialists) -> PreTrainedModel:
+    opened.activate(None)
+    return opened.model
+
+
+def active(model: PreTrainedModel, patterns: list[Pattern]) -> PreTrainedModel:
+    activate(model, compile_plan(patterns, KEEP))
+    return model
+
+
+def increases(measured: dict[str, dict[str, Tensor]]) -> dict[str, dict]:
+    """Loss, and its increase over the full model, of every member: each domain, and the mean."""
     keep = ("nll", "increase", "increase_interval")
-    table = {
+    return {
         name: {
             "mean": {key: row[key] for key in keep},
             **{d: {key: part[key] for key in keep} for d, part in row["by_file"].items()},
         }
-        for name, row in rows.items()
+        for name, row in loss_rows(measured, "full").items()
     }
-    counts = {
-        d: {task: tasks.count(task) for task in sorted(set(tasks))} for d, tasks in chosen.items()
-    }
-    return {"members": table, "retrieved_as": counts}
+
+
+def other_scores(folder: Path) -> dict[str, dict[str, float]]:
+    """By method: increase of each domain's own specialist, mean of the domains, and of the
+    generalist."""
+    found = {}
+    for method in METHODS:
+        profile_all(folder / method, method)
+        opened = load("tiny", keep=KEEP, store=folder / method, dtype=torch.float32)
+        rows = increases(window_losses(specialists(opened), held_out(opened.model), track=bar))
+        own = [rows[domain][domain]["increase"] for domain in DOMAINS]
+        found[method] = {
+            "own": sum(own) / len(own),
+            "generalist": rows["generalist"]["mean"]["increase"],
+        }
+        print(method, found[method], flush=True)
+    return found
+
+
+def over_its_sum(pattern: Pattern) -> Pattern:
+    """A pattern whose scores add up to 1 in every layer, as EASY-EP mixes domains."""
+    return replace(pattern, score={i: s / s.sum() for i, s in pattern.score.items()})
 
 
 def at_random(pattern: Pattern, seed: int) -> Pattern:
@@ -248,10 +297,10 @@ def cut(root: Path) -> dict[str, int]:
 
 
 def open_at(name: str, root: Path) -> dict[str, int]:
-    """Memory that the loaded model takes, and the most on the way."""
+    """Memory that the loaded model takes in float32, and the most on the way."""
     before = held(CPU)
     with MostHeld(CPU) as most:
-        model = load_model(root / name)
+        model = load_model(root / name, dtype=torch.float32)
     assert model is not None
     return {"held": held(CPU) - before, "peak": most.bytes - before}
 

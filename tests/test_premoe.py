@@ -151,6 +151,30 @@ def test_layer_by_layer_gives_the_same_pattern(tmp_path):
     assert parts.reach[-1].distance == pytest.approx(whole.reach[-1].distance, rel=1e-4)
 
 
+def test_a_killed_profile_goes_on_after_its_pass(tmp_path, monkeypatch):
+    whole = profile("tiny", "code", "code.train", store=tmp_path / "whole", **SHORT)
+    store = tmp_path / "store"
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("flexmoe.premoe.profiling.front", killed)
+        with pytest.raises(KeyboardInterrupt):
+            profile("tiny", "code", "code.train", store=store, **SHORT)
+    assert Store(store).tasks == [] and (store / "code.work").is_dir()
+    with pytest.raises(FlexmoeError, match="keeps the state of another command"):
+        profile("tiny", "code", "code.train", store=store, seed=1, **SHORT)
+    done = []
+    found = profile(
+        "tiny", "code", "code.train", store=store, track=lambda i, d: done.append(d) or i, **SHORT
+    )
+    assert "signature" in done and all(
+        torch.equal(found.score[i], s) for i, s in whole.score.items()
+    )
+    assert sorted(path.name for path in store.iterdir()) == ["code.json", "code.safetensors"]
+
+
 # --- Plans -------------------------------------------------------------------------------------
 
 

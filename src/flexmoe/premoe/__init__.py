@@ -8,9 +8,9 @@ pattern nearest to a query is found again from the first router, and its experts
 
 from flexmoe.premoe.members import Specialists, activate, load
 from flexmoe.premoe.pattern import Pattern
-from flexmoe.premoe.profile import profile
-from flexmoe.premoe.retrieve import Match, retrieve
-from flexmoe.premoe.specialise import compile_plan, specialise
+from flexmoe.premoe.profiling import profile
+from flexmoe.premoe.retrieval import Match, retrieve
+from flexmoe.premoe.specialist import compile_plan, specialise
 from flexmoe.premoe.store import Store
 
 __all__ = [

@@ -18,8 +18,8 @@ from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.family import attach, load_stock, set_budget
 from flexmoe.plan import Member, Plan
 from flexmoe.premoe.pattern import Pattern
-from flexmoe.premoe.retrieve import Match, retrieve
-from flexmoe.premoe.specialise import compile_plan
+from flexmoe.premoe.retrieval import Match, retrieve
+from flexmoe.premoe.specialist import compile_plan
 from flexmoe.premoe.store import FOLDER, Store, fingerprint_of
 
 

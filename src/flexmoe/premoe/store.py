@@ -47,13 +47,17 @@ class Store:
             raise FlexmoeError(f"the tasks to use are each named once, found {found}")
         return [self.load(task) for task in wanted]
 
-    def check_new(self, task: str) -> None:
-        """`FlexmoeError` unless a pattern of this name can be added."""
+    @staticmethod
+    def check_name(task: str) -> None:
+        """`FlexmoeError` unless a pattern can have this name."""
         if not TASK.fullmatch(task):
             raise FlexmoeError(
                 f"'{task}' cannot be the name of a task: letters, digits, '_', '-' and '.' can be "
                 "in it, as in 'code-review'"
             )
+
+    def check_new(self, task: str) -> None:
+        """`FlexmoeError` if there is a pattern of this name."""
         if task in self.tasks:
             raise FlexmoeError(
                 f"'{self.path}' has a pattern of '{task}' already: give another name, or remove "

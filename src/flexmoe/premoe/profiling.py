@@ -59,7 +59,7 @@ def profile(
             f"method '{method}' does not look at text, so all tasks are alike: use peu or tcess"
         )
     place = Store(store)
-    place.check_new(task)
+    place.check_name(task)
     scored = SAMPLES if samples is None else samples
     if scored < 1:
         raise FlexmoeError(f"samples must be at least 1, found {scored}")
@@ -74,11 +74,14 @@ def profile(
         memory=memory,
     )
     work = Work(place.path / task, {"model": str(model), **dataclasses.asdict(config)})
+    if work.begun and task in place.tasks:  # killed when all was done
+        work.clear()
+        return place.load(task)
+    place.check_new(task)
     ready = prepare(model, config)
     place.check_weights(ready.weights_sha256, model)
     assert ready.windows is not None
     windows, held_out = _parts(ready.windows, scored)
-    place.path.mkdir(parents=True, exist_ok=True)
     with work.on(**ready.inputs):
         ranked = rank(replace(ready, windows=windows), track, work.stage("observe"))
         # ranked has the best experts' channels first: those of an expert score the same, so that
