@@ -181,6 +181,8 @@ def premoe_loss() -> str:
     for domain in domains:
         row(f"specialist: {domain}", increase(domain))
     row("generalist of the four", increase("generalist"))
+    mixed = "generalist, scores over their sum"
+    row(mixed, increase(mixed))
     row("the pattern that retrieval finds", increase("retrieved"))
     drawn = [name for name in members if name.startswith("random")]
     row(

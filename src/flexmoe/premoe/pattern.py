@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load, save
 from torch import Tensor
@@ -61,10 +63,10 @@ class Pattern:
     bytes_per_parameter: int
 
     def reach_at(self, tokens: int) -> float:
-        """How far a prompt of so many tokens may lie from the signature: that of the longest
-        prompts measured that are no longer, as the distance of shorter ones is larger."""
-        fitting = [reach for reach in self.reach if reach.tokens <= tokens]
-        return (fitting or self.reach[:1])[-1].distance
+        """How far a prompt of so many tokens may lie from the signature: between the lengths that
+        were measured on a line over the logarithm of the length, beyond them as at the nearest."""
+        lengths = [math.log(reach.tokens) for reach in self.reach]
+        return float(np.interp(math.log(tokens), lengths, [r.distance for r in self.reach]))
 
     def save(self, store: Path) -> None:
         """Write ``TASK.safetensors`` and ``TASK.json`` into the existing folder ``store``."""
