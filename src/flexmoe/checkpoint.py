@@ -148,6 +148,7 @@ class Checkpoint:
         else:
             self.files = ["model.safetensors"]
         self.tensors: dict[str, TensorInfo] = {}
+        self.reads: dict[tuple[str, int | None], int] = {}  # bytes by tensor and row
         for file in self.files:
             self.tensors |= read_header(self.path / file)
 
@@ -155,6 +156,15 @@ class Checkpoint:
     def bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.bytes for info in self.tensors.values())
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all that was read, what was read again counted once."""
+        return sum(
+            size
+            for (name, row), size in self.reads.items()
+            if row is None or (name, None) not in self.reads
+        )
 
     def tensor(self, name: str, row: int | None = None) -> Tensor:
         """One tensor, or one row of its first axis, and no other bytes.
@@ -169,6 +179,7 @@ class Checkpoint:
         if row is not None:
             shape, size = shape[1:], size // shape[0]
             start += row * size
+        self.reads[name, row] = size
         if not size:
             return torch.empty(shape, dtype=DTYPES[info.dtype])
         buffer = bytearray(size)

@@ -47,7 +47,8 @@ TOLERANCE = 1e-5
 class ExportReport:
     """What an export came to. ``pruned`` is the achieved share, ``bytes`` the size of all tensors
     written, ``checked`` the number of experts compared with the source and ``max_difference`` the
-    largest difference found, relative to the expert's largest output."""
+    largest difference found, relative to the expert's largest output. ``read`` counts the bytes of
+    the source that were looked at: a ragged export does not read experts of width 0."""
 
     path: Path
     layout: str
@@ -56,6 +57,7 @@ class ExportReport:
     bytes: int
     checked: int
     max_difference: float
+    read: int
 
 
 def rank_checkpoint(source: Path, plan: Plan, out: Path, track: Track = silent) -> None:
@@ -142,7 +144,8 @@ def export(
         _describe(partial, layout, pruned, achieved, plan.recipe, manifest.tensors_sha256)
         write_card(partial, family=folder, track=track)
         size = Checkpoint(partial).bytes
-    return ExportReport(out, layout, achieved, routed, size, checked, difference)
+    read = source.checkpoint.bytes_read
+    return ExportReport(out, layout, achieved, routed, size, checked, difference, read)
 
 
 def _cuts(
@@ -228,6 +231,13 @@ def _compare(
         cut = cuts[i]
         traced, module = source.layers[i], source.layers[i].layer.module
         for e, w in enumerate(cut.width_E):
+            checked += 1
+            if names and not w:
+                stored = [written.tensors[n] for (f, _), n in names[i].items() if f == e]
+                if any(info.bytes for info in stored):
+                    raise FlexmoeError(f"layer {i} expert {e} in {out} has channels, expected none")
+                routed += traced.layer.shape.fixed_parameters
+                continue
             whole = traced.expert(source.checkpoint, e)
             found = _read(written, whole, names[i], e) if names else layers[i].expert(written, e)
             x_nH = torch.randn(PROBES, traced.layer.H, generator=generator)
@@ -247,7 +257,7 @@ def _compare(
             routed += sum(
                 t.numel() if side == "down_bias" else t[:w].numel() for side, t in found.items()
             )
-            checked, largest = checked + 1, max(largest, difference)
+            largest = max(largest, difference)
     return routed, checked, largest
 
 

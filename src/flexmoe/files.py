@@ -9,9 +9,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from flexmoe.errors import FlexmoeError
+
+Form = TypeVar("Form", bound=BaseModel)
 
 SEAL = "sha256"  # field of a JSON file with the hash of all its other fields
 
@@ -54,17 +58,40 @@ def check_file(path: Path) -> Path:
 
 
 def seal(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a JSON file and their hash, see `check_seal`."""
+    """The fields of a JSON file and their hash, see `read_sealed`."""
     return {**fields, SEAL: _sha256(fields)}
 
 
-def check_seal(fields: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of a JSON file without their hash. A `FlexmoeError` if they are not what was
-    written; files from before there was a hash pass."""
-    rest = {name: value for name, value in fields.items() if name != SEAL}
-    if SEAL in fields and fields[SEAL] != _sha256(rest):
-        raise FlexmoeError(f"{path} is damaged or was edited: its sha256 does not fit")
-    return rest
+def read_sealed(path: Path, form: type[Form], version: int, again: str) -> Form:
+    """The JSON file ``path`` as its ``form`` of this format ``version``. A `FlexmoeError` says what
+    is wrong with it, and how to come by a sound one ``again``. Files from before there was a hash
+    pass."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:  # not JSON, or not text
+        raise FlexmoeError(f"{path} is not valid JSON ({error}): {again}") from None
+    has = found.get("format") if isinstance(found, dict) else None
+    if has != version:
+        raise FlexmoeError(f"{path} has format {has}, this flexmoe reads format {version}: {again}")
+    rest = {name: value for name, value in found.items() if name != SEAL}
+    if SEAL in found and found[SEAL] != _sha256(rest):
+        raise FlexmoeError(f"{path} is damaged or was edited: its sha256 does not fit, {again}")
+    try:
+        return form.model_validate(rest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise FlexmoeError(f"{path}: {where}: {first['msg']}: {again}") from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: beside its place, then renamed."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
 
 
 def _sha256(fields: Mapping[str, Any]) -> str:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from flexmoe.allocate import cut_between
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import LayerShape
-from flexmoe.files import check_seal, seal
+from flexmoe.files import read_sealed, seal
 
 FORMAT = 1
 JSON_NAME, TENSORS_NAME = "flexmoe.json", "flexmoe.safetensors"
@@ -291,19 +291,5 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"{folder} is not a flexmoe family or plan: it has no {JSON_NAME} "
             "(make one with: flexmoe compress MODEL -o FAMILY)"
         )
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:  # not JSON, or not text
-        raise FlexmoeError(f"{path} is not valid JSON: {error}") from None
-    version = found.get("format") if isinstance(found, dict) else None
-    if version != FORMAT:
-        raise FlexmoeError(
-            f"{path} has format {version}, this flexmoe reads format {FORMAT}: "
-            "use the version that wrote it, or compress again"
-        )
-    try:
-        return Manifest.model_validate(check_seal(found, path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise FlexmoeError(f"{path}: {where}: {first['msg']}") from None
+    again = "use the version that wrote it, or compress again"
+    return read_sealed(path, Manifest, FORMAT, again)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flexmoe.errors import FlexmoeError
+from flexmoe.files import write_whole
 from flexmoe.training import processes
 
 SETTINGS_NAME = "settings.json"
@@ -56,7 +57,7 @@ class Work:
         if processes()[0] == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"settings": self.settings, "inputs": inputs}, default=str)
-            _replace(self.path / SETTINGS_NAME, text.encode())
+            write_whole(self.path / SETTINGS_NAME, text.encode())
         try:
             yield
         except FlexmoeError:
@@ -159,7 +160,7 @@ class Saved:
         record = {"step": step, "file": data.name, "sha256": _sha256(data)}
         with data.open("rb") as stream:
             os.fsync(stream.fileno())
-        _replace(self.path.with_suffix(".json"), json.dumps(record).encode())
+        write_whole(self.path.with_suffix(".json"), json.dumps(record).encode())
         for old in self.work.path.glob(f"{self.name}-*.safetensors"):
             if old != data:
                 old.unlink()
@@ -168,12 +169,3 @@ class Saved:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:  # the state may be three times the weights: never whole in memory
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)

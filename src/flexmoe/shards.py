@@ -234,6 +234,8 @@ def ragged(source: Source, cuts: dict[int, Cut], names: RaggedNames) -> Shards:
                 w, H = cut.width_E[e], source.layers[i].layer.H
                 shape = (w,) if side.endswith("bias") else (H, w) if side == "down" else (w, H)
                 make = partial(_best, source.checkpoint, piece, cut, e, side)
+                if not w:  # nothing of it stays, so nothing of it is read
+                    make = partial(torch.empty, shape, dtype=DTYPES[info.dtype])
                 entries.append(Entry(names[i][e, side], info.dtype, shape, itemsize, make))
         return entries
 

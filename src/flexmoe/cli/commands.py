@@ -16,6 +16,7 @@ from flexmoe import __version__
 from flexmoe.cli import doctor as cli_doctor
 from flexmoe.cli import eval as cli_eval
 from flexmoe.cli import pick as cli_pick
+from flexmoe.cli import premoe as cli_premoe
 from flexmoe.cli import recover as cli_recover
 from flexmoe.cli import report as cli_report
 from flexmoe.cli import reproduce as cli_reproduce
@@ -244,6 +245,9 @@ app.command(epilog=cli_reproduce.EXAMPLES)(cli_reproduce.reproduce)
 app.command(epilog=cli_score.EXAMPLES)(cli_score.score)
 app.command()(cli_score.methods)
 app.command(epilog=cli_serve.EXAMPLES)(cli_serve.serve)
+app.command(epilog=cli_premoe.PROFILE_EXAMPLES)(cli_premoe.profile)
+app.command()(cli_premoe.patterns)
+app.command(epilog=cli_premoe.SPECIALISE_EXAMPLES)(cli_premoe.specialise)
 
 
 @app.command()

@@ -22,7 +22,7 @@ from flexmoe.checkpoint import CURVE_NAME, Checkpoint
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.compared import MODEL, Compared
 from flexmoe.evaluation.records import Curve, OfWeights
-from flexmoe.files import check_seal, seal
+from flexmoe.files import read_sealed, seal
 from flexmoe.plan import JSON_NAME, read_manifest
 from flexmoe.progress import Track, silent
 
@@ -146,22 +146,7 @@ def load_curve(folder: str | Path) -> Curve | None:
     path = Path(folder) / CURVE_NAME
     if not path.is_file():
         return None
-    again = f"measure again: {command(folder)}"
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise FlexmoeError(f"{path} is not valid JSON ({error}): {again}") from None
-    version = found.get("format") if isinstance(found, dict) else None
-    if version != FORMAT:
-        raise FlexmoeError(
-            f"{path} has format {version}, this flexmoe reads format {FORMAT}: {again}"
-        )
-    try:
-        return Curve.model_validate(check_seal(found, path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise FlexmoeError(f"{path}: {where}: {first['msg']}: {again}") from None
+    return read_sealed(path, Curve, FORMAT, f"measure again: {command(folder)}")
 
 
 def stale(curve: Curve, folder: str | Path, track: Track = silent) -> str | None:

@@ -23,7 +23,7 @@ from flexmoe.checkpoint import Checkpoint
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.curve import load_curve, stale
 from flexmoe.evaluation.records import Curve, Point
-from flexmoe.plan import Member, read_manifest
+from flexmoe.plan import Member, Recipe, read_manifest
 from flexmoe.progress import Track, silent
 from flexmoe.reports.provenance import CARD_NAME, Record, block, commands, record_of
 from flexmoe.reports.report import count, measured_rows, percent, size
@@ -164,9 +164,12 @@ def _heading(record: Record) -> str:
         )
     else:
         title = f"# {name}, {percent(record.pruned)} pruned ({record.kind})"
+        gone = "of every routed expert the channels that matter least are gone"
+        if recipe.unit == "expert":
+            gone = "the routed experts that matter least are gone"
         what = (
             f"{base} without {percent(record.pruned)} of its routed-expert parameters, pruned by "
-            "flexmoe: of every routed expert the channels that matter least are gone."
+            f"flexmoe: {gone}."
         )
     return f"{title}\n\n{what}"
 
@@ -268,19 +271,24 @@ def _limits(record: Record, inherited: dict[str, Any]) -> str:
 def _made(record: Record) -> str:
     recipe = record.recipe
     lines = commands(record)
-    parts = [
-        "```\n" + "\n".join(lines) + "\n```"
-        if lines
-        else "The options of the commands were not recorded."
-    ]
+    parts = ["```\n" + "\n".join(lines) + "\n```" if lines else _unrecorded(recipe)]
     rows = [("compress", *_run(recipe.data_sha256, recipe.hardware, recipe.versions))]
     for done in recipe.recovery:
         rows.append(("recover", *_run(done.get("data_sha256", ""), done.get("hardware", ""), done)))
     head = ("", "tokens read (sha256)", "hardware", "versions")
     parts.append(_table(head, rows))
     parts.append(f"Weights (`sha256sum SHARDS | sha256sum`): {_code(record.weights_sha256)}")
-    parts.append("`flexmoe reproduce README.md` makes it again and compares.\n\n" + block(record))
+    again = "`flexmoe reproduce README.md` makes it again and compares.\n\n" if lines else ""
+    parts.append(again + block(record))
     return "\n\n".join(parts)
+
+
+def _unrecorded(recipe: Recipe) -> str:
+    """What is known where no commands make the folder again from the base model alone."""
+    if "tasks" in recipe.settings:
+        command = "flexmoe specialise MODEL --tasks {tasks} --keep {keep}".format(**recipe.settings)
+        return f"{_code(command)}, from patterns that `flexmoe profile` made of the text below."
+    return "The options of the commands were not recorded."
 
 
 def _run(data: str, hardware: str, versions: dict[str, Any]) -> tuple[str, str, str]:

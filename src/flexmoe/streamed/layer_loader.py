@@ -58,7 +58,7 @@ class LayerLoader:
     def __enter__(self) -> LayerLoader:
         there = self._convert(self.names[None])
         self.model.tie_weights(missing_keys=self.empty.keys() - there, recompute_mapping=False)
-        self._check_complete("", self.model)
+        self._check_complete("", self.model, f"{self.stack}.")
         self.model.requires_grad_(False)
         return self
 
@@ -67,15 +67,19 @@ class LayerLoader:
             _put(self.model, name, tensor)
 
     @contextmanager
-    def resident(self, index: int) -> Iterator[nn.Module]:
-        """Decoder layer ``index`` with its weights inside the block, frozen."""
+    def resident(self, index: int, experts: bool = True) -> Iterator[nn.Module]:
+        """Decoder layer ``index`` with its weights inside the block, frozen; with ``experts`` false
+        those of its routed experts are not read."""
         layer = self.layers[index]
         empty = layer.state_dict(keep_vars=True)
         try:
             self._convert(self.names[index])
-            if index in self.traced:
+            but = None
+            if index in self.traced and experts:
                 self._read_experts(self.experts[index], self.traced[index])
-            self._check_complete(f"{self.stack}.{index}.", layer)
+            elif index in self.traced:
+                but = f"{self.experts[index].name}."
+            self._check_complete(f"{self.stack}.{index}.", layer, but)
             yield layer.requires_grad_(False)
         finally:
             for name, tensor in empty.items():
@@ -124,11 +128,12 @@ class LayerLoader:
             for side, tensor in traced.expert(self.checkpoint, e).items():
                 views[side][e].copy_(tensor)
 
-    def _check_complete(self, prefix: str, module: nn.Module) -> None:
-        """`FlexmoeError` if there is no weight for something in ``module``."""
-        inner = None if prefix else f"{self.stack}."
+    def _check_complete(self, prefix: str, module: nn.Module, but: str | None) -> None:
+        """`FlexmoeError` if there is no weight for something in ``module``, whose names begin with
+        ``prefix``; for those that begin with ``but`` none is expected."""
         for name, tensor in module.state_dict().items():
-            if tensor.is_meta and not (inner and name.startswith(inner)):
+            expected = but is None or not f"{prefix}{name}".startswith(but)
+            if tensor.is_meta and expected:
                 raise FlexmoeError(
                     f"the checkpoint in {self.checkpoint.path} has nothing of the right shape for "
                     f"{prefix}{name} {list(tensor.shape)}: files are missing, or config.json "

@@ -1,0 +1,53 @@
+"""Which stored pattern a query needs: the nearest signature, if it is near enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flexmoe.errors import FlexmoeError
+from flexmoe.premoe.pattern import Pattern
+from flexmoe.premoe.signature import signatures
+
+
+@dataclass(frozen=True)
+class Match:
+    """``task`` whose pattern a query needs, None where none is near enough: then the full model
+    answers. ``nearest`` is the nearest task in any case, ``distance`` to its signature, ``reach``
+    how far text of that task may lie (see `Reach`); ``distances`` to all."""
+
+    task: str | None
+    nearest: str
+    distance: float
+    reach: float
+    distances: dict[str, float]
+
+
+def retrieve(model: PreTrainedModel, patterns: Sequence[Pattern], ids: Tensor) -> Match:
+    """The pattern nearest to one prompt ``ids`` [t], by the Euclidean distance of signatures.
+
+    Only what stands before the first MoE layer's experts is computed, see `router_logits`, so it
+    does not matter which experts are active, nor whether any are in memory.
+    """
+    if ids.dim() != 1 or not len(ids):
+        raise FlexmoeError(f"a query is the tokens [t] of one prompt, found {list(ids.shape)}")
+    return nearest(patterns, signatures(model, ids[None])[0], len(ids))
+
+
+def nearest(patterns: Sequence[Pattern], signature_E: Tensor, tokens: int) -> Match:
+    """The match of a prompt of so many tokens with this signature."""
+    known_NE = torch.stack([pattern.signature_E for pattern in patterns])
+    distance = (known_NE - signature_E).norm(dim=1).tolist()
+    at = min(range(len(patterns)), key=lambda n: distance[n])
+    reach = patterns[at].reach_at(tokens)
+    return Match(
+        task=patterns[at].task if distance[at] <= reach else None,
+        nearest=patterns[at].task,
+        distance=distance[at],
+        reach=reach,
+        distances={p.task: d for p, d in zip(patterns, distance, strict=True)},
+    )
