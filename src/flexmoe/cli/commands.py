@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from flexmoe import __version__
+from flexmoe.cli import compare as cli_compare
 from flexmoe.cli import doctor as cli_doctor
 from flexmoe.cli import eval as cli_eval
 from flexmoe.cli import pick as cli_pick
@@ -114,6 +115,10 @@ def compress(
         float | None,
         typer.Option(help="score each layer with those before it pruned at this share (CAMERA-P)"),
     ] = None,
+    router: Annotated[
+        str,
+        typer.Option(help="where whole experts go: keep, remove (rows sliced), constant (MoNE)"),
+    ] = "keep",
     quantum: Annotated[
         int | None, typer.Option(help="widths are multiples of this; default: 32, less when tiny")
     ] = None,
@@ -161,6 +166,7 @@ def compress(
             allocate=allocate,
             reference=reference,
             sequential=sequential,
+            router=router,
             quantum=quantum,
             batch_size=batch_size,
             micro_batch=micro_batch,
@@ -234,6 +240,7 @@ def export(
 
 
 app.command(epilog=cli_doctor.EXAMPLES)(cli_doctor.doctor)
+app.command(epilog=cli_compare.EXAMPLES)(cli_compare.compare)
 app.command(epilog=cli_recover.EXAMPLES)(cli_recover.recover)
 app.command(epilog=cli_reweigh.EXAMPLES)(cli_reweigh.reweigh)
 app.command("eval", epilog=cli_eval.EXAMPLES)(cli_eval.evaluate)
