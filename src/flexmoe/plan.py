@@ -141,12 +141,12 @@ class Plan:
         plan's router rule or another one."""
         routed, active = 0, 0.0
         for i, layer in self.layers.items():
-            fixed = layer.experts * layer.fixed_parameters
-            here = int(width[i].sum()) * layer.channel_parameters + fixed
-            routed += here
             among = layer.experts
-            if (router or self.recipe.router) == "remove":  # those gone are never met
+            if (router or self.recipe.router) == "remove":  # of those gone nothing is left
                 among = int((width[i] > 0).sum())
+            here = int(width[i].sum()) * layer.channel_parameters
+            here += among * layer.fixed_parameters
+            routed += here
             active += here * min(layer.experts_per_token, among) / max(among, 1)
         removed = self.routed_parameters - routed
         return Member(

@@ -25,8 +25,7 @@ def uniform_width(plan: Plan, pruned: float) -> int:
     channels, at least one and at most all."""
     if plan.recipe.unit == "expert":
         raise FlexmoeError(
-            f"layout uniform cuts channels, but '{plan.recipe.method}' ranked whole experts: use "
-            "the layouts ragged or masked"
+            f"one width for all cuts channels, but '{plan.recipe.method}' ranked whole experts"
         )
     channels = {record.channels for record in plan.layers.values()}
     if len(channels) > 1:

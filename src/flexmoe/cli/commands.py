@@ -28,6 +28,7 @@ from flexmoe.cli.common import (
     Checkpointing,
     Device,
     MicroBatch,
+    Router,
     Shard,
     quiet,
     say,
@@ -63,6 +64,8 @@ EXPORT_EXAMPLES = """\
 [bold]Examples[/bold]
 
   flexmoe export families/tiny --pruned 0.4 --layout uniform -o tiny-40       loads everywhere
+
+  flexmoe export families/reap --pruned 0.5 --layout uniform --router remove -o reap-50  fewer experts
 
   flexmoe export families/tiny --pruned 0.35 --layout ragged -o tiny-35       smaller loss, needs flexmoe
 """  # noqa: E501
@@ -193,7 +196,8 @@ def compress(
     if limit is not None:
         say(f"at most {gib(most.bytes)} of memory were held, {gib(limit)} were allowed")
     share = 0.4 if 0.4 in plan.budgets else plan.budgets[-1]
-    layout = "uniform" if plan.recipe.unit == "channel" else "ragged"
+    uniform = plan.recipe.unit == "channel" or plan.recipe.router == "remove"
+    layout = "uniform" if uniform else "ragged"
     export = f"flexmoe export {out} --pruned {share:g} --layout {layout} -o DIR"
     say(f"next: flexmoe eval {out}, or {export}")
 
@@ -223,6 +227,7 @@ def export(
     pruned: Annotated[float, typer.Option(help="share to remove: any the family reaches")],
     layout: Annotated[str, typer.Option(help="uniform, ragged or masked")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder to make")],
+    router: Router = None,
     base: Base = None,
 ) -> None:
     """Write one member of a family as a checkpoint of its own, at its real size."""
@@ -231,7 +236,7 @@ def export(
     from flexmoe.reports.report import count, size
 
     quiet()
-    done = write(family, out, pruned=pruned, layout=layout, base=base, track=bar)
+    done = write(family, out, pruned=pruned, layout=layout, router=router, base=base, track=bar)
     say(
         f"{done.path}: {done.layout}, {done.pruned:.2%} pruned, {count(done.routed_parameters)} "
         f"routed parameters, {size(done.bytes)}\n{done.checked} experts read back and compared "

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from flexmoe.comparison.results import Results
@@ -47,29 +48,62 @@ def as_good(rows: Sequence[Row]) -> set[str]:
     return found
 
 
-def table(results: Results, pruned: float) -> tuple[list[str], list[list[str]]]:
-    """Head and cells of the table of one budget, best first. A star marks those that cannot be told
-    from the best."""
+Cells = tuple[list[str], list[list[str]]]  # head, and a line an entry
+
+
+def quality(results: Results, pruned: float) -> Cells:
+    """How good each entry is at one budget, best first. A star marks those that cannot be told from
+    the best; ``active`` are the routed parameters that a token meets."""
     rows = best_first(results, pruned)
     good = as_good(rows)
-    files = list(rows[0]["files"])
-    several = files if len(files) > 1 else []
-    head = ["method", "allocate", "router", "pruned", "active", "increase", *several]
     with_pairs = any(row.get("pairs") for row in rows)
-    head += ["pairs"] * with_pairs + ["calibration", "plan", "memory"]
+    head = ["method", "allocate", "router", "pruned", "active", "increase"] + ["pairs"] * with_pairs
     cells = []
     for row in rows:
         shown = [row["method"] + "*" * (row["method"] in good), row["allocate"], row["router"]]
         shown += [percent(round(row["achieved"], 4)), count(row["active_parameters"])]
         shown.append(_with_half(row["increase"], row["increase_interval"]))
-        shown += [_with_half(row["by_file"][name]["increase"], None) for name in several]
         if with_pairs:
             of = row.get("pairs")
-            shown.append("" if of is None else f"{of['accuracy']:.3f}")
-        of = row["calibration"]
-        shown += [_seconds(of["seconds"]), _seconds(row["plan_seconds"]), gib(of["most_held"])]
+            shown.append("" if of is None else f"{of['accuracy']:.3f}{_half(of['interval'])}")
         cells.append(shown)
     return head, cells
+
+
+def by_file(results: Results, pruned: float) -> Cells:
+    """Increase of the loss on each held-out file at one budget, best first."""
+    rows = best_first(results, pruned)
+    files = list(rows[0]["files"])
+    found = []
+    for row in rows:
+        of = [row["by_file"][name] for name in files]
+        found.append(
+            [row["method"], *(_with_half(f["increase"], f["increase_interval"]) for f in of)]
+        )
+    return ["method", *files], found
+
+
+def cost(results: Results) -> Cells:
+    """What each entry took, most first."""
+    entries = {row["method"]: row for row in results.rows}.values()
+    head = ["method", "looks at", "its pass", "shared by", "plan", "most memory"]
+    cells = []
+    for row in sorted(entries, key=lambda row: -row["plan_seconds"]):
+        of = row["calibration"]
+        shown = [row["method"], of["cost"], _seconds(of["seconds"]), str(of["shared_by"])]
+        cells.append([*shown, _seconds(row["plan_seconds"]), gib(of["most_held"])])
+    return head, cells
+
+
+def titled(results: Results) -> Iterator[tuple[str, Cells]]:
+    """All tables, each with its title."""
+    for share in budgets(results):
+        yield f"{percent(share)} pruned", quality(results, share)
+    for share in budgets(results):
+        if len(results.settings["evaluation"]) > 1:
+            yield f"{percent(share)} pruned: increase by file", by_file(results, share)
+    if results.rows:
+        yield "what it took", cost(results)
 
 
 def note(results: Results) -> str:
@@ -78,10 +112,10 @@ def note(results: Results) -> str:
     tokens = sum(f["windows"] * (f["seq_len"] - 1) for f in of["evaluation"].values())
     read = of["calibration"]
     text = (
-        f"base loss {base.get('nll') or float('nan'):.4f}; increase in nats per token over "
+        f"Base loss {base.get('nll') or float('nan'):.4f}; increase in nats per token over "
         f"{tokens:,} held-out tokens, ± half of a 95 % interval, * not to be told from the best; "
         f"calibration {read['windows']} windows of {read['seq_len']} tokens, its pass shared by "
-        "methods of the same cost; memory: the most the process held in it"
+        "methods of the same cost; most memory: held by the process in that pass"
     )
     if (pairs := base.get("pairs")) is not None:
         text += f"; pairs: share right of {pairs['n']}, base {pairs['accuracy']:.3f}"
@@ -89,13 +123,12 @@ def note(results: Results) -> str:
 
 
 def screen(results: Results) -> Iterator[Table]:
-    """A table a budget for the screen."""
-    for share in budgets(results):
-        head, cells = table(results, share)
-        shown = Table(title=f"{results.settings['model']}, {percent(share)} pruned")
-        shown.title_justify = "left"
+    """All tables for the screen."""
+    for title, (head, cells) in titled(results):
+        shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for number, name in enumerate(head):
-            shown.add_column(name, justify="left" if number < 3 else "right")
+            words = number == 0 or name in ("allocate", "router", "looks at")
+            shown.add_column(name, justify="left" if words else "right", no_wrap=number == 0)
         for row in cells:
             shown.add_row(*row)
         yield shown
@@ -104,19 +137,19 @@ def screen(results: Results) -> Iterator[Table]:
 def markdown(results: Results) -> str:
     """All tables and what they are of as Markdown."""
     parts = [f"# {results.settings['model']}: methods compared\n", f"{note(results)}.\n"]
-    for share in budgets(results):
-        head, cells = table(results, share)
+    for title, (head, cells) in titled(results):
         lines = [head, ["---"] * len(head), *cells]
         body = "\n".join(f"| {' | '.join(line)} |".replace("*", r"\*") for line in lines)
-        parts.append(f"## {percent(share)} pruned\n\n{body}\n")
+        parts.append(f"## {title}\n\n{body}\n")
     return "\n".join(parts)
 
 
 def _with_half(value: float | None, spread: Sequence[float] | None) -> str:
-    if value is None:
-        return "not finite"
-    half = "" if spread is None else f" ±{(spread[1] - spread[0]) / 2:.3f}"
-    return f"{value:+.3f}{half}"
+    return "not finite" if value is None else f"{value:+.3f}{_half(spread)}"
+
+
+def _half(spread: Sequence[float] | None) -> str:
+    return "" if spread is None else f" ±{(spread[1] - spread[0]) / 2:.3f}"
 
 
 def _seconds(seconds: float) -> str:

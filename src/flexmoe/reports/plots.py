@@ -14,7 +14,7 @@ import matplotlib
 import torch
 from cycler import cycler
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from flexmoe.evaluation.records import Point
@@ -119,22 +119,32 @@ def pareto_figure(rows: Sequence[Row]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4.6))
         axes = figure.subplots()
-        for line in lines.values():
+        for name, line in lines.items():
             xs, ys, units = zip(*sorted(line), strict=True)
-            color = COLORS[units[0] == "expert"]
-            axes.plot(xs, ys, marker="o", markersize=3, linewidth=0.8, color=color, alpha=0.5)
+            random = name.startswith("random")
+            axes.plot(
+                xs, ys, marker="o", markersize=3, color=COLORS[units[0] == "expert"], alpha=0.6,
+                linestyle="--" if random else "-", linewidth=1.8 if random else 0.8,
+            )  # fmt: skip
+            if random:
+                at = (xs[-1], ys[-1])
+                axes.annotate(name, at, (6, 0), textcoords="offset points", size=8)
         for x, y, name in front:
             axes.plot([x], [y], marker="o", markersize=7, color=COLORS[2])
-            axes.annotate(name, (x, y), (6, -12), textcoords="offset points", size=8)
+            at = (x, y)
+            axes.annotate(name, at, (6, -12), textcoords="offset points", size=8)
         for number, label in enumerate(("channels", "whole experts", "beaten by none")):
             axes.plot([], [], marker="o", color=COLORS[number], linewidth=0, label=label)
         if all(y > 0 for _, y, _ in points):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("pruned (% of the routed-expert parameters)")
         axes.set_ylabel("loss increase (nats per token)")
-        axes.margins(x=0.1, y=0.1)
+        axes.margins(x=0.18, y=0.1)
         axes.grid(alpha=0.25)
-        axes.legend()
+        axes.legend(loc="upper left", fontsize=9)
     return figure
 
 

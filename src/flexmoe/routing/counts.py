@@ -57,13 +57,12 @@ class Counts:
     rows: dict[int, dict[str, int]]
     blocks: dict[int, str]
 
-    def smaller(self, kept: int) -> dict[str, Any]:
-        """The config with ``kept`` experts a layer, and no more than those for a token. The count
-        stands under all names that the config's class knows it by: engines read one or another.
-        """
-        config = with_value(self.config, self.experts, kept)
-        for place in _spellings(self.build(self.config).config, self.experts):
-            config = with_value(config, place, kept)
+    def settings(self, kept: int) -> dict[Place, int]:
+        """What a config says of ``kept`` experts a layer, and no more than those for a token. The
+        count stands under all names that the config's class knows it by: engines read one or
+        another."""
+        names = [self.experts, *_spellings(self.build(self.config).config, self.experts)]
+        values = dict.fromkeys(names, kept)
         if kept < self.K:
             if self.per_token is None:
                 raise FlexmoeError(
@@ -71,12 +70,16 @@ class Counts:
                     "value in config.json sets that number: keep more, or the router as it is "
                     "(--router keep)"
                 )
-            config = with_value(config, self.per_token, kept)
-        return config
+            names = [self.per_token, *_spellings(self.build(self.config).config, self.per_token)]
+            values |= dict.fromkeys(names, kept)
+        return values
 
     def model(self, kept: int) -> PreTrainedModel:
-        """The model of `smaller` on the meta device; a `FlexmoeError` if its router cannot run."""
-        model = self.build(self.smaller(kept))
+        """The model of these `settings` on the meta device; `FlexmoeError` if it cannot run."""
+        config = self.config
+        for place, value in self.settings(kept).items():
+            config = with_value(config, place, value)
+        model = self.build(config)
         if _per_token(model) is None:
             raise FlexmoeError(
                 f"a router of this architecture cannot choose among {kept} of its {self.E} experts"
