@@ -254,6 +254,7 @@ app.command(epilog=cli_report.EXAMPLES)(cli_report.report)
 app.command(epilog=cli_reproduce.EXAMPLES)(cli_reproduce.reproduce)
 app.command(epilog=cli_score.EXAMPLES)(cli_score.score)
 app.command()(cli_score.methods)
+app.command()(cli_score.policies)
 
 
 @app.command()

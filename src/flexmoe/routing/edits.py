@@ -78,9 +78,15 @@ def edited_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK:
     return added_TH + prefix_forward(module, x_TH, routed.index_TK, routed.weight_TK)
 
 
-ALL_EXPERTS_FUNCTIONS.register("flexmoe_edited", edited_forward)
+EDITED = "flexmoe_edited"
+ALL_EXPERTS_FUNCTIONS.register(EDITED, edited_forward)
 
 EDITS = ("flexmoe_renumber", "flexmoe_policy", "flexmoe_constant_EH")
+
+
+def is_edited(module: nn.Module) -> bool:
+    """Whether something changes what the router says to this experts module."""
+    return any(getattr(module, name, None) is not None for name in EDITS)
 
 
 def choose_function(model: PreTrainedModel) -> None:
@@ -93,7 +99,7 @@ def choose_function(model: PreTrainedModel) -> None:
         module = layer.module
         width_E = module.__dict__.setdefault("flexmoe_width_E", [layer.I] * layer.E)
         full = full and min(width_E) == layer.I
-        edited = edited or any(getattr(module, name, None) is not None for name in EDITS)
+        edited = edited or is_edited(module)
         module.flexmoe_work = Work(layer.I)
-    pruned = "flexmoe_edited" if edited else "flexmoe"
+    pruned = EDITED if edited else "flexmoe"
     model.set_experts_implementation(model.flexmoe_stock if full and not edited else pruned)
