@@ -64,7 +64,7 @@ def _distance(rows: Sequence[Row]) -> Table:
 
 def _work(rows: Sequence[Row]) -> Table:
     """What experts computed of what the routers asked for, at full width."""
-    table = _table("computed of what the routers ask for", "pruned", "pairs", "channels")
+    table = _table("what is computed", "pruned", "pairs", "channels")
     for row in rows:
         if "work" in row:
             cells = [f"{row['work'][name]:.1%}" for name in ("pairs", "channels")]

@@ -222,7 +222,7 @@ def _per_token(model: PreTrainedModel) -> int | None:
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     try:
         with torch.no_grad(), experts_function(model, "flexmoe_shape"):
-            model.eval()(input_ids=ids)
+            model.eval()(input_ids=ids, use_cache=True)  # without, masks look at values
     except (NotImplementedError, *UNBUILDABLE):
         return None
     return min(seen, default=None)
