@@ -51,6 +51,38 @@ def quality() -> str:
     return "\n".join([*lines, "", note + measured_on(found, "python bench/quality.py")])
 
 
+def methods() -> str:
+    """All methods of the frozen comparison: increase of the loss, least at the last share first."""
+    found = results("compare")
+    shares = sorted({row["pruned"] for row in found["rows"]})
+    entries: dict[str, dict[float, dict]] = {}
+    for row in found["rows"]:
+        entries.setdefault(row["method"], {})[row["pruned"]] = row
+    head = ["method", "allocate", "router", *(f"{share:.0%}" for share in shares)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, rows in sorted(entries.items(), key=lambda item: item[1][0.4]["increase"]):
+        first = rows[shares[0]]
+        cells = [name, first["allocate"], first["router"]]
+        for share in shares:
+            low, high = rows[share]["increase_interval"]
+            text = f"{rows[share]['increase']:.3f} ±{(high - low) / 2:.3f}"
+            cells.append(f"**{text}**" if rows[share]["as_good_as_the_best"] else text)
+        lines.append("| " + " | ".join(cells) + " |")
+    of = found["settings"]
+    tokens = sum(f["windows"] * (f["seq_len"] - 1) for f in of["evaluation"].values())
+    whole = {row["pruned"]: row["achieved"] for row in found["rows"] if row["method"] == "reap"}
+    achieved = ", ".join(f"{100 * whole[share]:g}" for share in shares)
+    note = (
+        f"Increase of the loss in nats per token with half of a 95 % interval (paired); base loss "
+        f"{found['base']['nll']:.3f}, {tokens:,} held-out tokens of four domains; bold: cannot be "
+        f"told from the best. Calibration {of['calibration']['windows']} windows of "
+        f"{of['calibration']['seq_len']} tokens. Of 16 experts a layer, methods of whole experts "
+        f"remove {achieved} %. A name with @ or + has another allocation or router rule than its "
+        "paper. "
+    )
+    return "\n".join([*lines, "", note + measured_on(found, "python bench/compare.py")])
+
+
 def learned() -> str:
     found = results("quality")
     rows = [row for row in found["rows"] if row["allocate"].startswith("learned")]
@@ -312,6 +344,7 @@ PAGES = {
         "premoe-scores": premoe_scores,
         "premoe-bytes": premoe_bytes,
     },
+    HERE.parent / "docs" / "compare.md": {"methods": methods},
 }
 
 if __name__ == "__main__":

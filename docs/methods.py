@@ -17,17 +17,19 @@ Written by `python docs/methods.py` from the code, where each method is one file
 *passes*: how often it goes through the calibration text; one pass serves all methods of
 `flexmoe score` together. *cost*: what a pass takes; backward includes forward. *rule*: how it
 allocates unless `--allocate` says otherwise, as in its paper or as near as an allocator comes.
+*router*: what the paper does with it (`compress --router`, `compare`; [rules](compare.md)).
 """
 TITLES = {
     "channel": "Channels, score `[E, I]`: experts become narrower",
-    "expert": "Whole experts, score `[E]`: they stay or go, the router is left as it is",
+    "expert": "Whole experts, score `[E]`: they stay or go",
 }
-HEAD = "| method | score | passes | cost | rule | paper |\n|---|---|---|---|---|---|\n"
+HEAD = "| method | score | passes | cost | rule | router | paper |\n|---|---|---|---|---|---|---|\n"
 
 
 def row(method: Method) -> str:
     summary = method.summary.removesuffix(".")
-    cells = (f"`{method.name}`", summary, method.passes, method.cost, method.allocate, method.paper)
+    how = (method.passes, method.cost, method.allocate, method.router)
+    cells = (f"`{method.name}`", summary, *how, method.paper)
     return "| " + " | ".join(map(str, cells)) + " |\n"
 
 

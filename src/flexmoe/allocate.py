@@ -138,12 +138,17 @@ def allocate(
 
 
 def allocate_experts(
-    name: str, layers: Mapping[int, LayerShape], score: Score, budgets: Sequence[float]
+    name: str,
+    layers: Mapping[int, LayerShape],
+    score: Score,
+    budgets: Sequence[float],
+    groups: int = 1,
 ) -> dict[int, Tensor]:
     """Widths int32 [B, E] of every layer where experts, scored [E], stay or go as a whole.
 
     ``layer``: every layer loses the same share of its experts, as near as their number allows,
-    which is what most papers do; ``global``: the best experts of the model stay.
+    which is what most papers do; ``global``: the best experts of the model stay. Of several
+    ``groups`` of neighbours every one loses equally many (by ``layer`` only).
     """
     if name == "global":
         whole = max(shape.channels for shape in layers.values())
@@ -153,11 +158,12 @@ def allocate_experts(
         raise FlexmoeError(f"whole experts are removed by layer or global, not by '{name}'")
     width = {}
     for i, shape in layers.items():
-        place_E = score[i].argsort(stable=True).argsort()
-        one = shape.channels * shape.channel_parameters  # what a removed expert saves
-        gone_B = torch.tensor([round(share * shape.parameters / one) for share in budgets])
+        in_group = score[i].view(groups, -1).argsort(dim=1, stable=True).argsort(dim=1)
+        place_E = in_group.flatten() * groups
+        one = groups * shape.channels * shape.channel_parameters  # what removed experts save
+        gone_B = torch.tensor([groups * round(s * shape.parameters / one) for s in budgets])
         if int(gone_B.max()) > shape.experts:
-            reach = shape.experts * one / shape.parameters
+            reach = shape.experts * one / groups / shape.parameters
             raise FlexmoeError(
                 f"cannot prune {max(budgets):g}: at most {reach:.4f} of the routed-expert "
                 f"parameters of layer {i} belong to channels"

@@ -11,6 +11,7 @@ from flexmoe.family import pick_device
 from flexmoe.learn import LearnConfig
 from flexmoe.methods import find_method
 from flexmoe.reference import check_reference
+from flexmoe.routing.rules import MEAN, check_rule
 from flexmoe.sequential import check_sequential
 from flexmoe.sharding import check_processes
 from flexmoe.statistics import find_statistics
@@ -33,7 +34,8 @@ class CompressConfig:
     processes, see `sharding`. With ``memory`` (bytes) the model is observed layer by layer and no
     more than that is held, see `streaming`. ``allocate`` None is the method's own. ``reference``: a
     second checkpoint, for methods that compare with one. ``sequential``: score every layer with
-    those before it pruned at this share."""
+    those before it pruned at this share. ``router``: what becomes of it where whole experts go, see
+    `routing.rules`."""
 
     data: str | None = None
     samples: int | None = None
@@ -43,6 +45,7 @@ class CompressConfig:
     allocate: str | None = None
     reference: str | None = None
     sequential: float | None = None
+    router: str = "keep"
     quantum: int | None = None
     batch_size: int | None = None
     micro_batch: int | None = None
@@ -56,7 +59,12 @@ class CompressConfig:
     @property
     def needs_data(self) -> bool:
         """Whether calibration text is read at all."""
-        return find_method(self.method).needs_data or self.allocator in SETTINGS_OF
+        return bool(self.needs) or self.allocator in SETTINGS_OF
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics that the pass over the text must fill."""
+        return find_method(self.method).needs + MEAN * (self.router == "constant")
 
     @property
     def allocator(self) -> str:
@@ -74,10 +82,13 @@ def check_config(config: CompressConfig) -> None:
     if config.allocator not in ALLOCATORS:
         raise did_you_mean(config.allocator, ALLOCATORS, "allocator")
     check_reference([method], config.reference)
+    check_rule(config.router, method.unit)
     if config.sequential is not None:
         check_sequential(method, config.sequential)
         if config.memory is not None:
             raise FlexmoeError("sequential needs the whole model in memory: leave out --memory")
+        if config.router == "constant":
+            raise FlexmoeError("router rule 'constant' does not work with sequential: leave it out")
     if method.unit == "expert":
         if config.allocator not in ("layer", "global"):
             raise FlexmoeError(

@@ -25,6 +25,8 @@ from flexmoe.kernels.torch_loop import activations
 from flexmoe.plan import Plan, Recipe, read_manifest
 from flexmoe.progress import Track, silent
 from flexmoe.reports.card import write_card
+from flexmoe.routing.removal import Removal
+from flexmoe.routing.rules import check_rule
 from flexmoe.shards import (
     Cut,
     RaggedNames,
@@ -106,6 +108,7 @@ def export(
     *,
     pruned: float,
     layout: str,
+    router: str | None = None,
     base: str | Path | None = None,
     track: Track = silent,
 ) -> ExportReport:
@@ -113,7 +116,9 @@ def export(
 
     ``layout`` is ``uniform`` (one width for all experts, loads everywhere; the plan's own widths
     do not apply), ``ragged`` (the plan's widths, loads where flexmoe is installed) or ``masked``
-    (stock shapes, pruned channels zero). ``base`` says where the base model of a plan alone is.
+    (stock shapes, pruned channels zero). Of a plan of whole experts ``uniform`` takes those that go
+    out of the router too, which must be said: ``router`` is ``remove`` then (None: what the plan
+    says, see `routing.rules`). ``base`` says where the base model of a plan alone is.
     ``out`` appears complete or not at all; a `FlexmoeError` says what stands in the way.
     """
     if layout not in LAYOUTS:
@@ -128,24 +133,56 @@ def export(
     source = Source.open(folder if ranked else resolve(base or plan.recipe.base_model), plan)
     if not ranked:
         check_weights(plan, source.checkpoint, source.layers)
-    cuts, config = _cuts(source, plan, ranked, pruned, layout)
-    names = ragged_names(source) if layout == "ragged" else None
-    entries = ragged(source, cuts, names) if names else same_names(source, cuts)
+    rule = _rule(plan, layout, router)
+    if rule == "remove":
+        removal = Removal(source, plan, pruned)
+        entries = removal.shards
+    else:
+        cuts, config = _cuts(source, plan, ranked, pruned, layout)
+        names = ragged_names(source) if layout == "ragged" else None
+        entries = ragged(source, cuts, names) if names else same_names(source, cuts)
 
     needed = sum(entry.bytes for shard in entries.values() for entry in shard)
     refuse_full(out, needed, "the export")
     with written_beside(out) as partial:
         copy_others(source.checkpoint, partial)
-        if config is not None:
-            _write_config(source.checkpoint, partial, config)
-        write(source, partial, entries, track)
-        routed, checked, difference = _compare(source, cuts, partial, names, track)
+        if rule == "remove":
+            removal.write(partial, track)
+            (routed, checked), difference = removal.check(partial, track), 0.0
+        else:
+            if config is not None:
+                _write_config(source.checkpoint, partial, config)
+            write(source, partial, entries, track)
+            routed, checked, difference = _compare(source, cuts, partial, names, track)
         achieved = 1 - routed / plan.routed_parameters
-        _describe(partial, layout, pruned, achieved, plan.recipe, manifest.tensors_sha256)
+        _describe(partial, layout, pruned, achieved, rule, plan.recipe, manifest.tensors_sha256)
         write_card(partial, family=folder, track=track)
         size = Checkpoint(partial).bytes
     read = source.checkpoint.bytes_read
     return ExportReport(out, layout, achieved, routed, size, checked, difference, read)
+
+
+def _rule(plan: Plan, layout: str, router: str | None) -> str:
+    """The router rule of an export; `FlexmoeError` where the layout cannot have it."""
+    rule = router or plan.recipe.router
+    check_rule(rule, plan.recipe.unit, bool(plan.constant))
+    if rule == "constant":
+        raise FlexmoeError(
+            "no layout holds the constants of the router rule 'constant' yet: open the family with "
+            "flexmoe.load, or export with --router keep"
+        )
+    if layout == "uniform" and plan.recipe.unit == "expert" and rule == "keep":
+        raise FlexmoeError(
+            "layout uniform of whole experts takes them out of the router, which gives other "
+            "outputs than --router keep: add --router remove (and measure it: flexmoe eval FAMILY "
+            "--router remove), or use the layouts ragged or masked"
+        )
+    if layout != "uniform" and rule == "remove":
+        raise FlexmoeError(
+            f"layout {layout} keeps the router as it is: use --layout uniform with --router "
+            "remove, or add --router keep"
+        )
+    return rule
 
 
 def _cuts(
@@ -193,13 +230,20 @@ def _write_config(source: Checkpoint, out: Path, config: dict[str, Any]) -> None
 
 
 def _describe(
-    out: Path, layout: str, pruned: float, achieved: float, recipe: Recipe, plan_sha256: str
+    out: Path,
+    layout: str,
+    pruned: float,
+    achieved: float,
+    router: str,
+    recipe: Recipe,
+    plan_sha256: str,
 ) -> None:
     about = {
         "format": 1,
         "layout": layout,
         "pruned": pruned,
         "achieved": achieved,
+        "router": router,
         "plan_sha256": plan_sha256,
         "recipe": recipe.model_dump(),
     }

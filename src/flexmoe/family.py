@@ -12,6 +12,8 @@ from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, read_json, r
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.plan import JSON_NAME, Member, Plan, read_manifest
+from flexmoe.routing.edits import choose_function
+from flexmoe.routing.rules import check_rule, reroute
 from flexmoe.trace import check_weights, missing_parameters, trace
 
 
@@ -134,18 +136,17 @@ def attach(model: PreTrainedModel, plan: Plan, *, ranked: bool) -> None:
     for i, layer in layers.items():
         if not ranked:
             layer.permute_(plan.order[i])
-    if not hasattr(model, "flexmoe_stock"):  # else a plan was attached before
-        model.flexmoe_stock = model.get_experts_implementation()
     model.flexmoe_plan = plan
     set_budget(model, 0.0)
 
 
-def set_budget(model: PreTrainedModel, pruned: float) -> Member:
+def set_budget(model: PreTrainedModel, pruned: float, router: str | None = None) -> Member:
     """Make ``model`` (from `load`) compute the member at ``pruned``, any share the plan reaches.
 
     Only width tables change, no weight is touched. At 0 the experts run the stock function again,
-    so going anywhere and back gives the outputs of the stock model bit for bit. Returns the
-    figures of the member.
+    so going anywhere and back gives the outputs of the stock model bit for bit. ``router`` is what
+    becomes of the router where whole experts go (see `routing.rules`), by default what the plan
+    says. Returns the figures of the member.
     """
     plan = getattr(model, "flexmoe_plan", None)
     if plan is None:
@@ -153,9 +154,11 @@ def set_budget(model: PreTrainedModel, pruned: float) -> Member:
             "this model has no budgets: open a family or a plan with flexmoe.load(path) "
             "(an export is one member of it)"
         )
-    width, full = plan.widths(pruned), True
+    rule = router or plan.recipe.router
+    check_rule(rule, plan.recipe.unit, bool(plan.constant))
+    width = plan.widths(pruned)
     for layer in expert_layers(model):
-        table = layer.module.flexmoe_width_E = width[layer.index].tolist()
-        full = full and min(table) == layer.I
-    model.set_experts_implementation(model.flexmoe_stock if full else "flexmoe")
-    return plan.figures(pruned, width)
+        layer.module.flexmoe_width_E = width[layer.index].tolist()
+    reroute(model, rule, width, plan.constant)
+    choose_function(model)
+    return plan.figures(pruned, width, rule)

@@ -29,6 +29,7 @@ from flexmoe.progress import Track, silent
 from flexmoe.reference import add_reference
 from flexmoe.reports.provenance import given
 from flexmoe.resume import Saved, Work
+from flexmoe.routing.rules import mean_outputs
 from flexmoe.sequential import score_sequential
 from flexmoe.sharding import gathered, shard_model
 from flexmoe.statistics import Statistics, observe, thin_experts
@@ -46,7 +47,8 @@ class Ranked(Prepared):
     in order, and what is known of them.
 
     ``score`` and ``order`` [E, I] of every layer describe the channels as they stand in ``model``:
-    ``order`` is their original index. ``evidence`` is what the pass saw, None without text.
+    ``order`` is their original index. ``evidence`` is what the pass saw, None without text;
+    ``constant`` the mean outputs [E, H] of experts, if the router rule needs them.
     """
 
     model: PreTrainedModel
@@ -54,6 +56,7 @@ class Ranked(Prepared):
     layers: dict[int, LayerRecord]
     score: dict[int, Tensor]
     order: dict[int, Tensor]
+    constant: dict[int, Tensor]
     recipe: Recipe
 
 
@@ -96,7 +99,7 @@ def _observe_whole(ready: Prepared, track: Track, saved: Saved | None) -> Seen:
         evidence = gather(
             network,
             windows,
-            method.needs,
+            config.needs,
             batch_size=ready.batch_size,
             seed=config.seed,
             saved=saved,
@@ -104,7 +107,7 @@ def _observe_whole(ready: Prepared, track: Track, saved: Saved | None) -> Seen:
         )
         statistics = evidence.mixed()
     else:
-        statistics = observe(network, TWO_TOKENS.ids, method.needs, seed=config.seed)
+        statistics = observe(network, TWO_TOKENS.ids, config.needs, seed=config.seed)
     if config.reference is not None:
         add_reference(statistics, layers, config.reference)
     for layer in layers:
@@ -125,7 +128,7 @@ def _observe_by_layer(ready: Prepared, track: Track, saved: Saved | None) -> See
             config.memory,
             loader,
             windows or TWO_TOKENS,
-            method.needs,
+            config.needs,
             batch_size=ready.batch_size,
             seed=config.seed,
             saved=saved or Work(Path(folder) / "pass", {}).stage("observe"),
@@ -143,9 +146,15 @@ def _observe_by_layer(ready: Prepared, track: Track, saved: Saved | None) -> See
 
 def rank(ready: Prepared, track: Track = silent, saved: Saved | None = None) -> Ranked:
     """`rank_channels` for what has been prepared; ``saved`` keeps what the pass saw."""
+    see = _observe_whole if ready.config.memory is None else _observe_by_layer
+    return put_in_order(ready, see(ready, track, saved))
+
+
+def put_in_order(ready: Prepared, seen: Seen) -> Ranked:
+    """Put the channels of the model in memory in the order of their scores."""
     config, source, windows = ready.config, ready.source, ready.windows
-    see = _observe_whole if config.memory is None else _observe_by_layer
-    network, evidence, statistics, score = see(ready, track, saved)
+    network, evidence, statistics, score = seen
+    score = dict(score)
     layers = expert_layers(network)
     unit = find_method(config.method).unit
     for layer in layers if unit == "expert" else ():  # its channels share its fate
@@ -171,6 +180,7 @@ def rank(ready: Prepared, track: Track = silent, saved: Saved | None = None) -> 
         layers=records,
         score={i: s.gather(1, order[i].long()) for i, s in score.items()},
         order=order,
+        constant=mean_outputs(statistics) if config.router == "constant" else {},
         recipe=Recipe(
             base_model=ready.base_model,
             model_type=ready.model_type,
@@ -179,6 +189,8 @@ def rank(ready: Prepared, track: Track = silent, saved: Saved | None = None) -> 
             method=config.method,
             allocate=config.allocator,
             unit=unit,
+            router=config.router,
+            router_groups=ready.router_groups,
             settings=settings,
             data=windows.spec if windows else "",
             data_sha256=windows.sha256 if windows else "",
@@ -237,7 +249,8 @@ def make_plan(
         )
         width = widths_from_path(shapes, score, path, budgets, ranked.quantum)
     elif ranked.recipe.unit == "expert":
-        width = allocate_experts(allocator, shapes, {i: s[:, 0] for i, s in score.items()}, budgets)
+        score_E = {i: s[:, 0] for i, s in score.items()}
+        width = allocate_experts(allocator, shapes, score_E, budgets, ranked.router_groups)
     else:
         name = "global" if allocator == "learned" else allocator
         width = allocate(name, shapes, score, budgets, ranked.quantum)
@@ -253,6 +266,7 @@ def make_plan(
         recipe=ranked.recipe.model_copy(update=made),
         bytes_full=ranked.bytes_full,
         bytes_per_parameter=ranked.bytes_per_parameter,
+        constant=ranked.constant,
     )
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ class Recipe(_Record):
     method: str
     allocate: str
     unit: str = "channel"  # what stays or goes: channels, or whole experts
+    router: str = "keep"  # what becomes of it where whole experts go, see `routing.rules`
+    router_groups: int = 1  # of experts, which all lose equally many
     settings: dict[str, float | int | str] = {}
     data: str
     data_sha256: str
@@ -104,7 +106,8 @@ class Plan:
     ``layers[i]`` counts of decoder layer i; ``order[i]`` int32 [E, I], the original index of the
     channel at each rank, best first; ``width[i]`` int32 [B, E], channels kept; ``budgets`` the B
     pruned shares, rising from 0.0. Widths never grow with the budget, so every member keeps a
-    prefix of the one order.
+    prefix of the one order. ``constant[i]`` float32 [E, H], where the router rule is ``constant``:
+    what an expert that is gone adds instead.
     """
 
     layers: dict[int, LayerRecord]
@@ -115,6 +118,7 @@ class Plan:
     recipe: Recipe
     bytes_full: int
     bytes_per_parameter: int
+    constant: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.check()
@@ -130,14 +134,20 @@ class Plan:
         """The figures of the member at ``pruned`` (any share the plan reaches)."""
         return self.figures(pruned, self.widths(pruned))
 
-    def figures(self, pruned: float, width: Mapping[int, Tensor]) -> Member:
-        """The figures of widths [E] of every layer that were asked for as ``pruned``."""
+    def figures(
+        self, pruned: float, width: Mapping[int, Tensor], router: str | None = None
+    ) -> Member:
+        """The figures of widths [E] of every layer that were asked for as ``pruned``, under the
+        plan's router rule or another one."""
         routed, active = 0, 0.0
         for i, layer in self.layers.items():
-            fixed = layer.experts * layer.fixed_parameters
-            here = int(width[i].sum()) * layer.channel_parameters + fixed
+            among = layer.experts
+            if (router or self.recipe.router) == "remove":  # of those gone nothing is left
+                among = int((width[i] > 0).sum())
+            here = int(width[i].sum()) * layer.channel_parameters
+            here += among * layer.fixed_parameters
             routed += here
-            active += here * layer.experts_per_token / layer.experts
+            active += here * min(layer.experts_per_token, among) / max(among, 1)
         removed = self.routed_parameters - routed
         return Member(
             pruned=pruned,
@@ -221,10 +231,10 @@ class Plan:
     @property
     def tolerance(self) -> float:
         """How far a budget may lie beside the share asked for: 0.25 % or one quantum; of whole
-        experts, half a one in every layer."""
+        experts, half a one in every layer (and group of the router)."""
         if self.recipe.unit == "expert":
             ones = sum(r.channels * r.channel_parameters for r in self.layers.values())
-            return ones / 2 / self.routed_parameters + 1e-9
+            return self.recipe.router_groups * ones / 2 / self.routed_parameters + 1e-9
         largest = max(layer.channel_parameters for layer in self.layers.values())
         return max(0.0025, self.quantum * largest / self.routed_parameters)
 
@@ -239,6 +249,7 @@ class Plan:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"layers.{i}.order": t.int().contiguous() for i, t in self.order.items()}
         tensors |= {f"layers.{i}.width": t.int().contiguous() for i, t in self.width.items()}
+        tensors |= {f"layers.{i}.constant": t.contiguous() for i, t in self.constant.items()}
         content = save(tensors)
         partial = folder / f"{TENSORS_NAME}.partial"
         partial.write_bytes(content)
@@ -280,6 +291,11 @@ class Plan:
             recipe=manifest.recipe,
             bytes_full=manifest.budgets[0].bytes,
             bytes_per_parameter=manifest.bytes_per_parameter,
+            constant={
+                i: tensors[name]
+                for i in manifest.layers
+                if (name := f"layers.{i}.constant") in tensors
+            },
         )
 
 

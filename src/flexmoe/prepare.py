@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 import flexmoe
 from flexmoe.allocate import default_quantum
@@ -26,6 +27,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.learn import check_halves
 from flexmoe.methods import find_method
+from flexmoe.routing.counts import builder, find_counts
 from flexmoe.trace import fingerprint, trace
 from flexmoe.training import part_of, share
 
@@ -35,8 +37,8 @@ class Prepared:
     """All that is known before the weights are loaded.
 
     ``weights_sha256`` is their `trace.fingerprint`; ``bytes_full`` counts the checkpoint's
-    tensors, ``bytes_per_parameter`` those of the experts. ``windows`` and ``tokenizer`` are None
-    where no text is read.
+    tensors, ``bytes_per_parameter`` those of the experts; ``router_groups`` see `Recipe`.
+    ``windows`` and ``tokenizer`` are None where no text is read.
     """
 
     config: CompressConfig
@@ -50,6 +52,7 @@ class Prepared:
     quantum: int
     bytes_full: int
     bytes_per_parameter: int
+    router_groups: int = 1
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -63,6 +66,30 @@ class Prepared:
         return inputs
 
 
+def pick_quantum(config: CompressConfig, channels: list[int]) -> int:
+    """What widths are multiples of, for layers whose experts have so many ``channels``."""
+    narrowest = min(channels)
+    if find_method(config.method).unit == "expert":  # all or nothing
+        return max(channels)
+    quantum = default_quantum(narrowest) if config.quantum is None else config.quantum
+    if quantum > narrowest:
+        raise FlexmoeError(f"quantum {quantum} is wider than an expert of {narrowest} channels")
+    return quantum
+
+
+def router_groups(meta: PreTrainedModel, config: CompressConfig) -> int:
+    """From how many groups experts must go in equal numbers; `FlexmoeError` if they cannot."""
+    if config.router != "remove":
+        return 1
+    groups = find_counts(meta.config.to_dict(), builder(meta)).groups
+    if groups > 1 and config.allocator != "layer":
+        raise FlexmoeError(
+            f"this router chooses within {groups} groups of experts, which must stay equally "
+            "large: with --router remove use --allocate layer"
+        )
+    return groups
+
+
 def prepare(model: str | Path, config: CompressConfig) -> Prepared:
     """Check and read all that can be without the model's weights."""
     check_config(config)
@@ -71,13 +98,7 @@ def prepare(model: str | Path, config: CompressConfig) -> Prepared:
         Checkpoint(resolve(config.reference))  # refuses what is not there before the slow part
     meta, checkpoint = meta_model(source), Checkpoint(source)
     traced = trace(checkpoint, meta)  # refuses weights it cannot find before the slow part
-    channels = [layer.shape.channels for layer in expert_layers(meta)]
-    narrowest = min(channels)
-    quantum = default_quantum(narrowest) if config.quantum is None else config.quantum
-    if find_method(config.method).unit == "expert":  # all or nothing
-        quantum = max(channels)
-    elif quantum > narrowest:
-        raise FlexmoeError(f"quantum {quantum} is wider than an expert of {narrowest} channels")
+    quantum = pick_quantum(config, [layer.shape.channels for layer in expert_layers(meta)])
     tokenizer, windows, batch_size = None, None, 1
     if config.needs_data:
         tokenizer = load_tokenizer(source, meta.config)
@@ -108,4 +129,5 @@ def prepare(model: str | Path, config: CompressConfig) -> Prepared:
         quantum=quantum,
         bytes_full=checkpoint.bytes,
         bytes_per_parameter=stored.bytes // math.prod(stored.shape),
+        router_groups=router_groups(meta, config),
     )

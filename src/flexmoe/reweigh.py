@@ -17,6 +17,7 @@ from flexmoe.family import find_folder, load_stock
 from flexmoe.files import refuse_existing, written_beside
 from flexmoe.methods import Method, find_method, score_layers
 from flexmoe.plan import Plan
+from flexmoe.routing.rules import mean_outputs
 from flexmoe.sources import COMMA, Source, split_weight
 from flexmoe.statistics import LayerStatistics, Statistics, thin_experts
 
@@ -59,7 +60,9 @@ def reweigh(
     settings = {k: v for k, v in plan.recipe.settings.items() if not k.startswith("learn_")}
     chosen = evidence.only(weight)
     if method.unit == "expert":
-        order, width = plan.order, allocate_experts(allocator, shapes, score, plan.budgets)
+        groups = plan.recipe.router_groups
+        order = plan.order
+        width = allocate_experts(allocator, shapes, score, plan.budgets, groups)
     else:
         order = {i: order_of(s) for i, s in score.items()}
         width = allocate(allocator, shapes, score, plan.budgets, plan.quantum)
@@ -67,6 +70,7 @@ def reweigh(
         plan,
         order=order,
         width=width,
+        constant=mean_outputs(evidence.mixed(weight)) if plan.constant else {},
         recipe=plan.recipe.model_copy(
             update={
                 "allocate": allocator,

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from copy import deepcopy
 from typing import Any
 
 from flexmoe.checkpoint import Checkpoint, meta_model, read_config
 from flexmoe.errors import FlexmoeError
 from flexmoe.plan import Plan
+from flexmoe.settings import Place, places, with_value
 from flexmoe.trace import TracedLayer
 
-Path = tuple[str, ...]
 # Grouped matrix products, the default of transformers and others, need rows of 16 bytes: bf16.
 ALIGNED = 8
 
@@ -27,8 +25,7 @@ def uniform_width(plan: Plan, pruned: float) -> int:
     channels, at least one and at most all."""
     if plan.recipe.unit == "expert":
         raise FlexmoeError(
-            f"layout uniform cuts channels, but '{plan.recipe.method}' ranked whole experts: use "
-            "the layouts ragged or masked"
+            f"one width for all cuts channels, but '{plan.recipe.method}' ranked whole experts"
         )
     channels = {record.channels for record in plan.layers.values()}
     if len(channels) > 1:
@@ -61,15 +58,15 @@ def uniform_config(
         for name in traced.layer.parameters
     }
     trial = width if width != full else max(1, full // 2)
-    coupled: dict[Path, set[str]] = {}
-    for path in sorted(_paths(config, full), key=lambda path: "intermediate" not in path[-1]):
+    coupled: dict[Place, set[str]] = {}
+    for path in sorted(places(config, full), key=lambda path: "intermediate" not in path[-1]):
         try:
-            after = _shapes(checkpoint, _changed(config, path, trial))
+            after = _shapes(checkpoint, with_value(config, path, trial))
         except FlexmoeError:
             continue  # a model that cannot be built like that: another number than the width
         changed = {name for name in before if before[name] != after.get(name)}
         if changed == experts:
-            return _changed(checkpoint.config, path, width)
+            return with_value(checkpoint.config, path, width)
         if changed >= experts:
             coupled[path] = changed - experts
     if not coupled:
@@ -88,21 +85,3 @@ def uniform_config(
 def _shapes(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     model = meta_model(checkpoint.path, config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _paths(config: dict[str, Any], value: int, prefix: Path = ()) -> Iterator[Path]:
-    """Where ``value`` stands in a nested config."""
-    for key, found in config.items():
-        if isinstance(found, dict):
-            yield from _paths(found, value, (*prefix, key))
-        elif type(found) is int and found == value:
-            yield (*prefix, key)
-
-
-def _changed(config: dict[str, Any], path: Path, value: int) -> dict[str, Any]:
-    config = deepcopy(config)
-    inner = config
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = value
-    return config

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from flexmoe import __version__
+from flexmoe.cli import compare as cli_compare
 from flexmoe.cli import doctor as cli_doctor
 from flexmoe.cli import eval as cli_eval
 from flexmoe.cli import pick as cli_pick
@@ -29,6 +30,7 @@ from flexmoe.cli.common import (
     Checkpointing,
     Device,
     MicroBatch,
+    Router,
     Shard,
     quiet,
     say,
@@ -64,6 +66,8 @@ EXPORT_EXAMPLES = """\
 [bold]Examples[/bold]
 
   flexmoe export families/tiny --pruned 0.4 --layout uniform -o tiny-40       loads everywhere
+
+  flexmoe export families/reap --pruned 0.5 --layout uniform --router remove -o reap-50  fewer experts
 
   flexmoe export families/tiny --pruned 0.35 --layout ragged -o tiny-35       smaller loss, needs flexmoe
 """  # noqa: E501
@@ -116,6 +120,10 @@ def compress(
         float | None,
         typer.Option(help="score each layer with those before it pruned at this share (CAMERA-P)"),
     ] = None,
+    router: Annotated[
+        str,
+        typer.Option(help="where whole experts go: keep, remove (rows sliced), constant (MoNE)"),
+    ] = "keep",
     quantum: Annotated[
         int | None, typer.Option(help="widths are multiples of this; default: 32, less when tiny")
     ] = None,
@@ -163,6 +171,7 @@ def compress(
             allocate=allocate,
             reference=reference,
             sequential=sequential,
+            router=router,
             quantum=quantum,
             batch_size=batch_size,
             micro_batch=micro_batch,
@@ -189,7 +198,8 @@ def compress(
     if limit is not None:
         say(f"at most {gib(most.bytes)} of memory were held, {gib(limit)} were allowed")
     share = 0.4 if 0.4 in plan.budgets else plan.budgets[-1]
-    layout = "uniform" if plan.recipe.unit == "channel" else "ragged"
+    uniform = plan.recipe.unit == "channel" or plan.recipe.router == "remove"
+    layout = "uniform" if uniform else "ragged"
     export = f"flexmoe export {out} --pruned {share:g} --layout {layout} -o DIR"
     say(f"next: flexmoe eval {out}, or {export}")
 
@@ -219,6 +229,7 @@ def export(
     pruned: Annotated[float, typer.Option(help="share to remove: any the family reaches")],
     layout: Annotated[str, typer.Option(help="uniform, ragged or masked")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder to make")],
+    router: Router = None,
     base: Base = None,
 ) -> None:
     """Write one member of a family as a checkpoint of its own, at its real size."""
@@ -227,7 +238,7 @@ def export(
     from flexmoe.reports.report import count, size
 
     quiet()
-    done = write(family, out, pruned=pruned, layout=layout, base=base, track=bar)
+    done = write(family, out, pruned=pruned, layout=layout, router=router, base=base, track=bar)
     say(
         f"{done.path}: {done.layout}, {done.pruned:.2%} pruned, {count(done.routed_parameters)} "
         f"routed parameters, {size(done.bytes)}\n{done.checked} experts read back and compared "
@@ -236,6 +247,7 @@ def export(
 
 
 app.command(epilog=cli_doctor.EXAMPLES)(cli_doctor.doctor)
+app.command(epilog=cli_compare.EXAMPLES)(cli_compare.compare)
 app.command(epilog=cli_recover.EXAMPLES)(cli_recover.recover)
 app.command(epilog=cli_reweigh.EXAMPLES)(cli_reweigh.reweigh)
 app.command("eval", epilog=cli_eval.EXAMPLES)(cli_eval.evaluate)
@@ -248,6 +260,7 @@ app.command(epilog=cli_serve.EXAMPLES)(cli_serve.serve)
 app.command(epilog=cli_premoe.PROFILE_EXAMPLES)(cli_premoe.profile)
 app.command()(cli_premoe.patterns)
 app.command(epilog=cli_premoe.SPECIALISE_EXAMPLES)(cli_premoe.specialise)
+app.command()(cli_score.policies)
 
 
 @app.command()

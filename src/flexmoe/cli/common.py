@@ -19,6 +19,10 @@ Checkpointing = Annotated[
 Shard = Annotated[
     bool, typer.Option("--shard", help="split the model over the processes of torchrun (FSDP2)")
 ]
+Router = Annotated[
+    str | None,
+    typer.Option(help="where whole experts go: keep, remove, constant; default: the family's own"),
+]
 Base = Annotated[str | None, typer.Option(help="weights for a plan alone: folder or hub id")]
 
 

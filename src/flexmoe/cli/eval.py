@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from flexmoe.cli.common import Base, BatchSize, Device, quiet, say
+from flexmoe.cli.common import Base, BatchSize, Device, Router, quiet, say
 from flexmoe.files import check_file
 
 EXAMPLES = """\
@@ -24,6 +24,10 @@ EXAMPLES = """\
   flexmoe eval families/tiny --pairs blimp.jsonl.gz --save       for: flexmoe pick
 
   flexmoe eval tiny-40 --against tiny --min-recovery 0.95        exit code 1 if it keeps less
+
+  flexmoe eval families/reap --router remove --json removed.json
+
+  flexmoe eval tiny --policy top-any:0.9                         fewer experts for some tokens
 
   flexmoe eval families/qwen3 --tasks arc_easy,./my_task.yaml --generate prompts.jsonl
 """
@@ -86,6 +90,14 @@ def evaluate(
         bool, typer.Option("--save", help="keep the curve in the family, for: flexmoe pick")
     ] = False,
     json_out: Annotated[Path | None, typer.Option("--json", help="write all results here")] = None,
+    router: Router = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="at run time: NAME[:NUMBER], see: policies; compared with none"),
+    ] = None,
+    policy_data: Annotated[
+        str | None, typer.Option(help="text that a policy is fitted on; default: tiny")
+    ] = None,
     base: Base = None,
     device: Device = "auto",
 ) -> None:
@@ -125,6 +137,9 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         min_recovery=min_recovery,
         by=by,
+        router=router,
+        policy=policy,
+        policy_data=policy_data,
     )
     if json_out is not None:
         _check_can_write(json_out)

@@ -67,6 +67,22 @@ def score(
         say(f"{out}: {name}, {len(scores)} layers of {', '.join(str(list(s)) for s in shapes)}")
 
 
+def policies() -> None:
+    """List the run-time policies: what is computed, and what their number means."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from flexmoe.policies import all_policies
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("policy", "what is computed", "its number", "paper"):
+        table.add_column(name, overflow="fold")
+    for found in sorted(all_policies().values(), key=lambda p: p.name):
+        name = found.name + ("" if found.default is None else f"[:{found.default:g}]")
+        table.add_row(name, found.summary, found.argument, found.paper)
+    say(table)
+
+
 def methods() -> None:
     """List the scoring methods: unit, passes over the text and their cost, default allocation."""
     from rich.box import SIMPLE_HEAD
@@ -74,13 +90,15 @@ def methods() -> None:
 
     from flexmoe.methods import all_methods
 
-    caption = "passes over the text, what one costs; rule: what --allocate is unless given"
+    caption = (
+        "passes over the text, what one costs; rule: what --allocate is unless given; router: what "
+        "the paper does with it, see --router"
+    )
     table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
-    for name in ("method", "unit", "passes", "cost", "rule"):
+    for name in ("method", "unit", "passes", "cost", "rule", "router"):
         table.add_column(name, overflow="fold")
     table.add_column("paper", overflow="fold", min_width=16)
     for found in sorted(all_methods().values(), key=lambda m: (m.unit, m.name)):
-        table.add_row(
-            found.name, found.unit, str(found.passes), found.cost, found.allocate, found.paper
-        )
+        how = (found.unit, str(found.passes), found.cost, found.allocate, found.router)
+        table.add_row(found.name, *how, found.paper)
     say(table)

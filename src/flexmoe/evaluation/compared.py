@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, read_json, resolve
-from flexmoe.data import load_tokenizer
+from flexmoe.data import calibration_windows, check_tokens, load_tokenizer, pick_seq_len
 from flexmoe.errors import FlexmoeError
-from flexmoe.evaluation.members import BASE, Key, Members, Shelf, fit_together
+from flexmoe.evaluation.members import BASE, How, Key, Members, Shelf, fit_together
 from flexmoe.family import find_folder, load, pick_device
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
+from flexmoe.policies import Fitted, parse
+from flexmoe.routing.rules import check_rule
 
 MODEL = "model"
+POLICY_TOKENS = 4096  # that a policy looks at
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Compared:
     """``members`` by key, the base first; ``base`` is the key that the others are compared with,
     None where there is nothing to compare. ``budgets`` are the keys that are no other model;
     ``folder`` is where they are from, ``weights`` where their weights lie, ``against`` that of the
-    base if it is another model. Those that do not fit in memory ``together`` are loaded in turn."""
+    base if it is another model, or the same one without the policy. Those that do not fit in memory
+    ``together`` are loaded in turn. ``hows`` say what the router does in each of the budgets."""
 
     members: Members
     base: Key | None
@@ -40,13 +45,17 @@ class Compared:
     tokenizer: Any
     settings: PreTrainedConfig
     device: torch.device
+    hows: dict[Key, How] = field(default_factory=dict)
 
     def figures(self, key: Key) -> dict[str, Any]:
         """Sizes of a member; those of one that is not of a family once it was loaded."""
         if key != BASE and self.plan is not None:
-            return self.plan.member(float(key)).model_dump()
+            pruned, rule = float(key), self.hows[key].rule
+            return self.plan.figures(pruned, self.plan.widths(pruned), rule).model_dump()
         name, weights = (BASE, self.against) if key == BASE else (MODEL, self.weights)
         assert weights is not None
+        if name not in self.shelf.loaders:  # the same model without the policy
+            name = MODEL
         share = {} if key == BASE else {"pruned": key}
         sizes = {"routed_parameters": self.shelf.routed[name], "bytes": Checkpoint(weights).bytes}
         return share | sizes
@@ -60,17 +69,26 @@ def compare(
     against: str | Path | None = None,
     with_base: bool = False,
     device: str = "auto",
+    router: str | None = None,
+    policy: str | None = None,
+    policy_data: str | None = None,
 ) -> Compared:
     """The budgets ``pruned`` (None: all) of a family or plan (``base`` has the weights of a plan
     alone), or the one member that an export or checkpoint is; compared with the model ``against``
-    or else with budget 0, if it is among them or ``with_base`` asks for it.
+    or else with budget 0, if it is among them or ``with_base`` asks for it; under a ``policy``,
+    fitted on ``policy_data``, with the same model without. ``router`` is the rule where whole
+    experts go, in place of the plan's.
 
     Raises `FlexmoeError` for what does not fit together. On the CPU arithmetic is float32
     whatever the checkpoint's dtype: as fast there, and differences are not lost in rounding.
     """
     folder, place = find_folder(path), pick_device(device)
     plan = Plan.load(folder) if (folder / JSON_NAME).is_file() else None
-    budgets = _budgets(path, folder, plan, pruned, with_base and against is None)
+    if router is not None:
+        _check_router(path, plan, router)
+    asked_policy = None if policy is None else parse(policy)
+    with_full = with_base and against is None and policy is None
+    budgets = _budgets(path, folder, plan, pruned, with_full)
     weights = _weights(folder, base)
     settings = meta_model(weights).config
     tokenizer = load_tokenizer(weights, settings)
@@ -82,7 +100,7 @@ def compare(
         other = _weights(find_folder(against), None)
         _check_same_tokens(other, against, settings, tokenizer)
         loaders[BASE] = partial(load, against, device=device, dtype=dtype)
-    elif with_base and plan is None:
+    elif with_base and plan is None and policy is None:
         raise FlexmoeError(
             f"'{path}' is one member and there is nothing to compare it with: give the model it is "
             "from with --against"
@@ -90,13 +108,39 @@ def compare(
     together = other is None or fit_together((weights, other), device)
     shelf = Shelf(loaders, together=together)
     members: dict[Key, Any] = {BASE: shelf.member(BASE)} if other is not None else {}
+    fitted = None
+    if asked_policy is not None:
+        fitted = Fitted(*asked_policy, _policy_tokens(policy_data, tokenizer, settings))
+        if other is None:
+            members[BASE] = shelf.budget(MODEL, None if plan is None else 0.0, How())
+            other = weights
+    hows: dict[Key, How] = {share: How(router, fitted) for share in budgets}
     for share in budgets:
-        members[share] = shelf.member(MODEL) if plan is None else shelf.budget(MODEL, share)
+        switches = plan is not None or fitted is not None
+        at = None if plan is None else share
+        members[share] = shelf.budget(MODEL, at, hows[share]) if switches else shelf.member(MODEL)
     own = 0.0 if plan is not None and 0.0 in budgets else None
     return Compared(
         members, own if other is None else BASE, budgets, plan, folder, weights, other, together,
-        shelf, tokenizer, settings, place,
+        shelf, tokenizer, settings, place, hows,
     )  # fmt: skip
+
+
+def _check_router(path: str | Path, plan: Plan | None, router: str) -> None:
+    if plan is None:
+        raise FlexmoeError(f"'{path}' is one member: --router has no effect on it, leave it out")
+    check_rule(router, plan.recipe.unit, bool(plan.constant))
+    if router == "keep" and plan.recipe.unit != "expert":
+        raise FlexmoeError("--router has no effect: the plan removes no whole experts")
+
+
+def _policy_tokens(data: str | None, tokenizer: Any, settings: PreTrainedConfig) -> Tensor:
+    """What a policy is fitted on: some windows of calibration text."""
+    length = min(POLICY_TOKENS, pick_seq_len(None, settings))
+    windows = calibration_windows(
+        data or "tiny", tokenizer, samples=POLICY_TOKENS // length, seq_len=length, seed=0
+    )
+    return check_tokens(windows.ids, settings)
 
 
 def _weights(folder: Path, base: str | Path | None) -> Path:

@@ -94,7 +94,8 @@ class Measured:
     ``rows``: a row a budget and data file. ``members``: a row a budget with its figures, what
     `loss_rows` gives, and under ``pairs``, ``tasks``, ``generation`` (by mode) and ``structured``
     what `pair_rows`, `task_rows`, `health_row` and `structured_row` give, None where it was not
-    asked for. ``against``: the same of the base, where that is another model. ``about``: inputs
+    asked for; ``work`` where routers leave something out, see `members.How`. ``against``: the
+    same of the base, where that is another model. ``about``: inputs
     with their hashes, hardware, versions, date. ``saved``: the file that holds the curve, and
     ``verdict`` that of the gate, if they were asked for.
     """
@@ -151,6 +152,9 @@ def measure(
         against=config.against,
         with_base=config.save or config.min_recovery is not None,
         device=config.device,
+        router=config.router,
+        policy=config.policy,
+        policy_data=config.policy_data,
     )
     inputs = read_inputs(compared, config)
     made_of = of_weights(compared.folder, track) if config.save else None
@@ -159,12 +163,17 @@ def measure(
         key: {**compared.figures(key), **row}
         for key, row in loss_rows(losses, compared.base).items()
     }
+    for key, how in compared.hows.items():
+        if (share := how.share) is not None:
+            found[key]["work"] = share
     for name, of in _others(compared, inputs, config, track).items():
         for key in found:
             found[key][name] = of.get(key)
     members = [found[pruned] for pruned in compared.budgets]
-    against = None if BASE not in found else _base_row(str(config.against), found[BASE])
+    name = "no policy" if config.against is None else str(config.against)
+    against = None if BASE not in found else _base_row(name, found[BASE])
     facts = about(compared, describe(inputs, config), command)
+    facts |= {k: v for k in ("router", "policy") if (v := getattr(config, k)) is not None}
     saved = None
     if made_of is not None:
         curve = make_curve(made_of, facts, members, against)

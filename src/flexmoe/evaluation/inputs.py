@@ -43,7 +43,8 @@ class EvaluateConfig:
     ``generate_limit`` of them; ``json_prompts``: a file of prompts to answer in JSON or by a tool
     call; ``max_new_tokens`` for both (None: 256). ``save``: keep the curve in the family's folder.
     ``min_recovery``: the share of the base's quality ``by`` loss, pairs or tasks to keep (None: no
-    such gate).
+    such gate). ``router``: the rule where whole experts go, in place of the family's own;
+    ``policy``: a run-time policy (see `policies.parse`), fitted on ``policy_data`` (None: tiny).
     """
 
     data: str = "tiny"
@@ -65,6 +66,9 @@ class EvaluateConfig:
     max_new_tokens: int | None = None
     min_recovery: float | None = None
     by: str = "loss"
+    router: str | None = None
+    policy: str | None = None
+    policy_data: str | None = None
 
     def __post_init__(self) -> None:
         for value, option, needed, there in (
@@ -78,11 +82,18 @@ class EvaluateConfig:
                 self.generate or self.json_prompts,
             ),
             (None if self.by == "loss" else self.by, "--by", "--min-recovery", self.min_recovery),
+            (self.policy_data, "--policy-data", "--policy", self.policy),
         ):
             if value is not None and there is None:
                 raise FlexmoeError(f"{option} has no effect without {needed}")
         if self.task_limit is not None and self.task_limit < 1:
             raise FlexmoeError(f"--task-limit must be at least 1, found {self.task_limit}")
+        for value, option in ((self.router, "--router"), (self.policy, "--policy")):
+            if value is not None and self.save:
+                raise FlexmoeError(
+                    f"--save keeps the curve of the family as it is, {option} changes it: leave "
+                    "one of them out (--json keeps the results)"
+                )
         if self.min_recovery is not None:
             if self.by == "pairs" and self.pairs is None:
                 raise FlexmoeError("--by pairs needs --pairs FILE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flexmoe.checkpoint import Checkpoint
-from flexmoe.experts import routed_parameters
+from flexmoe.experts import expert_layers, routed_parameters
 from flexmoe.family import pick_device, set_budget
+from flexmoe.policies import Fitted, stop
+from flexmoe.routing.edits import Work, is_edited
 
 BASE = "base"  # the key of a base that is another model; else a key is a pruned share
 Key = float | str
@@ -24,15 +27,49 @@ Members = Mapping[Key, Callable[[], nn.Module]]
 USABLE = 0.8  # of the free memory: activations come on top of the weights
 
 
+@dataclass
+class How:
+    """What the router does in a member: the ``rule`` where whole experts go (None: the plan's), a
+    run-time ``policy``; ``work`` counts by layer what its experts compute then."""
+
+    rule: str | None = None
+    policy: Fitted | None = None
+    work: dict[int, Work] = field(default_factory=dict)
+
+    def set(self, model: PreTrainedModel, pruned: float | None) -> PreTrainedModel:
+        """The model at a budget (None: it has none) with this router."""
+        if pruned is not None:
+            set_budget(model, pruned, self.rule)
+        if self.policy is not None:
+            self.policy.use(model)
+        modules = [(layer, layer.module) for layer in expert_layers(model)]
+        if self.policy is None and any(hasattr(module, "flexmoe_policy") for _, module in modules):
+            stop(model)
+        for layer, module in modules if any(is_edited(m) for _, m in modules) else ():
+            module.flexmoe_work = self.work.setdefault(layer.index, Work(layer.I))
+        return model
+
+    @property
+    def share(self) -> dict[str, float] | None:
+        """The shares of pairs and of channels that were computed, of all that routers asked for;
+        None where nothing was left out at the router."""
+        routed = sum(work.routed for work in self.work.values())
+        if not routed:
+            return None
+        channels = sum(work.routed * work.full for work in self.work.values())
+        return {
+            "pairs": sum(work.pairs for work in self.work.values()) / routed,
+            "channels": sum(work.channels for work in self.work.values()) / channels,
+        }
+
+
 def budgets_of(model: PreTrainedModel, budgets: Iterable[float]) -> Members:
     """The members at ``budgets`` of a model that switches (see `flexmoe.load`)."""
-    return {pruned: partial(_at, lambda: model, pruned) for pruned in budgets}
+    return {pruned: partial(_at, lambda: model, pruned, How()) for pruned in budgets}
 
 
-def _at(opened: Callable[[], PreTrainedModel], pruned: float) -> PreTrainedModel:
-    model = opened()
-    set_budget(model, pruned)
-    return model
+def _at(opened: Callable[[], PreTrainedModel], pruned: float | None, how: How) -> PreTrainedModel:
+    return how.set(opened(), pruned)
 
 
 class Shelf:
@@ -59,9 +96,9 @@ class Shelf:
         """The model of that name as it is."""
         return partial(self.open, name)
 
-    def budget(self, name: str, pruned: float) -> Callable[[], nn.Module]:
-        """The model of that name, switched to a budget."""
-        return partial(_at, self.member(name), pruned)
+    def budget(self, name: str, pruned: float | None, how: How) -> Callable[[], nn.Module]:
+        """The model of that name, switched to a budget (None: it has none)."""
+        return partial(_at, partial(self.open, name), pruned, how)
 
 
 def fit_together(folders: Iterable[Path], device: str) -> bool:

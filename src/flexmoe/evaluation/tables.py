@@ -21,6 +21,8 @@ def tables(done: Measured, title: str) -> Iterator[Table]:
     yield _text(rows, f"{title} on {', '.join(files)}")
     if compared := [row for row in rows if _is_compared(row)]:
         yield _distance(compared)
+    if any("work" in row for row in rows):
+        yield _work(rows)
     if len(files) > 1:
         yield _by_file(rows, files)
     about = done.about
@@ -57,6 +59,16 @@ def _distance(rows: Sequence[Row]) -> Table:
         kl = f"{row['kl']:.4f}{_half(row['kl_interval'], 4)}"
         agreement = f"{row['agreement']:.4f}{_half(row['agreement_interval'], 4)}"
         table.add_row(_name(row), kl, agreement)
+    return table
+
+
+def _work(rows: Sequence[Row]) -> Table:
+    """What experts computed of what the routers asked for, at full width."""
+    table = _table("what is computed", "pruned", "pairs", "channels")
+    for row in rows:
+        if "work" in row:
+            cells = [f"{row['work'][name]:.1%}" for name in ("pairs", "channels")]
+            table.add_row(_name(row), *cells)
     return table
 
 

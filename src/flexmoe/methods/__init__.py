@@ -36,8 +36,9 @@ UNITS = ("channel", "expert")
 class Method:
     """A scoring method: its ``score`` function, the statistics it ``needs``, the ``unit`` it scores
     (channel [E, I] or expert [E]), where it was published, how it ``allocate``s by default (as its
-    paper does, or as near as an allocator comes), and whether it compares with a second checkpoint,
-    whose routers are ``stats["reference_router_EH"]``."""
+    paper does, or as near as an allocator comes), what its paper does with the ``router`` (see
+    `routing.rules`), and whether it compares with a second checkpoint, whose routers are
+    ``stats["reference_router_EH"]``."""
 
     name: str
     paper: str
@@ -46,6 +47,7 @@ class Method:
     unit: str = "channel"
     allocate: str = "learned"
     reference: bool = False
+    router: str = "keep"
 
     @property
     def summary(self) -> str:
@@ -87,15 +89,16 @@ def method(
     unit: str = "channel",
     allocate: str | None = None,
     reference: bool = False,
+    router: str = "keep",
 ) -> Callable[[Score], Score]:
     """Declare a scoring method; see any file in this folder. ``allocate`` defaults to ``learned``
-    for channels and ``layer`` for experts."""
+    for channels and ``layer`` for experts; a ``router`` rule other than ``keep`` is of experts."""
     if unit not in UNITS:
         raise did_you_mean(unit, UNITS, "unit")
     rule = allocate or {"channel": "learned", "expert": "layer"}[unit]
 
     def register(score: Score) -> Score:
-        METHODS[name] = Method(name, paper, needs, score, unit, rule, reference)
+        METHODS[name] = Method(name, paper, needs, score, unit, rule, reference, router)
         return score
 
     return register

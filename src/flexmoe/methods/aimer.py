@@ -12,7 +12,7 @@ from flexmoe.methods import method
 from flexmoe.statistics import LayerStatistics
 
 
-@method("aimer", paper="AIMER, arXiv:2603.18492", unit="expert")
+@method("aimer", paper="AIMER, arXiv:2603.18492", unit="expert", router="remove")
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Minus mean magnitude over root mean square of all weights of the expert; no data."""
     matrices = [p.detach() for p in layer.parameters.values() if p.dim() == 3]

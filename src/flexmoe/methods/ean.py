@@ -16,7 +16,13 @@ def norm(pairs: Pairs) -> Tensor:
     return pairs.y_SH.float().norm(dim=1)
 
 
-@method("ean", paper="EAN as in REAP, arXiv:2510.13999", needs=("norm_E",), unit="expert")
+@method(
+    "ean",
+    paper="EAN as in REAP, arXiv:2510.13999",
+    needs=("norm_E",),
+    unit="expert",
+    router="remove",
+)
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Sum over routed tokens of the norm of the expert's output."""
     return stats["norm_E"]

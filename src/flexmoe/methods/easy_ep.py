@@ -20,7 +20,13 @@ def moved_norm(pairs: Pairs) -> Tensor:
     return pairs.weight_S.float() * pairs.y_SH.float().norm(dim=1) * moved_T[pairs.token_S]
 
 
-@method("easy-ep", paper="EASY-EP, arXiv:2504.06792", needs=("moved_norm_E",), unit="expert")
+@method(
+    "easy-ep",
+    paper="EASY-EP, arXiv:2504.06792",
+    needs=("moved_norm_E",),
+    unit="expert",
+    router="remove",
+)
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Sum over routed tokens of weight x output norm x how far the token's residual turns."""
     return stats["moved_norm_E"]

@@ -12,6 +12,7 @@ from flexmoe.statistics import LayerStatistics
     paper="Z-code M3 (utilisation), arXiv:2109.10465",
     needs=("count_E",),
     unit="expert",
+    router="remove",
 )
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Number of tokens routed to the expert."""

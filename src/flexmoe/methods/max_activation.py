@@ -19,6 +19,7 @@ def peak(pairs: Pairs) -> Tensor:
     paper="super experts as in REAP, arXiv:2510.13999",
     needs=("peak_E",),
     unit="expert",
+    router="remove",
 )
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Largest entry of the expert's output over all routed tokens, at least 0."""

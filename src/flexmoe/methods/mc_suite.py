@@ -15,13 +15,13 @@ from flexmoe.statistics import LayerStatistics
 PAPER = "MC-Suite, arXiv:2504.05586"
 
 
-@method("mc-router", paper=f"{PAPER} (RWN)", unit="expert")
+@method("mc-router", paper=f"{PAPER} (RWN)", unit="expert", router="remove")
 def router_norm(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Minus the norm of the expert's router row: the largest goes first; no data."""
     return -router_rows(layer).norm(dim=1)
 
 
-@method("mc-norm", paper=f"{PAPER} (EAN)", needs=("output2_EH",), unit="expert")
+@method("mc-norm", paper=f"{PAPER} (EAN)", needs=("output2_EH",), unit="expert", router="remove")
 def output_norm(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Sum over hidden dimensions of the norm over tokens of the expert's output."""
     return stats["output2_EH"].sqrt().sum(1)
@@ -32,6 +32,7 @@ def output_norm(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     paper=f"{PAPER} (EAE)",
     needs=("output_EH", "output2_EH"),
     unit="expert",
+    router="remove",
 )
 def output_entropy(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Sum over hidden dimensions of the logarithm of the output's standard deviation."""

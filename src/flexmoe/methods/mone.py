@@ -38,6 +38,7 @@ def variance(stats: LayerStatistics) -> Tensor:
     paper="MoNE, arXiv:2507.00390",
     needs=("weight_E", "output_EH", "output2_EH"),
     unit="expert",
+    router="constant",
 )
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Norm of the output's standard deviation x routing weight per token of the text."""

@@ -13,7 +13,7 @@ def norm2(pairs: Pairs) -> Tensor:
     return pairs.y_SH.float().square().sum(1)
 
 
-@method("msan", paper="MSAN, arXiv:2606.15716", needs=("norm2_E",), unit="expert")
+@method("msan", paper="MSAN, arXiv:2606.15716", needs=("norm2_E",), unit="expert", router="remove")
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Mean over routed tokens of the squared norm of the expert's output."""
     return stats["norm2_E"] / stats["count_E"].clamp_min(1)

@@ -57,7 +57,13 @@ def subset_loss(pairs: Pairs) -> Tensor:
     return torch.tensor(losses, dtype=torch.float64, device=one_T1.device)
 
 
-@method("naee", paper="NAEE, arXiv:2402.14800 (one pass)", needs=("subset_loss_C",), unit="expert")
+@method(
+    "naee",
+    paper="NAEE, arXiv:2402.14800 (one pass)",
+    needs=("subset_loss_C",),
+    unit="expert",
+    router="remove",
+)
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """When the expert leaves the best chain of subsets; tries all subsets, so for few experts."""
     loss, everyone = stats["subset_loss_C"].tolist(), 2**layer.E - 1

@@ -43,7 +43,9 @@ def utility(pairs: Pairs, earlier: LayerStatistics) -> Tensor:
     return per_expert(pairs, expert_TK, value_TK)
 
 
-@method("peu", paper="PreMoe v3, arXiv:2505.17639", needs=("utility_E",), unit="expert")
+@method(
+    "peu", paper="PreMoe v3, arXiv:2505.17639", needs=("utility_E",), unit="expert", router="remove"
+)
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Mean over all tokens of max(logit, sigmoid(logit)) where the router is sure of the expert."""
     return stats["utility_E"] / max(stats.tokens, 1)

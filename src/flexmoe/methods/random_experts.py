@@ -8,7 +8,7 @@ from flexmoe.methods import method
 from flexmoe.statistics import LayerStatistics
 
 
-@method("random-experts", paper="baseline", unit="expert")
+@method("random-experts", paper="baseline", unit="expert", router="remove")
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """A uniform random number an expert, from the seed of the run and the layer's number."""
     generator = torch.Generator().manual_seed(stats.seed * 100_003 + layer.index)

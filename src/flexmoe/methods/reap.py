@@ -17,7 +17,13 @@ def weighted_norm(pairs: Pairs) -> Tensor:
     return pairs.weight_S.float() * pairs.y_SH.float().norm(dim=1)
 
 
-@method("reap", paper="REAP, arXiv:2510.13999", needs=("weighted_norm_E",), unit="expert")
+@method(
+    "reap",
+    paper="REAP, arXiv:2510.13999",
+    needs=("weighted_norm_E",),
+    unit="expert",
+    router="remove",
+)
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Mean over routed tokens of routing weight x norm of the expert's output."""
     return stats["weighted_norm_E"] / stats["count_E"].clamp_min(1)

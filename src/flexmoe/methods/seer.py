@@ -16,7 +16,13 @@ def weight(pairs: Pairs) -> Tensor:
     return pairs.weight_S.float()
 
 
-@method("seer", paper="SEER-MoE (soft), arXiv:2404.05089", needs=("weight_E",), unit="expert")
+@method(
+    "seer",
+    paper="SEER-MoE (soft), arXiv:2404.05089",
+    needs=("weight_E",),
+    unit="expert",
+    router="remove",
+)
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Sum of routing weights over the tokens routed to the expert."""
     return stats["weight_E"]

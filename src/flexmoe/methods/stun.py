@@ -23,7 +23,13 @@ def products(layer: ExpertLayer) -> Tensor:
     return sum((m @ m.T for m in matrices), torch.zeros(())).double().cpu()
 
 
-@method("stun", paper="STUN, arXiv:2409.06211 (stage 1)", unit="expert", allocate="global")
+@method(
+    "stun",
+    paper="STUN, arXiv:2409.06211 (stage 1)",
+    unit="expert",
+    allocate="global",
+    router="remove",
+)
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Distance of router rows at which another expert stands for this one; no data."""
     rows_EH, product_EE = router_rows(layer), products(layer)

@@ -22,7 +22,13 @@ def pool_logit(pairs: Pairs) -> Tensor:
     return torch.zeros_like(logits_TE[0]).index_add_(0, expert_TP.flatten(), value_TP.flatten())
 
 
-@method("tcess", paper="PreMoe v1, arXiv:2505.17639", needs=("pool_logit_E",), unit="expert")
+@method(
+    "tcess",
+    paper="PreMoe v1, arXiv:2505.17639",
+    needs=("pool_logit_E",),
+    unit="expert",
+    router="remove",
+)
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Mean over all tokens of the router's logit where the expert has the largest one, else 0."""
     return stats["pool_logit_E"] / max(stats.tokens, 1)

@@ -27,6 +27,7 @@ def logit_product(pairs: Pairs) -> Tensor:
     paper="UNCURL, arXiv:2409.01483 (grouping)",
     needs=("count_E", "logit_product_EE"),
     unit="expert",
+    router="remove",
 )
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """1 - cosine of router logits over tokens at which a more used expert stands for this one."""

@@ -14,7 +14,7 @@ import matplotlib
 import torch
 from cycler import cycler
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from flexmoe.evaluation.records import Point
@@ -104,6 +104,52 @@ def domains_figure(points: Sequence[Point]) -> Figure:
         axes.grid(alpha=0.25)
         axes.legend()
     return figure
+
+
+def pareto_figure(rows: Sequence[Row]) -> Figure:
+    """Increase of the loss against the share pruned, a line a method of `comparison.Results`; those
+    that no other one beats are named: smaller at no higher loss, or better at no larger size."""
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for row in rows:
+        if row["increase"] is not None:
+            point = (100 * row["achieved"], row["increase"], row["unit"])
+            lines.setdefault(row["method"], []).append(point)
+    points = [(x, y, name) for name, line in lines.items() for x, y, _ in line]
+    front = [(x, y, name) for x, y, name in points if not _beaten((x, y), points)]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4.6))
+        axes = figure.subplots()
+        for name, line in lines.items():
+            xs, ys, units = zip(*sorted(line), strict=True)
+            random = name.startswith("random")
+            axes.plot(
+                xs, ys, marker="o", markersize=3, color=COLORS[units[0] == "expert"], alpha=0.6,
+                linestyle="--" if random else "-", linewidth=1.8 if random else 0.8,
+            )  # fmt: skip
+            if random:
+                at = (xs[-1], ys[-1])
+                axes.annotate(name, at, (6, 0), textcoords="offset points", size=8)
+        for x, y, name in front:
+            axes.plot([x], [y], marker="o", markersize=7, color=COLORS[2])
+            at = (x, y)
+            axes.annotate(name, at, (6, -12), textcoords="offset points", size=8)
+        for number, label in enumerate(("channels", "whole experts", "beaten by none")):
+            axes.plot([], [], marker="o", color=COLORS[number], linewidth=0, label=label)
+        if all(y > 0 for _, y, _ in points):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("pruned (% of the routed-expert parameters)")
+        axes.set_ylabel("loss increase (nats per token)")
+        axes.margins(x=0.18, y=0.1)
+        axes.grid(alpha=0.25)
+        axes.legend(loc="upper left", fontsize=9)
+    return figure
+
+
+def _beaten(of: tuple[float, float], points: Sequence[tuple[float, float, str]]) -> bool:
+    return any(x >= of[0] and y <= of[1] and (x, y) != of for x, y, _ in points)
 
 
 def parts_figure(parts: Mapping[str, Sequence[int]], budgets: Sequence[float]) -> Figure:

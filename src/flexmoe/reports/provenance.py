@@ -28,7 +28,8 @@ BLOCK = re.compile(rf"^{FENCE}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 class Record(BaseModel):
     """How a folder was made and what came out: all that `flexmoe reproduce` needs.
 
-    ``kind``: a family, a plan alone, or the layout of an export, which has ``pruned``.
+    ``kind``: a family, a plan alone, or the layout of an export, which has ``pruned`` and the
+    ``router`` rule.
     ``plan_sha256`` is of flexmoe.safetensors, "" where an export does not know it;
     ``weights_sha256`` see `shards_sha256`, of a plan alone what its recipe says.
     """
@@ -38,6 +39,7 @@ class Record(BaseModel):
     format: int = FORMAT
     kind: Literal["family", "plan", "uniform", "ragged", "masked"]
     pruned: float | None = None
+    router: str = "keep"
     recipe: Recipe
     plan_sha256: str
     weights_sha256: str
@@ -56,6 +58,7 @@ def record_of(folder: str | Path, track: Track = silent) -> Record:
         "format": FORMAT,
         "kind": about.get("layout"),
         "pruned": about.get("pruned"),
+        "router": about.get("router", "keep"),
         "recipe": about.get("recipe"),
         "plan_sha256": about.get("plan_sha256", ""),
         "weights_sha256": shards_sha256(folder, track),
@@ -131,7 +134,10 @@ def commands(record: Record) -> list[str]:
         lines.append(_line("recover", of, f"FAMILY-{number}", done["options"]))
         of = f"FAMILY-{number}"
     if record.pruned is not None:
-        lines.append(_line("export", of, "MODEL", {"pruned": record.pruned, "layout": record.kind}))
+        options: dict[str, Any] = {"pruned": record.pruned, "layout": record.kind}
+        if record.router != "keep":
+            options["router"] = record.router
+        lines.append(_line("export", of, "MODEL", options))
     return lines
 
 

@@ -114,7 +114,14 @@ def rerun(
     if record.pruned is not None:
         family, folder = folder, out / f"{len(later) + 2}-export"
         if not folder.exists():
-            export(family, folder, pruned=record.pruned, layout=record.kind, track=track)
+            export(
+                family,
+                folder,
+                pruned=record.pruned,
+                layout=record.kind,
+                router=record.router,
+                track=track,
+            )
     return folder
 
 

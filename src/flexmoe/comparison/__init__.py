@@ -1,0 +1,1 @@
+"""Methods side by side on one model: one calibration text, one evaluation, one file of results."""

@@ -1,0 +1,225 @@
+"""Run-time policies: fewer experts for some tokens, without new weights.
+
+A policy is one decorated pure function, a file each: what the router said of a batch and what is
+known of the layer in, what to compute out. It is on for a model by name, ``NAME[:NUMBER]``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flexmoe.errors import FlexmoeError, did_you_mean
+from flexmoe.experts import ExpertLayer, Seen, expert_layers, experts_function
+from flexmoe.routing.edits import Edit, Routed, choose_function
+
+EVEN = 1e-3  # routing weights of a token that always come to the same sum are normalised
+
+
+@dataclass
+class Batch:
+    """The batch that runs now: ``sequences`` of the same length, padding included."""
+
+    sequences: int = 1
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a policy knows of a layer: its experts, the routing weights [N, K] of calibration
+    tokens, largest first, and the batch that runs now."""
+
+    layer: ExpertLayer
+    weight_NK: Tensor
+    batch: Batch
+
+    @property
+    def K(self) -> int:
+        """Experts that a token is sent to."""
+        return self.weight_NK.shape[1]
+
+    @property
+    def renormalises(self) -> bool:
+        """Whether the router makes the weights of a token's experts come to the same sum."""
+        total_N = self.weight_NK.sum(1)
+        return bool((total_N - total_N.mean()).abs().max() < EVEN * total_N.mean())
+
+    def keep(self, routed: Routed, keep_TK: Tensor) -> Routed:
+        """Only these pairs; where the router normalises, their weights come to the same sum as
+        all did."""
+        weight_TK = routed.weight_TK
+        if self.renormalises:
+            kept_T1 = (weight_TK * keep_TK).sum(1, keepdim=True)
+            weight_TK = weight_TK * (weight_TK.sum(1, keepdim=True) / kept_T1.clamp_min(1e-20))
+        return Routed(routed.index_TK, weight_TK, routed.E).without(~keep_TK)
+
+
+def places(weight_TK: Tensor) -> Tensor:
+    """The place of each pair among those of its token, 0 the one with the largest weight."""
+    return weight_TK.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+
+
+Rule = Callable[[Routed, LayerFacts, float], Routed]
+# From what is known of all layers and the number that was given to the number of each layer.
+Fit = Callable[[Sequence[LayerFacts], float], list[float]]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """``rule`` is the function, ``argument`` what its number means, from ``least`` to ``most``
+    (both exclusive, None: the experts of a token), and ``default`` its value (None: must be
+    given). ``fit`` gives every layer a number of its own."""
+
+    name: str
+    paper: str
+    argument: str
+    rule: Rule
+    default: float | None
+    least: float
+    most: float | None
+    fit: Fit | None
+
+    @property
+    def summary(self) -> str:
+        """First line of the function's docstring."""
+        return (self.rule.__doc__ or "").strip().split("\n")[0]
+
+
+POLICIES: dict[str, Policy] = {}
+
+
+def policy(
+    name: str,
+    *,
+    paper: str,
+    argument: str,
+    default: float | None = None,
+    least: float = 0.0,
+    most: float | None = 1.0,
+    fit: Fit | None = None,
+) -> Callable[[Rule], Rule]:
+    """Declare a policy; see any file in this folder."""
+
+    def register(rule: Rule) -> Rule:
+        POLICIES[name] = Policy(name, paper, argument, rule, default, least, most, fit)
+        return rule
+
+    return register
+
+
+def all_policies() -> dict[str, Policy]:
+    """Every policy by name."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return POLICIES
+
+
+def parse(text: str) -> tuple[Policy, float]:
+    """``NAME[:NUMBER]``; a `FlexmoeError` for what is no policy or no number for it."""
+    name, colon, number = text.partition(":")
+    known = all_policies()
+    if name not in known:
+        raise did_you_mean(name, known, "policy")
+    found = known[name]
+    try:
+        value = float(number) if colon else found.default
+    except ValueError:
+        value = math.nan
+    if value is None:
+        raise FlexmoeError(f"policy '{name}' needs a number: {name}:NUMBER, {found.argument}")
+    if not value > found.least or (found.most is not None and not value < found.most):
+        most = "the experts of a token" if found.most is None else f"{found.most:g}"
+        raise FlexmoeError(
+            f"policy '{text}': expected a number between {found.least:g} and {most}, "
+            f"{found.argument}"
+        )
+    return found, value
+
+
+@dataclass
+class Fitted:
+    """A policy for one model: ``numbers`` of every layer, found on first use from the tokens
+    ``ids`` [n, t]."""
+
+    policy: Policy
+    value: float
+    ids: Tensor
+    numbers: dict[int, float] = field(default_factory=dict)
+    facts: dict[int, LayerFacts] = field(default_factory=dict)
+
+    def use(self, model: PreTrainedModel) -> None:
+        """The policy is on for ``model`` until `stop`; it goes with any budget."""
+        if not self.facts:
+            self._fit(model)
+        for layer in expert_layers(model):
+            i = layer.index
+            layer.module.flexmoe_policy = _edit(self.policy.rule, self.facts[i], self.numbers[i])
+        choose_function(model)
+
+    def _fit(self, model: PreTrainedModel) -> None:
+        stop(model)
+        batch = Batch()
+        weight = routing_weights(model, self.ids)
+        facts = [LayerFacts(layer, weight[layer.index], batch) for layer in expert_layers(model)]
+        K = min(f.K for f in facts)
+        if self.policy.most is None and not self.value < K:
+            raise FlexmoeError(
+                f"policy '{self.policy.name}:{self.value:g}': a token is sent to {K} experts, "
+                "expected a number below that"
+            )
+        fit = self.policy.fit or (lambda facts, number: [number] * len(facts))
+        numbers = fit(facts, self.value)
+        self.numbers = {f.layer.index: n for f, n in zip(facts, numbers, strict=True)}
+        self.facts = {f.layer.index: f for f in facts}
+        model.register_forward_pre_hook(partial(_note_batch, batch), with_kwargs=True)
+
+
+def _edit(rule: Rule, facts: LayerFacts, number: float) -> Edit:
+    return lambda routed: rule(routed, facts, number)
+
+
+def _note_batch(batch: Batch, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    batch.sequences = 1 if ids is None else ids.shape[0]
+
+
+def stop(model: PreTrainedModel) -> None:
+    """Experts compute all that the router asks for."""
+    for layer in expert_layers(model):
+        layer.module.__dict__.pop("flexmoe_policy", None)
+    choose_function(model)
+
+
+class _Weights:
+    """Notes the routing weights of the pairs that go by, largest first."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+
+    def __call__(self, routing: Any, h_SI: Tensor) -> Tensor:
+        return h_SI
+
+    def see(self, seen: Seen) -> None:
+        self.parts.append(seen.weight_TK.float().sort(1, descending=True).values.cpu())
+
+
+def routing_weights(model: PreTrainedModel, ids: Tensor) -> dict[int, Tensor]:
+    """Routing weights [N, K] of all tokens of the windows ``ids``, largest first, by layer."""
+    layers = expert_layers(model)
+    for layer in layers:
+        layer.module.flexmoe_observer = _Weights()
+    with torch.no_grad(), experts_function(model, "flexmoe_observe"):
+        for window in ids.split(1):
+            model(input_ids=window.to(model.device), use_cache=False)
+    return {
+        layer.index: torch.cat(layer.module.__dict__.pop("flexmoe_observer").parts)
+        for layer in layers
+    }
