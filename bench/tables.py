@@ -12,7 +12,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from serving_tables import serve, vllm
+
 HERE = Path(__file__).parent
+# of the frozen comparison, what README.md shows
+SHORT = frozenset(
+    "fisher fisher@global fisher@uniform camera heapr taylor peu mone reap frequency random "
+    "random-experts".split()
+)
 SHARES = ("0.2", "0.4", "0.6", "0.8")
 
 
@@ -29,30 +36,8 @@ def measured_on(found: dict, command: str) -> str:
     )
 
 
-def quality() -> str:
-    found = results("quality")
-    lines = ["| method | allocate | 20 % | 40 % | 60 % | 80 % |", "|---|---|---|---|---|---|"]
-    rows = [row for row in found["rows"] if not row["allocate"].startswith("learned")]
-    rows += [row for row in found["rows"] if row["allocate"] == "learned: 300 steps"]
-    best = {s: min(row["nll_increase"][s] for row in found["rows"]) for s in SHARES}
-    for row in rows:
-        values = [
-            f"**{row['nll_increase'][s]:.3f}**"
-            if row["nll_increase"][s] == best[s]
-            else f"{row['nll_increase'][s]:.3f}"
-            for s in SHARES
-        ]
-        name = row["allocate"].replace("learned: 300 steps", "actions (the paper's)")
-        lines.append(f"| {row['method']} | {name} | " + " | ".join(values) + " |")
-    note = (
-        f"Base loss {found['base_nll']:.3f}; {found['held_out_tokens']:,} held-out tokens; "
-        "calibration 128 windows of 256 tokens (actions: 512). "
-    )
-    return "\n".join([*lines, "", note + measured_on(found, "python bench/quality.py")])
-
-
-def methods() -> str:
-    """All methods of the frozen comparison: increase of the loss, least at the last share first."""
+def methods(only: frozenset[str] | None = None) -> str:
+    """Methods of the frozen comparison: increase of the loss, least at 40 % first."""
     found = results("compare")
     shares = sorted({row["pruned"] for row in found["rows"]})
     entries: dict[str, dict[float, dict]] = {}
@@ -61,6 +46,8 @@ def methods() -> str:
     head = ["method", "allocate", "router", *(f"{share:.0%}" for share in shares)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, rows in sorted(entries.items(), key=lambda item: item[1][0.4]["increase"]):
+        if only is not None and name not in only:
+            continue
         first = rows[shares[0]]
         cells = [name, first["allocate"], first["router"]]
         for share in shares:
@@ -331,7 +318,7 @@ def main() -> None:
 
 PAGES = {
     HERE.parent / "README.md": {
-        "quality": quality,
+        "methods": lambda: methods(SHORT),
         "plans": lambda: family_table(recovered=False),
         "recovered": lambda: family_table(recovered=True),
         "costs": costs,
@@ -345,6 +332,7 @@ PAGES = {
         "premoe-bytes": premoe_bytes,
     },
     HERE.parent / "docs" / "compare.md": {"methods": methods},
+    HERE.parent / "docs" / "serving.md": {"serve": serve, "vllm": vllm},
 }
 
 if __name__ == "__main__":

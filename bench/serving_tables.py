@@ -1,0 +1,73 @@
+"""Tables of docs/serving.md, see tables.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = {
+    "without_switching": "no switching",
+    "with_switching": "default switched by hand",
+    "with_policy": "policy alone",
+}
+
+
+def measured_on(found: dict, command: str) -> str:
+    where = found["environment"]
+    engine = f", vLLM {found['vllm']}" if found.get("vllm") else ""
+    return (
+        f"`{command}`; {where['cpu']}, torch {where['torch']}, transformers "
+        f"{where['transformers']}{engine}, {where['date']}, commit {where['commit']}."
+    )
+
+
+def serve() -> str:
+    """Load on the two engines while the default budget moves."""
+    head = "| engine | load | requests | failed | other answer than alone | tokens/s |"
+    lines, notes = [head, "|---|---|---|---|---|---|"], []
+    for path in sorted(RESULTS.glob("serve-*.json")):
+        found = json.loads(path.read_text())
+        for part, name in PARTS.items():
+            row = found[part]
+            lines.append(
+                f"| {found['engine']} | {name} | {row['requests']:,} | {row['failed']} | "
+                f"{row['different']} | {row['tokens_per_second']:,.0f} |"
+            )
+        switches, policy = found["switches"], found["policy"]
+        notes.append(
+            f"{found['engine']}: {switches['count']} switches, in the server "
+            f"{switches['in_server']['median_ms']:.3f} ms (p99 {switches['in_server']['p99_ms']:.3f}), "
+            f"over HTTP under load {switches['round_trip']['median_ms']:.0f} ms (p99 "
+            f"{switches['round_trip']['p99_ms']:.0f}); the policy (TTFT {policy['ttft_ms']:g} ms, "
+            f"TPOT {policy['tpot_ms']:g} ms) moved {policy['moves']} times. "
+            + measured_on(found, f"python bench/serve.py --engine {found['engine']}")
+        )
+    return "\n".join([*lines, "", *notes])
+
+
+def vllm() -> str:
+    """Speed of every budget in vLLM against stock vLLM."""
+    path = RESULTS / "vllm.json"
+    found = json.loads(path.read_text())
+    batches = sorted({row["batch"] for row in found["rows"]})
+    head = ["engine", "budget", "experts"]
+    head += [f"prefill {batch}" for batch in batches] + [f"decode {batch}" for batch in batches]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    by_label: dict[tuple[str, str | None], dict[int, dict]] = {}
+    for row in found["rows"]:
+        by_label.setdefault((row["engine"], row["budget"]), {})[row["batch"]] = row
+    stock = next(iter(by_label.values()))
+    for (engine, budget), rows in by_label.items():
+        cells = [engine, f"{budget} %" if budget else "", f"{rows[batches[0]]['expert_bytes'] / 2**20:.0f} MiB"]
+        for key in ("prefill_ms", "decode_ms"):
+            for batch in batches:
+                value = rows[batch][key]
+                cells.append(f"{value:.1f} (x{value / stock[batch][key]:.2f})")
+        lines.append("| " + " | ".join(cells) + " |")
+    note = (
+        f"{found['model']}; milliseconds for {found['prompt_tokens']} prompt tokens a sequence and "
+        f"for one more token, batches of {' and '.join(map(str, batches))} sequences; in brackets "
+        f"against stock vLLM; medians of {found['rounds']} rounds of {found['repeats']}. "
+    )
+    return "\n".join([*lines, "", note + measured_on(found, "python bench/vllm_speed.py")])
