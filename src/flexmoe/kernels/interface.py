@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from flexmoe.kernels import torch_loop
+from flexmoe.errors import FlexmoeError, did_you_mean
+from flexmoe.kernels import cpu, torch_loop
+
+# Back ends, the first that can run is taken. Each is a module with `experts`, of the signature
+# below, and `can_run(weights, x_TH)`: None, or the reason why it cannot.
+BACKENDS: dict[str, Any] = {"cpu": cpu, "torch": torch_loop}
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ def experts(
     width_BE: Tensor,
     token_budget_T: Tensor | None = None,
     budget: int = 0,
+    backend: str | None = None,
 ) -> Tensor:
     """What the routed experts add to every token [T, H].
 
@@ -49,5 +58,36 @@ def experts(
     ``width_BE[token_budget_T[t], e]`` of its channels, and their outputs are added up with
     ``weight_TK[t]``. Without ``token_budget_T`` (int32) all tokens are at ``budget``. Indices
     outside 0..E-1 are experts held elsewhere and contribute nothing.
+
+    ``backend`` (or the environment variable FLEXMOE_KERNEL) forces a back end by its name, which
+    is an error if it cannot run; else the first that can is taken.
     """
-    return torch_loop.experts(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T, budget)
+    run = _backend(weights, x_TH, weight_TK, backend or os.environ.get("FLEXMOE_KERNEL"))
+    return run.experts(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T, budget)
+
+
+def _backend(weights: Weights, x_TH: Tensor, weight_TK: Tensor, forced: str | None) -> Any:
+    if forced is None:
+        return next(
+            back for back in BACKENDS.values() if _why_not(back, weights, x_TH, weight_TK) is None
+        )
+    if forced not in BACKENDS:
+        raise did_you_mean(forced, BACKENDS, "kernel")
+    if reason := _why_not(BACKENDS[forced], weights, x_TH, weight_TK):
+        raise FlexmoeError(
+            f"the kernel '{forced}' was asked for and cannot run: {reason}. Ask for another, or "
+            "for none (no `backend`, FLEXMOE_KERNEL unset): the best that can run is taken"
+        )
+    return BACKENDS[forced]
+
+
+def _why_not(back: Any, weights: Weights, x_TH: Tensor, weight_TK: Tensor) -> str | None:
+    tensors = (x_TH, weight_TK, weights.up_RCH, weights.down_RH)
+    biases = (weights.up_bias_RC, weights.down_bias_EH)
+    if (
+        back is not torch_loop
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (*tensors, *biases))
+    ):
+        return "gradients are asked for, and only 'torch' has them (use torch.no_grad())"
+    return back.can_run(weights, x_TH)

@@ -1,0 +1,174 @@
+"""Back end of compiled C++ for the CPU: experts that few tokens go through, as in decoding.
+
+Experts of many tokens are left to the matrix products of torch where those are faster. The source
+is compiled at first use, in seconds, into the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flexmoe.errors import FlexmoeError
+from flexmoe.kernels import torch_loop
+
+if TYPE_CHECKING:
+    from flexmoe.kernels.interface import Weights
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")  # as enumerated in the source
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
+TARGETS = {  # by what torch calls the instruction set
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-march=x86-64-v4", "-mavx512bf16"),
+}
+# Tokens of an expert from which torch is faster. In bfloat16 that is so only where the processor
+# has products of bfloat16.
+MANY = {torch.float32: 1 << 30, torch.bfloat16: 1 << 30}
+
+log = logging.getLogger(__name__)
+
+
+class _Layer(ctypes.Structure):
+    """The struct `Layer` of the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in "up down up_bias down_bias x index weight".split()),
+        *((name, ctypes.c_void_p) for name in "offset width token_budget out".split()),
+        *((name, ctypes.c_int32) for name in "T K E B H sides activation budget".split()),
+        *((name, ctypes.c_int32) for name in "weights_bf16 x_bf16 threads".split()),
+    )
+
+
+def can_run(weights: Weights, x_TH: Tensor) -> str | None:
+    """None, or the reason why `experts` cannot be computed here."""
+    stored = (weights.up_RCH, weights.down_RH, weights.up_bias_RC, weights.down_bias_EH)
+    tensors = [tensor for tensor in stored if tensor is not None]
+    if any(tensor.device.type != "cpu" for tensor in (x_TH, *tensors)):
+        return f"tensors are on '{weights.up_RCH.device}', not on the CPU"
+    if weights.up_RCH.dtype not in MANY or len({tensor.dtype for tensor in tensors}) > 1:
+        return f"weights are {weights.up_RCH.dtype}, not all float32 or all bfloat16"
+    if x_TH.dtype not in MANY:
+        return f"tokens are {x_TH.dtype}, not float32 or bfloat16"
+    if weights.activation not in ACTIVATIONS:
+        return f"activation '{weights.activation}' is not one of {', '.join(ACTIVATIONS)}"
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return "weights are not contiguous"
+    return _library()[1]
+
+
+def experts(
+    x_TH: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    weights: Weights,
+    width_BE: Tensor,
+    token_budget_T: Tensor | None = None,
+    budget: int = 0,
+) -> Tensor:
+    """See `flexmoe.kernels.interface.experts`. Sums are float32."""
+    E = width_BE.shape[1]
+    if x_TH.shape[0] * index_TK.shape[1] < MANY[weights.up_RCH.dtype]:
+        return _compiled(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T, budget)
+    load_E = torch.bincount(index_TK.clamp(-1, E).add(1).flatten(), minlength=E + 2)[1 : E + 1]
+    many_E = torch.cat([load_E >= MANY[weights.up_RCH.dtype], load_E.new_zeros(1, dtype=torch.bool)])
+    many_TK = many_E[torch.where((index_TK < 0) | (index_TK > E), E, index_TK)]
+    rest = (weights, width_BE, token_budget_T, budget)
+    out_TH = torch_loop.experts(x_TH, index_TK.where(many_TK, -1), weight_TK, *rest)
+    return out_TH + _compiled(x_TH, index_TK.masked_fill(many_TK, -1), weight_TK, *rest)
+
+
+def _compiled(
+    x_TH: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    weights: Weights,
+    width_BE: Tensor,
+    token_budget_T: Tensor | None,
+    budget: int,
+) -> Tensor:
+    library, reason = _library()
+    if library is None:
+        raise FlexmoeError(f"the kernel 'cpu' cannot run: {reason}")
+    T, H = x_TH.shape
+    out_TH = torch.empty(T, H)
+    tensors = {  # kept in a name until the call is over
+        "up": weights.up_RCH,
+        "down": weights.down_RH,
+        "up_bias": weights.up_bias_RC,
+        "down_bias": weights.down_bias_EH,
+        "x": x_TH.contiguous(),
+        "index": index_TK.to(torch.int64).contiguous(),
+        "weight": weight_TK.to(torch.float32).contiguous(),
+        "offset": weights.offset_E.to(torch.int32).contiguous(),
+        "width": width_BE.to(torch.int32).contiguous(),
+        "token_budget": None if token_budget_T is None else token_budget_T[:T].int().contiguous(),
+        "out": out_TH,
+    }
+    layer = _Layer(
+        **{name: t.data_ptr() for name, t in tensors.items() if t is not None},
+        T=T,
+        K=index_TK.shape[1],
+        E=width_BE.shape[1],
+        B=width_BE.shape[0],
+        H=H,
+        sides=weights.up_RCH.shape[1],
+        activation=ACTIVATIONS.index(weights.activation),
+        budget=budget,
+        weights_bf16=weights.up_RCH.dtype is torch.bfloat16,
+        x_bf16=x_TH.dtype is torch.bfloat16,
+        threads=torch.get_num_threads(),
+    )
+    if problem := library.flexmoe_experts(ctypes.byref(layer)):
+        raise FlexmoeError(f"the kernel 'cpu': {problem.decode()}")
+    return out_TH.to(x_TH.dtype)
+
+
+@cache
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled source, or the reason why there is none, logged once."""
+    try:
+        library = ctypes.CDLL(str(build(_target())))
+    except (OSError, FlexmoeError) as error:
+        log.warning("no compiled kernel for the CPU, torch is used: %s", error)
+        return None, str(error)
+    library.flexmoe_experts.restype = ctypes.c_char_p
+    return library, ""
+
+
+def _target() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+        return "AVX512"
+    if capability in ("AVX2", "AVX512"):
+        return "AVX2"
+    raise FlexmoeError(f"it is written for AVX2 and AVX512, the processor has '{capability}'")
+
+
+def build(target: str) -> Path:
+    """Compile the source for one of `TARGETS`, unless that was done before. Processes that build
+    at the same time do not meet: each writes a file of its own and renames it in the end."""
+    command = [os.environ.get("CXX", "g++"), *FLAGS, *TARGETS[target]]
+    key = hashlib.sha256(SOURCE.read_bytes() + repr(command).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexmoe"
+    path = folder / f"cpu-{target.lower()}-{key}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
+        made = Path(beside) / path.name
+        run = subprocess.run([*command, "-o", made, SOURCE], capture_output=True, text=True)
+        if run.returncode:
+            raise FlexmoeError(f"{command[0]} failed: {run.stderr.strip()[:500]}")
+        made.replace(path)
+    return path

@@ -1,0 +1,241 @@
+"""Every back end of the ragged experts against a naive loop in float64, token by token."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flexmoe.errors import FlexmoeError
+from flexmoe.kernels import Weights, cpu, experts
+
+# Largest error over largest output (over 0.3 if that is less: operands are of size 1). bfloat16: the torch loop rounds activations and outputs to 8
+# bits, the compiled kernel only what it is given and gives back.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2}
+
+ONE = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+    "relu2": lambda v: F.relu(v).square(),
+}
+
+
+@pytest.fixture(params=["cpu", "torch"])
+def backend(request):
+    if request.param == "cpu" and cpu._library()[0] is None:
+        pytest.skip("no compiler or no AVX2")
+    return request.param
+
+
+def gated(one):
+    return lambda pre: one(pre.chunk(2, -1)[0]) * pre.chunk(2, -1)[1]
+
+
+def make(stored, H, dtype=torch.float32, name="silu", gate=True, bias=False):
+    """Random weights of experts with ``stored`` channels each."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=random).to(dtype)
+
+    R, C = sum(stored), 1 + gate
+    return Weights(
+        up_RCH=draw(R, C, H) / H**0.5,
+        down_RH=draw(R, H) / max(stored) ** 0.5,
+        offset_E=torch.tensor([0, *stored]).cumsum(0).int(),
+        activate=gated(ONE[name]) if gate else ONE[name],
+        activation=name,
+        up_bias_RC=draw(R, C) if bias else None,
+        down_bias_EH=draw(len(stored), H) if bias else None,
+    )
+
+
+def route(T, E, K, dtype=torch.float32):
+    random = torch.Generator().manual_seed(1)
+    H_of_x = torch.rand(T, E, generator=random)
+    weight_TK, index_TK = H_of_x.topk(K)
+    return index_TK, weight_TK.to(dtype)
+
+
+def tokens(T, H, dtype=torch.float32):
+    return torch.randn(T, H, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def naive(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T=None, budget=0):
+    out_TH = torch.zeros(x_TH.shape, dtype=torch.float64)
+    for t, (chosen, routing_weight) in enumerate(
+        zip(index_TK.tolist(), weight_TK.double(), strict=True)
+    ):
+        b = budget if token_budget_T is None else int(token_budget_T[t])
+        for e, r in zip(chosen, routing_weight, strict=True):
+            if not 0 <= e < width_BE.shape[1]:
+                continue
+            first = int(weights.offset_E[e])
+            rows = slice(first, first + int(width_BE[b, e]))
+            pre_wC = weights.up_RCH[rows].double() @ x_TH[t].double()
+            if weights.up_bias_RC is not None:
+                pre_wC = pre_wC + weights.up_bias_RC[rows].double()
+            h_w = weights.activate(pre_wC.T.reshape(1, -1))[0]
+            y_H = h_w @ weights.down_RH[rows].double()
+            if weights.down_bias_EH is not None:
+                y_H = y_H + weights.down_bias_EH[e].double()
+            out_TH[t] += r * y_H
+    return out_TH
+
+
+def check(backend, x_TH, index_TK, weight_TK, weights, *how):
+    found = experts(x_TH, index_TK, weight_TK, weights, *how, backend=backend)
+    want = naive(x_TH, index_TK, weight_TK, weights, *how)
+    assert found.dtype == x_TH.dtype and found.shape == x_TH.shape
+    error = (found.double() - want).abs().max() / want.abs().max().clamp_min(0.3)
+    assert error < TOLERANCE[weights.up_RCH.dtype], float(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("H", [1, 7, 33, 64, 300])
+@pytest.mark.parametrize("T", [1, 2, 3, 5, 37, 150])
+def test_odd_sizes_and_ragged_widths(backend, dtype, H, T):
+    stored = [5, 1, 64, 0, 33, 40]
+    width_BE = torch.tensor([[5, 1, 63, 0, 0, 37]]).int()
+    weights = make(stored, H, dtype)
+    check(backend, tokens(T, H, dtype), *route(T, 6, 3, dtype), weights, width_BE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", list(ONE))
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_activations_gates_and_biases(backend, dtype, name, gate, bias):
+    weights = make([9, 16, 0, 21], 40, dtype, name, gate, bias)
+    width_BE = torch.tensor([[9, 7, 0, 21]]).int()
+    check(backend, tokens(13, 40, dtype), *route(13, 4, 2, dtype), weights, width_BE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_three_budgets_in_a_batch_and_one_by_number(backend, dtype):
+    E, I, H, T = 6, 40, 48, 50
+    weights = make([I] * E, H, dtype)
+    random = torch.Generator().manual_seed(3)
+    width_BE = torch.randint(0, I + 1, (3, E), generator=random).int()
+    width_BE[0], width_BE[2, 0] = I, 0
+    routed = (tokens(T, H, dtype), *route(T, E, 2, dtype), weights, width_BE)
+    check(backend, *routed, torch.randint(0, 3, (T,), generator=random).int())
+    check(backend, *routed, None, 2)
+
+
+def test_all_tokens_on_one_expert_and_experts_held_elsewhere(backend):
+    weights = make([30] * 4, 40)
+    width_BE = torch.tensor([[30, 12, 30, 30]]).int()
+    index_TK = torch.ones(140, 1, dtype=torch.long)
+    weight_TK = torch.rand(140, 1)
+    check(backend, tokens(140, 40), index_TK, weight_TK, weights, width_BE)
+    index_TK[::3], index_TK[1::3] = 4, -1
+    check(backend, tokens(140, 40), index_TK, weight_TK, weights, width_BE)
+    nowhere = torch.full_like(index_TK, 99)
+    out = experts(tokens(140, 40), nowhere, weight_TK, weights, width_BE, backend=backend)
+    assert out.eq(0).all()
+
+
+@pytest.mark.parametrize("T", [1, 3, 70])
+def test_channels_beyond_a_width_are_never_read(backend, T):
+    weights = make([32] * 4, 40, bias=True)
+    width_BE = torch.tensor([[0, 1, 31, 32], [32, 3, 8, 0]]).int()
+    for e, widest in enumerate(width_BE.amax(0).tolist()):
+        for tensor in (weights.up_RCH, weights.down_RH, weights.up_bias_RC):
+            tensor[int(weights.offset_E[e]) + widest : int(weights.offset_E[e + 1])] = float("nan")
+    check(backend, tokens(T, 40), *route(T, 4, 3), weights, width_BE, torch.arange(T) % 2)
+
+
+def test_the_same_bits_with_any_number_of_threads():
+    if cpu._library()[0] is None:
+        pytest.skip("no compiler or no AVX2")
+    weights, threads, found = make([48] * 6, 300), torch.get_num_threads(), []
+    width_BE = torch.tensor([[48, 1, 30, 7, 0, 48]]).int()
+    try:
+        for number in (1, 2, 3, 5):
+            torch.set_num_threads(number)
+            routed = (tokens(40, 300), *route(40, 6, 2))
+            found.append(experts(*routed, weights, width_BE, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(out, found[0]) for out in found)
+
+
+def test_experts_of_many_tokens_go_to_torch(monkeypatch):
+    if cpu._library()[0] is None:
+        pytest.skip("no compiler or no AVX2")
+    monkeypatch.setitem(cpu.MANY, torch.float32, 6)
+    seen = []
+    loop = cpu.torch_loop.experts
+    monkeypatch.setattr(cpu.torch_loop, "experts", lambda *a: seen.append(a[1]) or loop(*a))
+    weights = make([20] * 4, 40, bias=True)
+    index_TK = torch.tensor([[0, 1]] * 6 + [[0, 2], [-1, 3], [4, 3]])
+    routed = (tokens(9, 40), index_TK, torch.rand(9, 2), weights, torch.tensor([[20, 3, 9, 0]]))
+    check("cpu", *routed)
+    assert seen[0].unique().tolist() == [-1, 0, 1]
+
+
+def test_the_first_that_can_run_is_taken_and_a_forced_one_says_why_not(monkeypatch):
+    weights = make([8] * 4, 16)
+    routed = (tokens(3, 16), *route(3, 4, 2))
+    width_BE = torch.full((1, 4), 8)
+    with pytest.raises(FlexmoeError, match=r"unknown kernel 'tourch'.*Did you mean 'torch'"):
+        experts(*routed, weights, width_BE, backend="tourch")
+    odd = Weights(weights.up_RCH, weights.down_RH, weights.offset_E, gated(torch.tanh))
+    with pytest.raises(FlexmoeError, match="'cpu' was asked for and cannot run: activation ''"):
+        experts(*routed, odd, width_BE, backend="cpu")
+    monkeypatch.setenv("FLEXMOE_KERNEL", "cpu")
+    x_TH = routed[0].clone().requires_grad_()
+    with pytest.raises(FlexmoeError, match="gradients"):
+        experts(x_TH, *routed[1:], weights, width_BE)
+    monkeypatch.delenv("FLEXMOE_KERNEL")
+    check(None, *routed, odd, width_BE)
+    experts(x_TH, *routed[1:], weights, width_BE).sum().backward()
+    assert x_TH.grad.isfinite().all()
+
+
+def test_a_budget_that_is_not_in_the_table_is_an_error():
+    if cpu._library()[0] is None:
+        pytest.skip("no compiler or no AVX2")
+    budgets = torch.tensor([0, 7, 0])
+    with pytest.raises(FlexmoeError, match="not in the table"):
+        experts(
+            tokens(3, 16), *route(3, 4, 2), make([8] * 4, 16), torch.full((1, 4), 8), budgets,
+            backend="cpu",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_torch_runs_and_one_line_says_so(
+    monkeypatch, tmp_path, caplog, compiler
+):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu._library.cache_clear()
+    try:
+        routed = (tokens(3, 16), *route(3, 4, 2), make([8] * 4, 16), torch.full((1, 4), 8))
+        for _ in range(2):
+            check(None, *routed)
+        assert len(caplog.records) == 1 and compiler in caplog.text
+        with pytest.raises(FlexmoeError, match=compiler):
+            experts(*routed, backend="cpu")
+    finally:
+        cpu._library.cache_clear()
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize("target", list(cpu.TARGETS))
+def test_two_processes_build_at_the_same_time(tmp_path, monkeypatch, target):
+    if cpu._library()[0] is None:
+        pytest.skip("no compiler or no AVX2")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code = f"from flexmoe.kernels import cpu; print(cpu.build('{target}'))"
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    paths = {process.communicate()[0].strip() for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    assert {str(path) for path in tmp_path.rglob("*") if path.is_file()} == paths
