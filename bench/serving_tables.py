@@ -35,12 +35,13 @@ def serve() -> str:
                 f"{row['different']} | {row['tokens_per_second']:,.0f} |"
             )
         switches, policy = found["switches"], found["policy"]
+        ttft, tpot = policy["ttft_ms"], policy["tpot_ms"]
+        inside, outside = switches["in_server"], switches["round_trip"]
         notes.append(
             f"{found['engine']}: {switches['count']} switches, in the server "
-            f"{switches['in_server']['median_ms']:.3f} ms (p99 {switches['in_server']['p99_ms']:.3f}), "
-            f"over HTTP under load {switches['round_trip']['median_ms']:.0f} ms (p99 "
-            f"{switches['round_trip']['p99_ms']:.0f}); the policy (TTFT {policy['ttft_ms']:g} ms, "
-            f"TPOT {policy['tpot_ms']:g} ms) moved {policy['moves']} times. "
+            f"{inside['median_ms']:.3f} ms (p99 {inside['p99_ms']:.3f}), over HTTP under load "
+            f"{outside['median_ms']:.0f} ms (p99 {outside['p99_ms']:.0f}); the policy (TTFT "
+            f"{ttft:g} ms, TPOT {tpot:g} ms) moved {policy['moves']} times. "
             + measured_on(found, f"python bench/serve.py --engine {found['engine']}")
         )
     return "\n".join([*lines, "", *notes])
@@ -59,7 +60,11 @@ def vllm() -> str:
         by_label.setdefault((row["engine"], row["budget"]), {})[row["batch"]] = row
     stock = next(iter(by_label.values()))
     for (engine, budget), rows in by_label.items():
-        cells = [engine, f"{budget} %" if budget else "", f"{rows[batches[0]]['expert_bytes'] / 2**20:.0f} MiB"]
+        cells = [
+            engine,
+            f"{budget} %" if budget else "",
+            f"{rows[batches[0]]['expert_bytes'] / 2**20:.0f} MiB",
+        ]
         for key in ("prefill_ms", "decode_ms"):
             for batch in batches:
                 value = rows[batch][key]

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from flexmoe.errors import FlexmoeError
 from flexmoe.kernels import Weights, cpu, experts
 
-# Largest error over largest output (over 0.3 if that is less: operands are of size 1). bfloat16: the torch loop rounds activations and outputs to 8
-# bits, the compiled kernel only what it is given and gives back.
+# Largest error over largest output (over 0.3 if that is less: operands are of size 1). bfloat16:
+# the torch loop rounds activations and outputs to 8 bits, the compiled kernel only what it is given
+# and gives back.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2}
 
 ONE = {

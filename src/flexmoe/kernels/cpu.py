@@ -81,7 +81,9 @@ def experts(
     if x_TH.shape[0] * index_TK.shape[1] < MANY[weights.up_RCH.dtype]:
         return _compiled(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T, budget)
     load_E = torch.bincount(index_TK.clamp(-1, E).add(1).flatten(), minlength=E + 2)[1 : E + 1]
-    many_E = torch.cat([load_E >= MANY[weights.up_RCH.dtype], load_E.new_zeros(1, dtype=torch.bool)])
+    many_E = torch.cat(
+        [load_E >= MANY[weights.up_RCH.dtype], load_E.new_zeros(1, dtype=torch.bool)]
+    )
     many_TK = many_E[torch.where((index_TK < 0) | (index_TK > E), E, index_TK)]
     rest = (weights, width_BE, token_budget_T, budget)
     out_TH = torch_loop.experts(x_TH, index_TK.where(many_TK, -1), weight_TK, *rest)

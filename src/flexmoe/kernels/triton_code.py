@@ -21,8 +21,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from flexmoe.kernels.interface import Weights
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
-
 
 class Tiles(NamedTuple):
     """Sizes of tiles: pairs, columns of the result, steps of the sum. Chosen, not tuned: no GPU
@@ -133,11 +131,11 @@ def _blocks(
 @triton.jit
 def _activate(x, NAME: tl.constexpr):
     if NAME == "silu":
-        return x * tl.sigmoid(x)
+        return x / (1.0 + tl.exp(-x))
     elif NAME == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif NAME == "gelu_tanh":  # tanh(z) = 2 sigmoid(2z) - 1
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif NAME == "gelu_tanh":  # (1 + tanh(z)) / 2 is the logistic function of 2z
+        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
     else:
         positive = tl.maximum(x, 0.0)
         return positive * positive
@@ -185,8 +183,8 @@ def _up(
     has_channel = channel < width
     stored = (tl.load(offset_ptr + expert) + channel).to(tl.int64) * C
     step = tl.arange(0, STEP)
-    gate = tl.zeros((M, N), dtype=tl.float32)
-    up = tl.zeros((M, N), dtype=tl.float32)
+    gate = tl.full((M, N), 0.0, tl.float32)
+    up = tl.full((M, N), 0.0, tl.float32)
     for k in range(0, H, STEP):
         has_step = k + step < H
         x = tl.load(
@@ -200,9 +198,12 @@ def _up(
         if C == 2:
             up = tl.dot(x, tl.load(at + H, mask=mask, other=0.0), up, input_precision="ieee")
     if BIAS:
-        gate += tl.load(bias_ptr + stored, mask=has_channel, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + stored, mask=has_channel, other=0.0)
+        gate += bias.to(tl.float32)[None, :]
         if C == 2:
-            up += tl.load(bias_ptr + stored + 1, mask=has_channel, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias_ptr + stored + 1, mask=has_channel, other=0.0).to(tl.float32)[
+                None, :
+            ]
     h = _activate(gate, ACTIVATION)
     if C == 2:
         h *= up
@@ -250,7 +251,7 @@ def _down(
     has_column = column < H
     stored = tl.load(offset_ptr + expert).to(tl.int64)
     step = tl.arange(0, STEP)
-    y = tl.zeros((M, N), dtype=tl.float32)
+    y = tl.full((M, N), 0.0, tl.float32)
     for k in range(0, width, STEP):
         has_step = k + step < width
         h = tl.load(
