@@ -1,6 +1,6 @@
 """Ragged experts against transformers, vLLM (where installed) and the limits of the machine.
 
-python bench/kernels.py        # writes results/kernels.json, some minutes
+python bench/kernel_speed.py      # writes results/kernels.json, some minutes
 """
 
 from __future__ import annotations
