@@ -65,7 +65,9 @@ def test_a_family_of_whole_experts_by_the_methods_own_rule(tmp_path):
     plan = compress("tiny", tmp_path / "family", CompressConfig(method="aimer", pruned=(0.25, 0.4)))
     assert plan.recipe.allocate == "layer" and plan.recipe.unit == "expert"
     assert [plan.member(b).achieved for b in plan.budgets] == [0, 0.25, 0.375]  # 6.4 of 16: 6
-    model, stock = flexmoe.load(tmp_path / "family"), flexmoe.load("tiny")
+    # in the checkpoint's bfloat16 the two would round at other places
+    model = flexmoe.load(tmp_path / "family", dtype="float32")
+    stock = flexmoe.load("tiny", dtype="float32")
     set_budget(model, 0.4)
     for layer in expert_layers(stock):
         gone = plan.widths(0.4)[layer.index] == 0

@@ -242,7 +242,7 @@ def export(
     say(
         f"{done.path}: {done.layout}, {done.pruned:.2%} pruned, {count(done.routed_parameters)} "
         f"routed parameters, {size(done.bytes)}\n{done.checked} experts read back and compared "
-        f"with the masked model: largest difference {done.max_difference:.1e} of the output"
+        f"with the source's: largest difference {done.max_difference:.1e} of the output"
     )
 
 

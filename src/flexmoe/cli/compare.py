@@ -81,7 +81,7 @@ def compare(
     quiet()
     for path in (plot, markdown):
         if path is not None:
-            check_file(path)
+            check_file(path).parent.mkdir(parents=True, exist_ok=True)
     config = CompareConfig(
         methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
         pruned=budget_list(pruned),

@@ -147,6 +147,9 @@ def _on_hub(name: str) -> bool:
 # --- Text ----------------------------------------------------------------------------------------
 
 
+GONE = {"channel": "of every routed expert the channels", "expert": "the routed experts"}  # by unit
+
+
 def _heading(record: Record) -> str:
     recipe = record.recipe
     name = _code(Path(recipe.base_model).name)
@@ -164,12 +167,9 @@ def _heading(record: Record) -> str:
         )
     else:
         title = f"# {name}, {percent(record.pruned)} pruned ({record.kind})"
-        gone = "of every routed expert the channels that matter least are gone"
-        if recipe.unit == "expert":
-            gone = "the routed experts that matter least are gone"
         what = (
             f"{base} without {percent(record.pruned)} of its routed-expert parameters, pruned by "
-            f"flexmoe: {gone}."
+            f"flexmoe: {GONE[recipe.unit]} that matter least are gone."
         )
     return f"{title}\n\n{what}"
 
