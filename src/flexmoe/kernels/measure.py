@@ -78,7 +78,9 @@ def limits() -> dict[str, Any]:
     rates = {}
     for dtype in DTYPES:
         a = torch.randn(768, 768).to(dtype)
-        rates[str(dtype).removeprefix("torch.")] = 2 * 768**3 / min(_times(partial(torch.mm, a, a), 7))
+        rates[str(dtype).removeprefix("torch.")] = (
+            2 * 768**3 / min(_times(partial(torch.mm, a, a), 7))
+        )
     data = torch.ones(2**27)
     read_s = min(_times(data.sum, 7))
     return {"flop_per_s": rates, "bytes_per_s": data.nbytes / read_s}
