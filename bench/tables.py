@@ -337,7 +337,6 @@ PAGES = {
         "recovered": lambda: family_table(recovered=True),
         "costs": costs,
         "trust": trust,
-        "kernels": kernels,
     },
     HERE.parent / "docs" / "log.md": {"learned": learned},
     HERE.parent / "docs" / "premoe.md": {
