@@ -87,7 +87,7 @@ void tile(const float* panel, const float* h, int ldh, int n, float* y, int ldy)
 constexpr int CHANNELS = 32;   // of a piece of work in the first pass
 constexpr int TOKENS = 60;     // of one, in both passes: their rows of x stay in the L2 cache
 constexpr int DEPTH = 1024;    // values of a row before the next tokens: rows stay in the L1 cache
-constexpr int COLUMNS = 256;   // of a piece of work in the second pass
+constexpr int COLUMNS = 2048;  // of one in the second pass: rows are read as they lie in memory
 constexpr int PACKED = 128;    // channels packed at a time
 constexpr int FEW = 8;         // tokens for which packing does not pay
 
