@@ -115,9 +115,8 @@ def _lines(settings: Any, engine: str) -> list[str]:
     lines = [f"{settings.model} with {engine}", "id, routed parameters, bytes as a ragged export"]
     for member in settings.members:
         kept = "" if member.kept is None else f"  keeps {member.kept:.1%} of the likelihood"
-        lines.append(
-            f"  {budgets.id(member.budget):<24} {count(member.routed_parameters):>8} {size(member.bytes):>9}{kept}"
-        )
+        figures = f"{count(member.routed_parameters):>8} {size(member.bytes):>9}"
+        lines.append(f"  {budgets.id(member.budget):<24} {figures}{kept}")
     held = settings.members[0]
     lines.append(f"memory     {size(held.bytes)} of weights: those of the richest, shared by all")
     if len(budgets.ids) > 1:
