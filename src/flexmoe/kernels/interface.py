@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from flexmoe.errors import FlexmoeError, did_you_mean
-from flexmoe.kernels import cpu, torch_loop
+from flexmoe.kernels import cpu, torch_loop, triton_gpu
 
 # Back ends, the first that can run is taken. Each is a module with `experts`, of the signature
 # below, and `can_run(weights, x_TH)`: None, or the reason why it cannot.
-BACKENDS: dict[str, Any] = {"cpu": cpu, "torch": torch_loop}
+BACKENDS: dict[str, Any] = {"cpu": cpu, "triton": triton_gpu, "torch": torch_loop}
 
 
 @dataclass(frozen=True)
