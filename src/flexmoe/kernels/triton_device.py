@@ -49,7 +49,7 @@ def gate_up(
     E,
     B,
     K,
-    I,
+    I,  # channels of the largest expert: the row length of h
     H: tl.constexpr,
     C: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -177,6 +177,6 @@ def combine(y_SH, index_S, out_TH, E, K, H: tl.constexpr, BLOCK: tl.constexpr):
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     for k in range(0, K):
         expert = tl.load(index_S + token * K + k)
-        written = (expert >= 0) & (expert < E) & (column < H)
-        acc += tl.load(y_SH + (token * K + k) * H + column, mask=written, other=0.0)
+        if (expert >= 0) & (expert < E):
+            acc += tl.load(y_SH + (token * K + k) * H + column, mask=column < H, other=0.0)
     tl.store(out_TH + token * H + column, acc.to(out_TH.dtype.element_ty), mask=column < H)
