@@ -20,7 +20,7 @@ def test_cases_in_a_process_of_their_own():
     variables = dict(os.environ, PYTHONPATH=os.pathsep.join([str(HERE), *sys.path]))
     if not torch.cuda.is_available():
         variables["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, str(HERE / "triton_cases.py")], env=variables, capture_output=True, text=True
     )

@@ -18,6 +18,16 @@ CONFIGS = [
 ]
 # Triton adds the dtypes to the key by itself. BLOCK_M stands for the number of tokens.
 KEY = ["H", "C", "BLOCK_M"]
+# The interpreter multiplies bfloat16 as the integers that hold it; in float32 products are exact.
+_WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _dot(a, b, acc):
+    if _WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -86,10 +96,9 @@ def gate_up(
         )
         source = up_RCH + row[None, :] * (C * H) + at[:, None]
         mask = kept[None, :] & (at < H)[:, None]
-        first = tl.dot(x, tl.load(source, mask=mask, other=0.0), first, input_precision="ieee")
+        first = _dot(x, tl.load(source, mask=mask, other=0.0), first)
         if C == 2:
-            side = tl.load(source + H, mask=mask, other=0.0)
-            second = tl.dot(x, side, second, input_precision="ieee")
+            second = _dot(x, tl.load(source + H, mask=mask, other=0.0), second)
     if BIAS:
         first += tl.load(bias_RC + row * C, mask=kept, other=0.0).to(tl.float32)[None, :]
         if C == 2:
@@ -156,7 +165,7 @@ def down(
             mask=kept[:, None] & inside[None, :],
             other=0.0,
         )
-        acc = tl.dot(h, w, acc, input_precision="ieee")
+        acc = _dot(h, w, acc)
     if BIAS:
         bias = tl.load(bias_EH + expert.to(tl.int64) * H + column, mask=inside, other=0.0)
         acc += bias.to(tl.float32)[None, :]
