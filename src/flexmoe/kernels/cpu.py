@@ -25,7 +25,7 @@ from flexmoe.kernels import torch_loop
 if TYPE_CHECKING:
     from flexmoe.kernels.interface import Weights
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_vectors.h"))
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")  # as enumerated in the source
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 TARGETS = {  # by what torch calls the instruction set
@@ -161,7 +161,8 @@ def build(target: str) -> Path:
     """Compile the source for one of `TARGETS`, unless that was done before. Processes that build
     at the same time do not meet: each writes a file of its own and renames it in the end."""
     command = [os.environ.get("CXX", "g++"), *FLAGS, *TARGETS[target]]
-    key = hashlib.sha256(SOURCE.read_bytes() + repr(command).encode()).hexdigest()[:16]
+    content = b"".join(source.read_bytes() for source in SOURCES)
+    key = hashlib.sha256(content + repr(command).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexmoe"
     path = folder / f"cpu-{target.lower()}-{key}.so"
     if path.exists():
@@ -169,7 +170,7 @@ def build(target: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as beside:
         made = Path(beside) / path.name
-        run = subprocess.run([*command, "-o", made, SOURCE], capture_output=True, text=True)
+        run = subprocess.run([*command, "-o", made, SOURCES[0]], capture_output=True, text=True)
         if run.returncode:
             raise FlexmoeError(f"{command[0]} failed: {run.stderr.strip()[:500]}")
         made.replace(path)

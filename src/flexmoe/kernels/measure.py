@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from flexmoe.kernels.interface import Weights, experts
 SLOW_S = 2.0  # calls that take longer are measured once
 LARGER_THAN_CACHES = 2**26  # bytes
 Call = Callable[[], Any]
+Routed = tuple[Tensor, Tensor, Tensor]  # tokens, experts of each, their weights
 
 
 class Shape(NamedTuple):
@@ -76,7 +78,9 @@ def limits() -> dict[str, Any]:
     rates = {}
     for dtype in DTYPES:
         a = torch.randn(768, 768).to(dtype)
-        rates[str(dtype).removeprefix("torch.")] = 2 * 768**3 / min(_times(lambda a=a: a @ a, 7))
+        rates[str(dtype).removeprefix("torch.")] = (
+            2 * 768**3 / min(_times(partial(torch.mm, a, a), 7))
+        )
     data = torch.ones(2**27)
     read_s = min(_times(data.sum, 7))
     return {"flop_per_s": rates, "bytes_per_s": data.nbytes / read_s}
@@ -112,13 +116,13 @@ def _rows(
         weight_TK /= weight_TK.sum(1, keepdim=True)
         budget_T = ((torch.arange(T) + 1) % 3).int()
         routed = (x_TH, index_TK, weight_TK)
-        calls = {
+        calls: dict[str, Call] = {
             "transformers eager": _transformers(stock, "eager", *routed),
             "transformers grouped_mm": _transformers(stock, "grouped_mm", *routed),
             **({"vLLM cpu_fused_moe": fused(*routed)} if fused else {}),
-            "100 %": lambda r=routed: experts(*r, weights, width_BE, None, 0),
-            "50 % ragged": lambda r=routed: experts(*r, weights, width_BE, None, 1),
-            "three budgets": lambda r=routed, b=budget_T: experts(*r, weights, width_BE, b),
+            "100 %": partial(experts, *routed, weights, width_BE, budget=0),
+            "50 % ragged": partial(experts, *routed, weights, width_BE, budget=1),
+            "three budgets": partial(experts, *routed, weights, width_BE, budget_T),
             "three batches": _apart(routed, weights, width_BE, budget_T),
         }
         at = {"100 %": 0 * budget_T, "50 % ragged": 0 * budget_T + 1, "three budgets": budget_T}
@@ -197,14 +201,15 @@ def _vllm(stock: Any) -> Callable[..., Call] | None:
     return None
 
 
-def _apart(
-    routed: tuple[Tensor, ...], weights: Weights, width_BE: Tensor, budget_T: Tensor
-) -> Call:
+def _apart(routed: Routed, weights: Weights, width_BE: Tensor, budget_T: Tensor) -> Call:
     """The tokens of each budget in a batch of their own."""
-    batches = [
-        (tuple(tensor[budget_T == b] for tensor in routed), b) for b in budget_T.unique().tolist()
-    ]
-    return lambda: [experts(*batch, weights, width_BE, None, b) for batch, b in batches]
+    x_TH, index_TK, weight_TK = routed
+    batches = []
+    for b in budget_T.unique().tolist():
+        own = budget_T == b
+        batch = (x_TH[own], index_TK[own], weight_TK[own])
+        batches.append(partial(experts, *batch, weights, width_BE, budget=b))
+    return lambda: [call() for call in batches]
 
 
 def _interleaved(calls: dict[str, Call], repeats: int) -> dict[str, float]:

@@ -1,0 +1,182 @@
+// Vectors of floats for the instruction set at hand, rows of weights and tokens, activations.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float widen(float v) { return v; }
+inline float widen(bf16 v) {
+  uint32_t bits = uint32_t(v.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+// --- Vectors of W floats ---------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+using F = __m512;
+constexpr int W = 16;
+inline F zero() { return _mm512_setzero_ps(); }
+inline F set1(float v) { return _mm512_set1_ps(v); }
+inline F load(const float* p) { return _mm512_loadu_ps(p); }
+inline F load(const bf16* p) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline float sum(F v) { return _mm512_reduce_add_ps(v); }
+#else
+using F = __m256;
+constexpr int W = 8;
+inline F zero() { return _mm256_setzero_ps(); }
+inline F set1(float v) { return _mm256_set1_ps(v); }
+inline F load(const float* p) { return _mm256_loadu_ps(p); }
+inline F load(const bf16* p) {
+  __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F add(F a, F b) { return _mm256_add_ps(a, b); }
+inline float sum(F v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+#endif
+
+// --- How a row of weights meets a row of x: N values at a time -------------------------------
+
+template <class T>
+struct Row;
+
+template <>
+struct Row<float> {
+  static constexpr int N = W;
+  using X = float;
+  using V = F;
+  static V weights(const float* p) { return load(p); }
+  static V tokens(const float* p) { return load(p); }
+  static F dot(V a, V b, F c) { return fma(a, b, c); }
+  static void arrange(const float* from, X* to) { std::memcpy(to, from, N * sizeof(float)); }
+};
+
+#if defined(__AVX512F__)
+template <>
+struct Row<bf16> {
+  static constexpr int N = 2 * W;
+  using X = bf16;
+  using V = __m512bh;
+  static V weights(const bf16* p) { return (V)_mm512_loadu_si512(p); }
+  static V tokens(const bf16* p) { return (V)_mm512_loadu_si512(p); }
+  static F dot(V a, V b, F c) { return _mm512_dpbf16_ps(c, a, b); }
+  static void arrange(const float* from, X* to) {
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(load(from + W), load(from)));
+  }
+};
+#else
+// 2W bfloat16 are W integers: the upper halves are the odd values as they stand, the lower ones
+// shifted the even values. x is put in the same order once: W even ones, then W odd ones.
+template <>
+struct Row<bf16> {
+  static constexpr int N = 2 * W;
+  using X = float;
+  struct V {
+    F even, odd;
+  };
+  static V weights(const bf16* p) {
+    __m256i both = _mm256_loadu_si256((const __m256i*)p);
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(0xffff0000)))};
+  }
+  static V tokens(const float* p) { return {load(p), load(p + W)}; }
+  static F dot(V a, V b, F c) { return fma(a.odd, b.odd, fma(a.even, b.even, c)); }
+  static void arrange(const float* from, X* to) {
+    for (int i = 0; i < W; i++) to[i] = from[2 * i], to[W + i] = from[2 * i + 1];
+  }
+};
+#endif
+
+template <class T>
+void arrange_row(const void* from, bool from_bf16, typename Row<T>::X* to, int H) {
+  using R = Row<T>;
+  float block[R::N];
+  auto value = [&](int k) {
+    return from_bf16 ? widen(((const bf16*)from)[k]) : ((const float*)from)[k];
+  };
+  int k = 0;
+  for (; k + R::N <= H; k += R::N) {
+    for (int i = 0; i < R::N; i++) block[i] = value(k + i);
+    R::arrange(block, to + k);
+  }
+  if (k == H) return;
+  std::fill(block, block + R::N, 0.f);
+  for (int i = 0; k + i < H; i++) block[i] = value(k + i);
+  R::arrange(block, to + k);  // a row of x has room for whole blocks
+}
+
+// --- Activations -----------------------------------------------------------------------------
+
+// exp within 2 ulp between -87 and 88, and those ends beyond: a form compilers make vectors of
+inline float exp_(float x) {
+  x = std::min(std::max(x, -87.f), 88.f);
+  float n = x * 1.44269504f + 12582912.f;  // adding 1.5 * 2**23 rounds to an integer
+  int32_t bits;
+  std::memcpy(&bits, &n, 4);
+  n -= 12582912.f;
+  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  int32_t scale = (bits + 127) << 23;
+  float power;
+  std::memcpy(&power, &scale, 4);
+  return p * power;
+}
+
+enum Activation { SILU, GELU, GELU_TANH, RELU2 };  // ACTIVATIONS in cpu.py
+
+inline float activated(Activation kind, float v) {
+  switch (kind) {
+    case SILU: return v / (1.f + exp_(-v));
+    case GELU: return 0.5f * v * (1.f + std::erf(v * 0.70710678f));
+    case GELU_TANH: return v / (1.f + exp_(-1.59576912f * (v + 0.044715f * v * v * v)));
+    case RELU2: return v > 0.f ? v * v : 0.f;
+  }
+  return v;
+}
+
+template <Activation kind>
+void activate(const float* gate, const float* up, float* h, int n) {
+#pragma omp simd
+  for (int i = 0; i < n; i++) h[i] = activated(kind, gate[i]) * (up ? up[i] : 1.f);
+}
+
+void activate(int kind, const float* gate, const float* up, float* h, int n) {
+  switch (kind) {
+    case SILU: return activate<SILU>(gate, up, h, n);
+    case GELU: return activate<GELU>(gate, up, h, n);
+    case GELU_TANH: return activate<GELU_TANH>(gate, up, h, n);
+    case RELU2: return activate<RELU2>(gate, up, h, n);
+  }
+}
+
+}  // namespace
