@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexmoe.errors import FlexmoeError, did_you_mean
-from flexmoe.kernels import cpu, gpu, torch_loop
+from flexmoe.kernels import cpu, torch_loop, triton_gpu
 
 # Back ends, the first that can run is taken. Each is a module with `experts`, of the signature
 # below, and `can_run(weights, x_TH)`: None, or the reason why it cannot.
-BACKENDS: dict[str, Any] = {"triton": gpu, "cpu": cpu, "torch": torch_loop}
+BACKENDS: dict[str, Any] = {"cpu": cpu, "triton": triton_gpu, "torch": torch_loop}
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,6 @@ class Weights:
     activation: str = ""
     up_bias_RC: Tensor | None = None
     down_bias_EH: Tensor | None = None
-
-    @cached_property
-    def largest(self) -> int:
-        """Rows of the largest expert. Read from the device once: a call must not wait for it."""
-        return int(self.offset_E.diff().max())
 
 
 def experts(

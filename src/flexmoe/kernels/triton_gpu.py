@@ -1,0 +1,174 @@
+"""Back end in Triton, for GPUs: two grouped GEMMs over blocks of pairs of one expert and budget.
+
+Every launch has a shape that follows from the shapes of the arguments alone and nothing is read
+back to the host, so a captured CUDA graph stays right when widths, budgets of tokens or routing
+change in place. The first call of a shape tunes and must come before the capture.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+if TYPE_CHECKING:
+    from flexmoe.kernels.interface import Weights
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# offset_E -> (its version, channels of the largest expert)
+_largest: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def can_run(weights: Weights, x_TH: Tensor) -> str | None:
+    """None, or why the kernel cannot run."""
+    if not x_TH.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"tensors are on {x_TH.device}, it needs a GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if weights.activation not in ACTIVATIONS:
+        return f"activation '{weights.activation}' is not one of {', '.join(ACTIVATIONS)}"
+    if weights.up_RCH.dtype not in DTYPES or weights.down_RH.dtype != weights.up_RCH.dtype:
+        return f"weights are {weights.up_RCH.dtype}, it has float32, bfloat16 and float16"
+    tensors = (
+        weights.up_RCH,
+        weights.down_RH,
+        weights.offset_E,
+        weights.up_bias_RC,
+        weights.down_bias_EH,
+    )
+    if any(t is not None and t.device != x_TH.device for t in tensors):
+        return f"weights are not all on {x_TH.device}, where the tokens are"
+    if not all(t is None or t.is_contiguous() for t in tensors):
+        return "weights are not contiguous"
+    return None
+
+
+def experts(
+    x_TH: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    weights: Weights,
+    width_BE: Tensor,
+    token_budget_T: Tensor | None = None,
+    budget: int = 0,
+) -> Tensor:
+    """See `flexmoe.kernels.interface.experts`. All tensors on the device of ``x_TH``; ``budget``
+    is a number of the host, so a captured graph keeps it."""
+    from flexmoe.kernels import triton_device as device
+
+    T, K = index_TK.shape
+    C, H = weights.up_RCH.shape[1:]
+    out_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
+    if T * K == 0:
+        return out_TH.zero_()
+    E = width_BE.shape[1]
+    if token_budget_T is None:
+        width_BE = width_BE[budget : budget + 1]
+    else:
+        token_budget_T = token_budget_T[:T]
+    width_BE = width_BE.contiguous()
+    B = width_BE.shape[0]
+    block = _block(T * K / (E * B))
+    blocks = Blocks.of(index_TK, E, token_budget_T, B, block)
+    table = (*blocks, weights.offset_E, width_BE, E, B)
+    N = blocks.group_N.shape[0]
+
+    widest = max(1, largest(weights.offset_E))
+    dtype = weights.down_RH.dtype
+    h_SI = x_TH.new_empty(T * K, widest, dtype=dtype)
+    device.gate_up[lambda tile: (N, -(-widest // tile["BLOCK_N"]))](
+        x_TH.to(dtype).contiguous(),
+        weights.up_RCH,
+        weights.up_bias_RC,
+        h_SI,
+        *table,
+        K,
+        widest,
+        H=H,
+        C=C,
+        ACTIVATION=weights.activation,
+        BIAS=weights.up_bias_RC is not None,
+        BLOCK_M=block,
+    )
+    y_SH = x_TH.new_empty(T * K, H, dtype=torch.float32)
+    device.down[lambda tile: (N, -(-H // tile["BLOCK_N"]))](
+        h_SI,
+        weights.down_RH,
+        weights.down_bias_EH,
+        weight_TK.contiguous(),
+        y_SH,
+        *table,
+        widest,
+        H=H,
+        C=C,
+        BIAS=weights.down_bias_EH is not None,
+        BLOCK_M=block,
+    )
+    columns = 1024
+    device.combine[(T, -(-H // columns))](
+        y_SH, index_TK.contiguous(), out_TH, E, K, H=H, BLOCK=columns
+    )
+    return out_TH
+
+
+class Blocks(NamedTuple):
+    """Pairs sorted by (expert, budget) and cut into blocks of one such group each.
+
+    ``position_S`` is the place t * K + k of each sorted pair; block n holds the sorted pairs
+    ``start_N[n]`` to ``stop_N[n]`` of group ``group_N[n]`` = expert * B + budget. N is the most
+    there can be of them; those too many are empty.
+    """
+
+    position_S: Tensor
+    group_N: Tensor
+    start_N: Tensor
+    stop_N: Tensor
+
+    @classmethod
+    def of(
+        cls, index_TK: Tensor, E: int, token_budget_T: Tensor | None, B: int, size: int
+    ) -> Blocks:
+        """Made on the device by operations of fixed size."""
+        S, G = index_TK.numel(), E * B
+        key_TK = index_TK.long() * B
+        if token_budget_T is not None:
+            key_TK = key_TK + token_budget_T[:, None]
+        elsewhere = (index_TK < 0) | (index_TK >= E)
+        key_S, position_S = key_TK.masked_fill(elsewhere, G).view(-1).sort(stable=True)
+        first_G1 = torch.searchsorted(key_S, torch.arange(G + 1, device=key_S.device))
+        blocks_G = (first_G1.diff() + (size - 1)) // size
+        end_G = blocks_G.cumsum(0)
+        filled = min(S, G)  # groups that are not empty, at most
+        n_N = torch.arange(filled + (S - filled) // size, device=key_S.device)
+        group_N = torch.searchsorted(end_G, n_N, right=True)
+        valid_N = group_N < G
+        group_N = group_N.clamp_max(G - 1)
+        start_N = first_G1[group_N] + (n_N - (end_G - blocks_G)[group_N]) * size
+        stop_N = torch.minimum(start_N + size, first_G1[group_N + 1])
+        stop_N = torch.where(valid_N, stop_N, start_N)
+        return cls(position_S, group_N, start_N, stop_N)
+
+
+def largest(offset_E: Tensor) -> int:
+    """Channels of the largest stored expert. Read from the device once for every content of
+    ``offset_E``, as far as its version tells."""
+    version = 0 if offset_E.is_inference() else offset_E._version
+    known = _largest.get(offset_E)
+    if known is None or known[0] != version:
+        known = _largest[offset_E] = version, int(offset_E.diff().max())
+    return known[1]
+
+
+def _block(pairs: float) -> int:
+    """Pairs in a block: the power of two above the mean of a group, 16 (the smallest matrix
+    instruction) to 128."""
+    size = 16
+    while size < min(pairs, 128):
+        size *= 2
+    return size

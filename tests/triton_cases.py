@@ -1,0 +1,124 @@
+"""Cases of the Triton back end: on a GPU as it is, else (TRITON_INTERPRET=1) on the CPU. Run by
+test_kernels_triton.py in a process of its own, because Triton reads that variable on import."""
+
+import pytest
+import torch
+
+from flexmoe.kernels import experts, triton_gpu
+from test_kernels import ONE, make, naive, route, tokens
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Largest error over largest output; float16 and bfloat16 round x, activations and output.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+def on_device(weights):
+    moved = {
+        k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in vars(weights).items()
+    }
+    return type(weights)(**moved)
+
+
+def run(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T=None, budget=0):
+    x_TH, index_TK, weight_TK, width_BE = (
+        t.to(DEVICE) for t in (x_TH, index_TK, weight_TK, width_BE)
+    )
+    if token_budget_T is not None:
+        token_budget_T = token_budget_T.to(DEVICE)
+    rest = (on_device(weights), width_BE, token_budget_T, budget)
+    return experts(x_TH, index_TK, weight_TK, *rest, backend="triton").cpu()
+
+
+def check(x_TH, index_TK, weight_TK, weights, *how):
+    found = run(x_TH, index_TK, weight_TK, weights, *how)
+    want = naive(x_TH, index_TK, weight_TK, weights, *how)
+    assert found.dtype == x_TH.dtype and found.shape == x_TH.shape
+    error = (found.double() - want).abs().max() / want.abs().max().clamp_min(0.3)
+    assert error < TOLERANCE[weights.up_RCH.dtype], float(error)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that is not written holds NaN."""
+
+    def filled(make):
+        def fill(*a, **k):
+            made = make(*a, **k)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        return fill
+
+    monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("T, H", [(1, 7), (3, 1), (37, 33), (150, 70)])
+def test_odd_sizes_and_ragged_widths(dtype, T, H):
+    width_BE = torch.tensor([[5, 1, 63, 0, 0, 37]]).int()
+    weights = make([5, 1, 64, 0, 33, 40], H, dtype)
+    check(tokens(T, H, dtype), *route(T, 6, 3, dtype), weights, width_BE)
+
+
+@pytest.mark.parametrize("name", list(ONE))
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_activations_gates_and_biases(name, gate, bias):
+    weights = make([9, 16, 0, 21], 40, name=name, gate=gate, bias=bias)
+    width_BE = torch.tensor([[9, 7, 0, 21]]).int()
+    check(tokens(13, 40), *route(13, 4, 2), weights, width_BE)
+
+
+def test_three_budgets_in_a_batch_and_one_by_number():
+    E, I, H, T = 6, 40, 48, 90
+    random = torch.Generator().manual_seed(3)
+    width_BE = torch.randint(0, I + 1, (3, E), generator=random)
+    width_BE[0], width_BE[2, 0] = I, 0
+    routed = (tokens(T, H), *route(T, E, 2), make([I] * E, H), width_BE)
+    longer = torch.randint(0, 3, (T + 9,), generator=random).int()
+    check(*routed, longer)
+    check(*routed, None, 2)
+
+
+def test_all_tokens_on_one_expert_and_experts_held_elsewhere():
+    weights = make([30] * 4, 40, bias=True)
+    width_BE = torch.tensor([[30, 12, 30, 30]]).int()
+    index_TK, weight_TK = torch.ones(300, 1, dtype=torch.long), torch.rand(300, 1)
+    check(tokens(300, 40), index_TK, weight_TK, weights, width_BE)
+    index_TK[::3], index_TK[1::3] = 4, -1
+    check(tokens(300, 40), index_TK, weight_TK, weights, width_BE)
+    nowhere = torch.full_like(index_TK, 99)
+    assert run(tokens(300, 40), nowhere, weight_TK, weights, width_BE).eq(0).all()
+    assert run(tokens(0, 40), index_TK[:0], weight_TK[:0], weights, width_BE).shape == (0, 40)
+
+
+def test_channels_beyond_a_width_are_never_read():
+    weights = make([32] * 4, 40, bias=True)
+    width_BE = torch.tensor([[0, 1, 31, 32], [32, 3, 8, 0]]).int()
+    for e, widest in enumerate(width_BE.amax(0).tolist()):
+        for tensor in (weights.up_RCH, weights.down_RH, weights.up_bias_RC):
+            tensor[int(weights.offset_E[e]) + widest : int(weights.offset_E[e + 1])] = float("nan")
+    check(tokens(70, 40), *route(70, 4, 3), weights, width_BE, torch.arange(70) % 2)
+
+
+def test_blocks_hold_every_pair_once_and_their_number_is_enough():
+    for T, E, K, B, size in [(1, 5, 2, 1, 16), (40, 3, 2, 4, 16), (200, 2, 1, 1, 32)]:
+        index_TK = torch.randint(-1, E + 1, (T, K), generator=torch.Generator().manual_seed(T))
+        budget_T = torch.arange(T) % B
+        position_S, group_N, start_N, stop_N = triton_gpu.Blocks.of(index_TK, E, budget_T, B, size)
+        found = []
+        for group, start, stop in zip(group_N, start_N, stop_N, strict=True):
+            assert 0 <= stop - start <= size
+            for position in position_S[start:stop].tolist():
+                assert int(index_TK.view(-1)[position]) == group // B
+                assert int(budget_T[position // K]) == group % B
+                found.append(position)
+        local = ((index_TK >= 0) & (index_TK < E)).view(-1)
+        assert sorted(found) == local.nonzero().flatten().tolist()
+
+
+def test_the_largest_expert_is_read_again_when_offsets_change_in_place():
+    offset_E = torch.tensor([0, 3, 5]).int()
+    assert triton_gpu.largest(offset_E) == 3
+    offset_E[1:] = torch.tensor([1, 9])
+    assert triton_gpu.largest(offset_E) == 8
