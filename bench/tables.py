@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from serving_tables import serve, vllm
+from speed_tables import kernels
 
 HERE = Path(__file__).parent
 # of the frozen comparison, what README.md shows
@@ -291,39 +291,6 @@ def premoe_bytes() -> str:
     )
 
 
-def kernels() -> str:
-    found = results("kernels")
-    peers = list(found["rows"][0]["seconds"])[:-4]
-    short = [name.removeprefix("transformers ").removesuffix(" cpu_fused_moe") for name in peers]
-    lines = [
-        "| E/H/I/top-k | dtype | T | " + " | ".join(short) + " | flexmoe 100 % | of fastest | "
-        "50 % | of fastest | x roofline | three budgets | mixed |",
-        "|" + "---|" * (10 + len(peers)),
-    ]
-    for row in found["rows"]:
-        seconds, work = row["seconds"], row["work"]["50 % ragged"]
-        fastest = min(seconds[name] for name in peers)
-        whole, half = seconds["100 %"], seconds["50 % ragged"]
-        cells = ["/".join(map(str, row["shape"].values())), row["dtype"], str(row["T"])]
-        cells += [f"{seconds[name] * 1e3:.2f}" for name in peers]
-        cells += [f"{whole * 1e3:.2f}", f"{whole / fastest:.2f}"]
-        cells += [f"{half * 1e3:.2f}", f"{half / fastest:.2f}", f"{half / work['roof_s']:.2f}"]
-        mixed = seconds["three budgets"] / seconds["three batches"]
-        cells += [f"{seconds['three budgets'] * 1e3:.2f}", f"{mixed:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    machine = found["machine"]
-    rates = ", ".join(f"{n} {r / 1e9:.0f} GFLOP/s" for n, r in machine["flop_per_s"].items())
-    note = (
-        f"Milliseconds, {found['clock']}, medians of interleaved rounds (once where a call takes "
-        "longer than 2 s). 50 %: widths of 10 to 90 % of all channels, mean 50 %; x roofline: over "
-        "what the best measured arithmetic or reads of memory take for the work left "
-        f"({rates}, {machine['bytes_per_s'] / 1e9:.1f} GB/s); mixed: one batch of three budgets "
-        "over a batch for each. Switching 48 layers of 128 experts: "
-        f"{found['switch_s'] * 1e3:.2f} ms. vLLM {found['vllm']}. "
-    )
-    return "\n".join([*lines, "", note + measured_on(found, "python bench/kernel_speed.py")])
-
-
 def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
@@ -365,7 +332,7 @@ PAGES = {
         "premoe-bytes": premoe_bytes,
     },
     HERE.parent / "docs" / "compare.md": {"methods": methods},
-    HERE.parent / "docs" / "serving.md": {"serve": serve, "vllm": vllm},
+    HERE.parent / "docs" / "kernels.md": {"kernels": kernels},
 }
 
 if __name__ == "__main__":
