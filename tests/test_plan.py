@@ -38,7 +38,9 @@ def problems(draw):
         layers[i] = LayerShape(E, I, H, 3 * H + 2 * bias, H * bias)
         generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
         score[i] = torch.randint(0, 5, (E, I), generator=generator).double()
-    shares = draw(st.sets(st.integers(1, 80), min_size=1, max_size=6))
+    of_channels = sum(s.experts * s.channels * s.channel_parameters for s in layers.values())
+    reach = 100 * of_channels // sum(s.parameters for s in layers.values())  # the rest is biases
+    shares = draw(st.sets(st.integers(1, min(80, reach)), min_size=1, max_size=6))
     return layers, score, [0.0, *sorted(s / 100 for s in shares)], quantum
 
 
