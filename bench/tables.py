@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from speed_tables import kernels
+from speed_tables import kernels, serve
 
 HERE = Path(__file__).parent
 # of the frozen comparison, what README.md shows
@@ -332,6 +332,7 @@ PAGES = {
         "premoe-bytes": premoe_bytes,
     },
     HERE.parent / "docs" / "compare.md": {"methods": methods},
+    HERE.parent / "docs" / "serving.md": {"serve": serve},
     HERE.parent / "docs" / "kernels.md": {"kernels": kernels},
 }
 
