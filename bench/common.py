@@ -72,3 +72,9 @@ def random_model(layers: int, experts: int, channels: int, hidden: int, top_k: i
         max_position_embeddings=2048,
     )
     return Qwen3MoeForCausalLM(config).eval()
+
+
+def expert_bytes(model: Any) -> int:
+    """Bytes of the routed experts' weights in a worker."""
+    kinds = ("w13_weight", "w2_weight")
+    return sum(p.nbytes for name, p in model.named_parameters() if name.endswith(kinds))

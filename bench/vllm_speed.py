@@ -52,6 +52,8 @@ def measure(model: str, labels: list[str | None]) -> dict[str, Any]:
     """Milliseconds for a prompt and for a further token, and bytes of the experts, by label."""
     from vllm import LLM, SamplingParams
 
+    from common import expert_bytes  # a function that goes to workers must not be of __main__
+
     llm = LLM(
         model=model,
         dtype="float32",
@@ -92,12 +94,6 @@ def measure(model: str, labels: list[str | None]) -> dict[str, Any]:
             {"budget": label, "batch": batch, "prefill_ms": prefill, "decode_ms": decode}
         )
     return found
-
-
-def expert_bytes(model: Any) -> int:
-    """Bytes of the routed experts' weights in a worker."""
-    kinds = ("w13_weight", "w2_weight")
-    return sum(p.nbytes for name, p in model.named_parameters() if name.endswith(kinds))
 
 
 ENGINES: dict[str, tuple[str, list[str | None]]] = {
