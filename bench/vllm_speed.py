@@ -24,7 +24,7 @@ from typing import Any
 SHARES = (0.0, 0.2, 0.4, 0.6)
 MEMBER = 0.4
 BATCHES = (1, 8)
-PROMPT, NEW, REPEATS, ROUNDS = 256, 48, 3, 2
+PROMPT, NEW, REPEATS, ROUNDS = 256, 48, 3, 1
 
 
 def make(folder: Path) -> None:
