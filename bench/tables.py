@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from speed_tables import kernels, serve
+from speed_tables import kernels, serve, vllm
 
 HERE = Path(__file__).parent
 # of the frozen comparison, what README.md shows
@@ -332,7 +332,7 @@ PAGES = {
         "premoe-bytes": premoe_bytes,
     },
     HERE.parent / "docs" / "compare.md": {"methods": methods},
-    HERE.parent / "docs" / "serving.md": {"serve": serve},
+    HERE.parent / "docs" / "serving.md": {"serve": serve, "vllm": vllm},
     HERE.parent / "docs" / "kernels.md": {"kernels": kernels},
 }
 
