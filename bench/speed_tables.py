@@ -14,11 +14,13 @@ PARTS = {
 
 
 def measured_on(found: dict, command: str) -> str:
+    """Command, hardware, versions, date and commit of a result."""
     where = found["environment"]
+    cores = f"{where['cores']} core" + "s" * (where["cores"] != 1)
     engine = f", vLLM {found['vllm']}" if found.get("vllm") else ""
     return (
-        f"`{command}`; {where['cpu']}, torch {where['torch']}, transformers "
-        f"{where['transformers']}{engine}, {where['date']}, commit {where['commit']}."
+        f"`{command}`; {cores} of {where['cpu']}, torch {where['torch']}, "
+        f"transformers {where['transformers']}{engine}, {where['date']}, commit {where['commit']}."
     )
 
 
@@ -73,7 +75,7 @@ def vllm() -> str:
     note = (
         f"{found['model']}; milliseconds for {found['prompt_tokens']} prompt tokens a sequence and "
         f"for one more token, batches of {' and '.join(map(str, batches))} sequences; in brackets "
-        f"against stock vLLM; medians of {found['rounds']} rounds of {found['repeats']}. "
+        f"against stock vLLM; medians of {found['repeats']} repeats, rounds: {found['rounds']}. "
     )
     return "\n".join([*lines, "", note + measured_on(found, "python bench/vllm_speed.py")])
 

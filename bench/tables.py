@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from speed_tables import kernels, serve, vllm
+from speed_tables import kernels, measured_on, serve, vllm
 
 HERE = Path(__file__).parent
 # of the frozen comparison, what README.md shows
@@ -25,15 +25,6 @@ SHARES = ("0.2", "0.4", "0.6", "0.8")
 
 def results(name: str) -> dict:
     return json.loads((HERE / "results" / f"{name}.json").read_text())
-
-
-def measured_on(found: dict, command: str) -> str:
-    where = found["environment"]
-    cores = f"{where['cores']} core" + "s" * (where["cores"] != 1)
-    return (
-        f"`{command}`; {cores} of {where['cpu']}, torch {where['torch']}, "
-        f"transformers {where['transformers']}, {where['date']}, commit {where['commit']}."
-    )
 
 
 def methods(only: frozenset[str] | None = None) -> str:

@@ -228,6 +228,14 @@ class Plan:
                     f"{wanted}, here it is {shapes.get(i)}"
                 )
 
+    def check_router_kept(self, why: str) -> None:
+        """`FlexmoeError` that begins with ``why`` if this plan changes the router."""
+        if self.recipe.router != "keep":
+            raise FlexmoeError(
+                f"{why}, and this plan has the router rule '{self.recipe.router}': use an export "
+                "of one budget, or compress with --router keep"
+            )
+
     @property
     def tolerance(self) -> float:
         """How far a budget may lie beside the share asked for: 0.25 % or one quantum; of whole

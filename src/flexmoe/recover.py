@@ -147,11 +147,7 @@ def prepare(family: str | Path, config: RecoverConfig, base: str | Path | None =
     plan, ranked = Plan.load(folder), read_manifest(folder).ranked
     if ranked and base is not None:
         raise FlexmoeError(f"'{family}' is a family with weights of its own: leave base out")
-    if plan.recipe.router != "keep":
-        raise FlexmoeError(
-            f"recovery trains members with the router as it is, and the plan has the router rule "
-            f"'{plan.recipe.router}': compress with --router keep, or train an export"
-        )
+    plan.check_router_kept("recovery trains members with the router as it is")
     if config.at is not None:
         plan.widths(config.at)
     weights = folder if ranked else resolve(base or plan.recipe.base_model)

@@ -63,13 +63,16 @@ def folder(tmp_path_factory) -> Path:
 
 
 def settings(case: Case, folder: Path) -> dict[str, Any]:
-    asked: dict[str, Any] = {"quant_method": "flexmoe"}
+    """A family needs no more than the name of the method: its plan lies beside the weights."""
+    asked: dict[str, Any] = {}
     if case.model == "base":
         asked["plan"] = str(folder / case.architecture / "plan")
     if case.shares != BUDGETS:
         asked["shares"] = case.shares
     served = case.model in ("base", "family")
-    more = {"quantization": "flexmoe", "hf_overrides": {"quantization_config": asked}}
+    more: dict[str, Any] = {"quantization": "flexmoe"}
+    if asked:
+        more["hf_overrides"] = {"quantization_config": {"quant_method": "flexmoe", **asked}}
     labels = [label(share) for share in case.shares]
     mixed = [labels[n % len(labels)] for n in range(PROMPTS)]
     runs = [[budget] * PROMPTS for budget in labels] + [mixed, [None] * PROMPTS]

@@ -31,7 +31,11 @@ from flexmoe.cli.common import (
     Checkpointing,
     Device,
     MicroBatch,
+    Model,
+    Reference,
     Router,
+    Samples,
+    SeqLen,
     Shard,
     quiet,
     say,
@@ -91,18 +95,14 @@ def options(
 
 @app.command(epilog=COMPRESS_EXAMPLES)
 def compress(
-    model: Annotated[str, typer.Argument(help="folder, hub id, or 'tiny' (comes with flexmoe)")],
+    model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="family folder to make")],
     data: Annotated[
         str | None,
         typer.Option(help="calibration text: FILE, folder or hub id[:WEIGHT],...; default: tiny"),
     ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="windows of calibration text; default: 128")
-    ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help="tokens a window; default: a quarter of the context, <= 2048")
-    ] = None,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
     pruned: Annotated[
         str, typer.Option(help="budgets: shares of routed-expert parameters to remove")
     ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
@@ -114,9 +114,7 @@ def compress(
             "methods (fisher: learned; with --memory global)"
         ),
     ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="second checkpoint, for methods that compare with one")
-    ] = None,
+    reference: Reference = None,
     sequential: Annotated[
         float | None,
         typer.Option(help="score each layer with those before it pruned at this share (CAMERA-P)"),

@@ -7,6 +7,14 @@ from typing import Annotated, Any
 import typer
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto: cuda where there is one")]
+Model = Annotated[str, typer.Argument(help="folder, hub id, or 'tiny' (comes with flexmoe)")]
+Samples = Annotated[int | None, typer.Option(help="windows of calibration text; default: 128")]
+SeqLen = Annotated[
+    int | None, typer.Option(help="tokens a window; default: a quarter of the context, <= 2048")
+]
+Reference = Annotated[
+    str | None, typer.Option(help="second checkpoint, for methods that compare with one")
+]
 BatchSize = Annotated[
     int | None, typer.Option(help="windows a step; default: 4096 tokens, at most 8 windows")
 ]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flexmoe.cli.common import BatchSize, Device, quiet, say
+from flexmoe.cli.common import BatchSize, Device, Model, Reference, Samples, SeqLen, quiet, say
 from flexmoe.files import check_file
 
 EXAMPLES = """\
@@ -24,7 +24,7 @@ EXAMPLES = """\
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="folder, hub id, or 'tiny' (comes with flexmoe)")],
+    model: Model,
     methods: Annotated[
         str,
         typer.Option(help="METHOD[@ALLOCATE][+ROUTER],... or all; see: methods"),
@@ -36,12 +36,8 @@ def compare(
     data: Annotated[
         str, typer.Option(help="calibration text: FILE, folder or hub id[:WEIGHT],...")
     ] = "tiny",
-    samples: Annotated[
-        int | None, typer.Option(help="windows of calibration text; default: 128")
-    ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help="tokens a window; default: a quarter of the context, <= 2048")
-    ] = None,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
     evaluate: Annotated[
         str, typer.Option("--eval", help="held-out text: FILE,... ('tiny': four domains)")
     ] = "tiny",
@@ -55,9 +51,7 @@ def compare(
         int | None, typer.Option(help="the first of each paradigm; default: all")
     ] = None,
     batch_size: BatchSize = None,
-    reference: Annotated[
-        str | None, typer.Option(help="second checkpoint, for methods that compare with one")
-    ] = None,
+    reference: Reference = None,
     plot: Annotated[
         Path | None, typer.Option(help="loss increase against size, the best ones named (.png)")
     ] = None,

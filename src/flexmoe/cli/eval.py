@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from flexmoe.cli.common import Base, BatchSize, Device, Router, quiet, say
+from flexmoe.cli.common import Base, BatchSize, Device, Router, SeqLen, quiet, say
 from flexmoe.files import check_file
 
 EXAMPLES = """\
@@ -45,9 +45,7 @@ def evaluate(
         typer.Option(help="held-out text: FILE,... ('tiny': four domains, books.valid: one)"),
     ] = "tiny",
     samples: Annotated[int | None, typer.Option(help="windows a file; default: all")] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help="tokens a window; default: a quarter of the context, <= 2048")
-    ] = None,
+    seq_len: SeqLen = None,
     batch_size: BatchSize = None,
     pairs: Annotated[
         Path | None,

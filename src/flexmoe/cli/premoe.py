@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flexmoe.cli.common import BatchSize, Device, quiet, say
+from flexmoe.cli.common import BatchSize, Device, Model, SeqLen, quiet, say
 
 PROFILE_EXAMPLES = """\
 [bold]Examples[/bold]
@@ -29,7 +29,7 @@ Store = Annotated[Path, typer.Option(help="folder with the patterns of one model
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="folder, hub id, or 'tiny' (comes with flexmoe)")],
+    model: Model,
     task: Annotated[str, typer.Option(help="name of the pattern")],
     data: Annotated[
         str, typer.Option(help="text of the task: FILE, folder or hub id[:WEIGHT],...")
@@ -41,9 +41,7 @@ def profile(
     samples: Annotated[
         int | None, typer.Option(help="windows that are scored; default: 128")
     ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help="tokens a window; default: a quarter of the context, <= 2048")
-    ] = None,
+    seq_len: SeqLen = None,
     batch_size: BatchSize = None,
     memory: Annotated[
         str | None,
@@ -100,7 +98,7 @@ def patterns(store: Annotated[Path, typer.Argument(help="folder of a store")]) -
 
 
 def specialise(
-    model: Annotated[str, typer.Argument(help="folder, hub id, or 'tiny' (comes with flexmoe)")],
+    model: Model,
     tasks: Annotated[
         str, typer.Option(help="one: a specialist; several, with commas: a generalist")
     ],

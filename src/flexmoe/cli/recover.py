@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from flexmoe.cli.common import Base, BatchSize, Checkpointing, Device, MicroBatch, Shard, quiet, say
+from flexmoe.cli.common import (
+    Base,
+    BatchSize,
+    Checkpointing,
+    Device,
+    MicroBatch,
+    SeqLen,
+    Shard,
+    quiet,
+    say,
+)
 
 EXAMPLES = """\
 [bold]Examples[/bold]
@@ -35,9 +45,7 @@ def recover(
     tokens: Annotated[
         int | None, typer.Option(help="tokens to train on; default: 1.2 million (router: half)")
     ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help="tokens a window; default: a quarter of the context, <= 2048")
-    ] = None,
+    seq_len: SeqLen = None,
     batch_size: BatchSize = None,
     micro_batch: MicroBatch = None,
     lr: Annotated[float | None, typer.Option(help="highest learning rate")] = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flexmoe.cli.common import BatchSize, Device, quiet, say
+from flexmoe.cli.common import BatchSize, Device, Model, Reference, Samples, SeqLen, quiet, say
 
 EXAMPLES = """\
 [bold]Examples[/bold]
@@ -21,7 +21,7 @@ EXAMPLES = """\
 
 
 def score(
-    model: Annotated[str, typer.Argument(help="folder, hub id, or 'tiny' (comes with flexmoe)")],
+    model: Model,
     method: Annotated[
         list[str],
         typer.Option(help="NAME or FILE.py:FUNCTION, see: methods; several share one pass"),
@@ -31,16 +31,10 @@ def score(
         str | None,
         typer.Option(help="calibration text: FILE[:WEIGHT],... (.jsonl, .txt, .gz); default: tiny"),
     ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="windows of calibration text; default: 128")
-    ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help="tokens a window; default: a quarter of the context, <= 2048")
-    ] = None,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
     batch_size: BatchSize = None,
-    reference: Annotated[
-        str | None, typer.Option(help="second checkpoint, for methods that compare with one")
-    ] = None,
+    reference: Reference = None,
     seed: Annotated[int, typer.Option(help="draws windows and random scores")] = 0,
     device: Device = "auto",
 ) -> None:

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.kernels import torch_loop
+from flexmoe.kernels.activations import ACTIVATIONS
 
 if TYPE_CHECKING:
     from flexmoe.kernels.interface import Weights
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_vectors.h"))
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")  # as enumerated in the source
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 TARGETS = {  # by what torch calls the instruction set
     "AVX2": ("-mavx2", "-mfma"),
@@ -125,7 +125,7 @@ def _compiled(
         B=width_BE.shape[0],
         H=H,
         sides=weights.up_RCH.shape[1],
-        activation=ACTIVATIONS.index(weights.activation),
+        activation=list(ACTIVATIONS).index(weights.activation),
         budget=budget,
         weights_bf16=weights.up_RCH.dtype is torch.bfloat16,
         x_bf16=x_TH.dtype is torch.bfloat16,

@@ -152,7 +152,7 @@ inline float exp_(float x) {
   return p * power;
 }
 
-enum Activation { SILU, GELU, GELU_TANH, RELU2 };  // ACTIVATIONS in cpu.py
+enum Activation { SILU, GELU, GELU_TANH, RELU2 };  // activations.py
 
 inline float activated(Activation kind, float v) {
   switch (kind) {

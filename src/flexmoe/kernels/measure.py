@@ -14,11 +14,11 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from flexmoe.kernels.activations import gated
 from flexmoe.kernels.interface import Weights, experts
 
 SLOW_S = 2.0  # calls that take longer are measured once
@@ -178,7 +178,7 @@ def _channel_major(stock: Any) -> Weights:
         up_RCH=gate_up.view(E, 2, I, H).transpose(1, 2).reshape(E * I, 2, H),
         down_RH=down.mT.reshape(E * I, H),
         offset_E=(torch.arange(E + 1) * I).int(),
-        activate=lambda pre: F.silu(pre.chunk(2, -1)[0]) * pre.chunk(2, -1)[1],
+        activate=gated("silu"),
         activation="silu",
     )
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from flexmoe.kernels.activations import ACTIVATIONS
+
 if TYPE_CHECKING:
     from flexmoe.kernels.interface import Weights
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # offset_E -> (its version, channels of the largest expert)

@@ -66,6 +66,7 @@ def served_members(path: str, budgets: str | None) -> tuple[ServedMember, ...]:
             raise FlexmoeError(f"--budgets has no effect: '{path}' is one member, not a family")
         return (_single(resolve(folder)),)
     plan = Plan.load(folder)
+    plan.check_router_kept("a server switches widths and no routers")
     known = Budgets("family", plan.budgets)
     asked = known.labels if budgets is None else [b.strip() for b in budgets.split(",")]
     shares = sorted({known.share(budget) for budget in asked})

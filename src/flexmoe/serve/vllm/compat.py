@@ -74,8 +74,9 @@ def row_of_tokens(runner: Any, rows: dict[str, int], tokens: int) -> np.ndarray:
     of_request = np.zeros(max(1, len(ids)), dtype=np.int32)
     for at, request in enumerate(ids):
         params = runner.requests[request].sampling_params
-        if params is not None and params.extra_args:
-            of_request[at] = rows[params.extra_args[BUDGET]]
+        budget = ((params and params.extra_args) or {}).get(BUDGET)
+        if budget is not None:  # all that a client sent has one, see `requests.pin`
+            of_request[at] = rows[budget]
     # what is beyond the scheduled tokens is padding: any budget will do
     return of_request[np.minimum(runner.req_indices.np[:tokens], len(of_request) - 1)]
 

@@ -8,7 +8,7 @@ with a plan alone (``--hf-overrides`` names the plan, see `flexmoe.serve.vllm.la
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -80,6 +80,7 @@ class FlexmoeConfig(QuantizationConfig):
             return
         self.folder = str(find_folder(self.asked.get("plan") or model_name))
         plan = load_plan(self.folder)
+        plan.check_router_kept("a server switches widths and no routers")
         if not is_ranked(self.folder):
             check_base(plan, find_folder(model_name))
         if hf_config is not None and hf_config.model_type != plan.recipe.model_type:
@@ -92,7 +93,7 @@ class FlexmoeConfig(QuantizationConfig):
         for share in self.shares:
             plan.widths(share)  # refuses what is out of reach
 
-    @property
+    @cached_property
     def rows(self) -> dict[str, int]:
         """Row of the width tables for each budget served, richest first."""
         return {label(share): row for row, share in enumerate(self.shares)}

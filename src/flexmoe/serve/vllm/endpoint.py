@@ -45,13 +45,26 @@ class FlexmoeEndpoint:
     name = "flexmoe_api"
     required_tasks = None
 
+    settings: ServeSettings
+
     def attach_router(self, app: Any) -> None:
         text = os.environ.get(SETTINGS)
         if text is None:
             raise FlexmoeError(f"{SETTINGS} is not set: start the server with flexmoe serve")
-        settings = ServeSettings.from_json(text)
-        requests.set_default(settings.default)
-        app.add_middleware(ServeMiddleware, state=ServeState(settings, VllmEngine(settings.name)))
+        self.settings = ServeSettings.from_json(text)
+        requests.set_default(self.settings.default)
+        state = ServeState(self.settings, VllmEngine(self.settings.name))
+        app.add_middleware(ServeMiddleware, state=state)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Nothing: the middleware reaches the engine through the requests alone."""
+        """`FlexmoeError` unless the engine serves the budgets that are offered: an option of
+        vLLM's own may have taken the place of ours."""
+        run = getattr(engine_client, "vllm_config", None)
+        rows = getattr(getattr(run, "quant_config", None), "rows", None)
+        offered = self.settings.budgets.labels
+        if tuple(rows or offered[:1]) != offered:
+            raise FlexmoeError(
+                f"budgets {', '.join(offered)} are offered, and vLLM serves "
+                f"{', '.join(rows) if rows else 'one size only'}: leave options out that change "
+                "the model's config (--config, --hf-overrides)"
+            )

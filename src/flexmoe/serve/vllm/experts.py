@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
@@ -16,17 +13,11 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from flexmoe import kernels
 from flexmoe.errors import FlexmoeError
+from flexmoe.kernels.activations import ACTIVATIONS, gated
 from flexmoe.serve.vllm import batch
 from flexmoe.serve.vllm.config import LayerTable
 from flexmoe.serve.vllm.placement import balanced, local_channels, local_width
 
-# what vLLM calls an activation -> of gate and up side by side, or of up alone
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu2": lambda x: F.relu(x).square(),
-}
 SIDES = {"w1": 0, "w3": 1}  # vLLM's names of gate and up; "w2" is down
 _LAYERS: dict[str, FlexmoeExperts] = {}  # an operator opaque to the compiler gets a name only
 
@@ -76,7 +67,8 @@ class FlexmoeExperts(FusedMoEMethodBase):
             parameter = nn.Parameter(torch.empty(shape, dtype=params_dtype), requires_grad=False)
             layer.register_parameter(name, parameter)
             set_weight_attrs(parameter, {"weight_loader": self.load})
-        width_BE = [[self._width(row[e], e) for e in self.experts] for row in self._rows()]
+        rows = self.table.width_BE.tolist()
+        width_BE = [[self._width(row[e], e) for e in self.experts] for row in rows]
         map_E = [self.local.get(e, -1) for e in range(len(self.table.stored_E))]
         for name, table in (("width", width_BE), ("offset", self.offset), ("map", map_E)):
             tensor = torch.tensor(table, dtype=torch.int32)
@@ -120,15 +112,15 @@ class FlexmoeExperts(FusedMoEMethodBase):
                 "checkpoint. vLLM's class for this model may read experts in another form: "
                 "try --model-impl transformers"
             )
-        activation = layer.activation.value.removesuffix("_no_mul")
+        name = layer.activation.value.removesuffix("_no_mul")
         self.map_E = layer.flexmoe_map if self.moe.moe_parallel_config.use_ep else None
         self.width_BE = layer.flexmoe_width
         self.weights = kernels.Weights(
             up_RCH=layer.w13_weight.data,
             down_RH=layer.w2_weight.data,
             offset_E=layer.flexmoe_offset,
-            activate=self._activate(activation),
-            activation=activation,
+            activate=gated(name) if self.moe.is_act_and_mul else ACTIVATIONS[name],
+            activation=name,
         )
 
     def apply(
@@ -157,15 +149,6 @@ class FlexmoeExperts(FusedMoEMethodBase):
 
     def _width(self, w: int, expert: int) -> int:
         return local_width(w, self.table.quantum, expert, self.rank, self.ranks)
-
-    def _rows(self) -> list[list[int]]:
-        return self.table.width_BE.tolist()
-
-    def _activate(self, name: str) -> Callable[[Tensor], Tensor]:
-        function = ACTIVATIONS[name]
-        if not self.moe.is_act_and_mul:
-            return function
-        return lambda x: (lambda gate, up: function(gate) * up)(*x.chunk(2, -1))
 
     def _refuse_unsupported(self, layer: RoutedExperts) -> None:
         moe, activation = self.moe, layer.activation.value

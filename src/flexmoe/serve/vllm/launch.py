@@ -6,16 +6,26 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
+from flexmoe.checkpoint import resolve
 from flexmoe.errors import FlexmoeError
+from flexmoe.family import find_folder
 from flexmoe.plan import JSON_NAME, read_manifest
 from flexmoe.serve.engine import ServeSettings
 from flexmoe.serve.vllm import compat
 from flexmoe.serve.vllm.endpoint import SETTINGS, FlexmoeEndpoint
 
 # what `flexmoe serve` sets, and vLLM's option for it
-OURS = ("--model", "--served-model-name", "--host", "--port", "--api-key", "--quantization")
+OURS = (
+    "--model",
+    "--served-model-name",
+    "--host",
+    "--port",
+    "--api-key",
+    "--quantization",
+    "--dtype",
+    "--hf-overrides",
+)
 
 
 def launch(settings: ServeSettings, more: Sequence[str] = ()) -> None:
@@ -33,15 +43,15 @@ def arguments(settings: ServeSettings, more: Sequence[str] = ()) -> list[str]:
             raise FlexmoeError(f"{option} is set by flexmoe serve: use its own options")
     if settings.device != "auto":
         raise FlexmoeError("vLLM chooses its device itself: leave --device out")
-    folder = Path(settings.model)
+    folder = find_folder(settings.model)
     model, overrides = settings.model, {}
     if (folder / JSON_NAME).is_file():
         asked: dict[str, object] = {"quant_method": "flexmoe"}
         asked["shares"] = [member.pruned for member in settings.members]
-        if not read_manifest(folder).ranked:
-            if settings.base is None:
-                raise FlexmoeError(f"{folder} is a plan alone: --base says where its model is")
-            model, asked["plan"] = settings.base, str(folder)
+        manifest = read_manifest(folder)
+        if not manifest.ranked:
+            base = settings.base or manifest.recipe.base_model
+            model, asked["plan"] = str(resolve(base)), str(folder)
         overrides = {"quantization_config": asked}
     found = ["--model", model, "--served-model-name", settings.name]
     found += ["--host", settings.host, "--port", str(settings.port), "--dtype", settings.dtype]
