@@ -36,12 +36,22 @@ def doctor(
     from flexmoe.doctor.diagnosis import examine, report
 
     quiet()
-    found = examine(model, CompressConfig(device=device))
+    told: list[Diagnosis] = []
+
+    def describe(found: Diagnosis) -> None:
+        told.append(found)
+        _describe(found)
+        say("counting what the jobs need ...")
+
+    config = CompressConfig(device=device)
+    found = examine(model, config, described=(lambda found: None) if as_json else describe)
     if as_json:
         typer.echo(json.dumps(report(found), indent=1))
     else:
-        if found.layers:
+        if found.layers and not told:
             _describe(found)
+        if found.needs:
+            say(_needs(found))
         for line in found.warnings:
             say(f"warning: {line}", style="yellow")
         for line in found.problems:
@@ -67,8 +77,6 @@ def _describe(found: Diagnosis) -> None:
         say(_widths(found))
     for layout, why in found.exports.items():
         say(f"export      {layout}: {why or 'works'}")
-    if found.needs:
-        say(_needs(found))
 
 
 def _kind(layer: Any) -> str:

@@ -28,6 +28,7 @@ from flexmoe.checkpoint import (
 from flexmoe.config import BUDGETS, CompressConfig, check_config
 from flexmoe.data import load_tokenizer, pick_batch_size, pick_seq_len
 from flexmoe.doctor.estimates import Estimator, Need, free_memory
+from flexmoe.doctor.room import what_does_not_fit
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers, routed_parameters
 from flexmoe.exporter import LAYOUTS
@@ -109,9 +110,11 @@ def examine(
     out: str | Path | None = None,
     *,
     everything: bool = True,
+    described: Callable[[Diagnosis], None] = lambda found: None,
 ) -> Diagnosis:
     """Examine a checkpoint, or a family, for `compress` with ``config`` into ``out``; with
-    ``everything`` also for recovery and exports."""
+    ``everything`` also for recovery and exports. ``described`` is told as soon as it is known what
+    the checkpoint is: what jobs need takes longer to find out."""
     found, wanted = Diagnosis(str(model)), config or CompressConfig()
     found.attempt(lambda: check_config(wanted))
     device = found.attempt(lambda: pick_device(wanted.device))
@@ -145,8 +148,10 @@ def examine(
         found.attempt(lambda: missing_parameters(checkpoint, network))
     if checkpoint and traced and (everything or not found.problems):
         estimator = Estimator(checkpoint, traced, device or torch.device("cpu"))
-        if _estimate(found, estimator, config, out, everything) and everything:
-            _exports(found, estimator)
+        if _runs(found, estimator, config):
+            size = _exports(found, estimator) if everything else {}
+            described(found)
+            _estimate(found, estimator, config, out, size)
     return found
 
 
@@ -240,17 +245,9 @@ def _describe(
         )
 
 
-def _estimate(
-    found: Diagnosis,
-    estimator: Estimator,
-    config: CompressConfig,
-    out: str | Path | None,
-    everything: bool,
-) -> bool:
-    """The needs of compress and recover; false where the model cannot run at all."""
+def _runs(found: Diagnosis, estimator: Estimator, config: CompressConfig) -> bool:
+    """Whether the model runs at all, on how many experts a token, and whether the method fits."""
     found.device, found.dtype = str(estimator.device), str(estimator.stored).removeprefix("torch.")
-    found.memory_free = free_memory(estimator.device)
-    found.disk_free = free_disk(out or ".")
     try:
         top_k = estimator.top_k
     except RuntimeError as error:
@@ -267,56 +264,43 @@ def _estimate(
             t.layer.shape.parameters * (1 - top_k / t.layer.E) for t in estimator.traced.values()
         )
         found.parameters["active"] = round(found.parameters["total"] - idle)
-    found.needs.append(estimator.compress(config))
-    if everything:
-        for mode in MODES:
-            recover = RecoverConfig(mode=mode, device=config.device)
-            need = found.attempt(partial(estimator.recover, recover, found.memory_free))
-            found.needs += [need] if need else []
-    for need in found.needs:
-        # of several processes each needs less, and a limit of memory is kept by another way
-        if not config.shard and config.memory is None:
-            _compare(found, need)
     return True
 
 
-def _compare(found: Diagnosis, need: Need) -> None:
-    """Note what does not fit: of compress a problem if the weights alone do not."""
-    where = "memory" if found.device == "cpu" else f"memory of {found.device}"
-    weights, free = need.parts.get("weights", 0), f"{found.memory_free / 1e9:.3g} GB are free"
-    if need.job == "compress" and weights > found.memory_free:
-        found.problems.append(
-            f"the weights alone take {weights / 1e9:.3g} GB of {where}, {free}: observe layer by "
-            "layer with --memory, or use a machine with more, or several devices with --shard"
-        )
-    elif need.memory > found.memory_free:
-        found.warnings.append(
-            f"{need.job} takes about {need.memory / 1e9:.3g} GB of {where}, {free}: lower "
-            "--batch-size or --seq-len"
-            + (" or use --micro-batch 1 --checkpointing" if "full" in need.job else "")
-        )
-    if need.disk + need.scratch > found.disk_free:
-        text = (
-            f"{need.job} writes {(need.disk + need.scratch) / 1e9:.3g} GB, the disk has "
-            f"{found.disk_free / 1e9:.3g} GB free"
-        )
-        (found.problems if need.job == "compress" else found.warnings).append(text)
+def _estimate(
+    found: Diagnosis,
+    estimator: Estimator,
+    config: CompressConfig,
+    out: str | Path | None,
+    exported: dict[str, int],
+) -> None:
+    """The needs of compress and, if there are exports (bytes by layout), of them and recovery."""
+    found.memory_free = free_memory(estimator.device)
+    found.disk_free = free_disk(out or ".")
+    found.needs.append(estimator.compress(config))
+    for mode in MODES if exported else ():
+        recover = RecoverConfig(mode=mode, device=config.device)
+        need = found.attempt(partial(estimator.recover, recover, found.memory_free))
+        found.needs += [need] if need else []
+    found.needs += [estimator.export(layout, size) for layout, size in exported.items()]
+    for need in found.needs:
+        # of several processes each needs less, and a limit of memory is kept by another way
+        if not config.shard and config.memory is None:
+            problem, warnings = what_does_not_fit(need, found.memory_free, found.disk_free)
+            found.problems += problem
+            found.warnings += warnings
 
 
-def _exports(found: Diagnosis, estimator: Estimator) -> None:
+def _exports(found: Diagnosis, estimator: Estimator) -> dict[str, int]:
+    """Note which layouts cannot be written, and why; the bytes of those that can."""
     checkpoint, traced = estimator.checkpoint, dict(estimator.traced)
     size = export_sizes(checkpoint, traced, found)
-    for layout in LAYOUTS:
-        found.exports[layout] = ""
-        if layout == "uniform":
-            try:
-                uniform_config(checkpoint, traced, found.widths[0].width // 2)
-            except FlexmoeError as error:
-                found.exports[layout] = str(error)
-                continue
-        need = estimator.export(layout, size[layout])
-        found.needs.append(need)
-        _compare(found, need)
+    found.exports = dict.fromkeys(LAYOUTS, "")
+    try:
+        uniform_config(checkpoint, traced, found.widths[0].width // 2)
+    except FlexmoeError as error:
+        found.exports["uniform"] = str(error)
+    return {layout: size[layout] for layout, reason in found.exports.items() if not reason}
 
 
 def export_sizes(

@@ -1,0 +1,49 @@
+"""Which needs are more than what is free, and what helps."""
+
+from __future__ import annotations
+
+from flexmoe.doctor.estimates import Need
+
+FEWER = "lower --batch-size or --seq-len"
+SMALLER_STEPS = f"{FEWER}, or use --micro-batch 1 --checkpointing"
+BY_LAYER = "go layer by layer with --memory"
+# what helps when the weights alone do not fit, and when all together does not
+HELP = {
+    "compress": (
+        f"{BY_LAYER}, or use a machine with more, or several devices with --shard",
+        FEWER,
+    ),
+    "recover --mode closed-form": (f"{BY_LAYER}, or use a machine with more", FEWER),
+    "recover --mode lora": (
+        "recover with --mode closed-form --memory, or full on several devices with --shard",
+        SMALLER_STEPS,
+    ),
+}
+TRAINED = (
+    "recover with --mode closed-form --memory, or on several devices with --shard",
+    SMALLER_STEPS,
+)
+
+
+def what_does_not_fit(need: Need, memory: int, disk: int) -> tuple[list[str], list[str]]:
+    """Problems and warnings: `compress` that cannot hold the weights or write the family is a
+    problem, everything else may still go well elsewhere or with other settings."""
+    hopeless: list[str] = []
+    doubtful: list[str] = []
+    compressing = need.job == "compress"
+    too_heavy, too_large = HELP.get(need.job, TRAINED)
+    weights, free = need.parts.get("weights", 0), f"{_gb(memory)} are free"
+    if weights > memory:
+        text = f"{need.job}: the weights alone take {_gb(weights)} of memory, {free}: {too_heavy}"
+        (hopeless if compressing else doubtful).append(text)
+    elif need.memory > memory:
+        text = f"{need.job} takes about {_gb(need.memory)} of memory, {free}: {too_large}"
+        doubtful.append(text)
+    if need.disk + need.scratch > disk:
+        text = f"{need.job} writes {_gb(need.disk + need.scratch)}, the disk has {_gb(disk)} free"
+        (hopeless if compressing else doubtful).append(text)
+    return hopeless, doubtful
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"
