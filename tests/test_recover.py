@@ -1,6 +1,7 @@
 """Recovery: a family stays a family; what is trained, what is not; a kill changes nothing."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -162,6 +163,49 @@ def test_a_plan_alone_becomes_a_family(family, tmp_path):
     assert all(torch.equal(alone[name], whole[name]) for name in alone)
 
 
+@pytest.mark.parametrize("ranked", [True, False], ids=["family", "plan alone"])
+def test_the_closed_form_layer_by_layer_is_that_of_the_whole_model(family, tmp_path, ranked):
+    config = dataclasses.replace(SMALL, mode="closed-form", tokens=16 * 16)
+    given, base = (family, None) if ranked else (tmp_path / "plan", "tiny")
+    if not ranked:
+        Plan.load(family).save(given)
+    recover(given, tmp_path / "whole", config, base=base)
+    recover(given, tmp_path / "by-layer", dataclasses.replace(config, memory=2**36), base=base)
+    begin, whole, other = (
+        tensors(path) for path in (family, tmp_path / "whole", tmp_path / "by-layer")
+    )
+    for name, tensor in whole.items():
+        if name.endswith("down_proj"):
+            change = (tensor - begin[name]).norm()
+            # both are rounded to bf16 after sums in another order
+            assert change > 0 and (tensor - other[name]).norm() < 0.02 * change, name
+        else:
+            assert torch.equal(tensor, other[name]), name
+    record = Plan.load(tmp_path / "by-layer").recipe.recovery[-1]
+    assert record["memory"] == 2**36 and not work_folder(tmp_path / "by-layer").exists()
+
+
+def test_the_closed_form_layer_by_layer_goes_on_after_a_kill(family, tmp_path):
+    config = dataclasses.replace(SMALL, mode="closed-form", tokens=16 * 16, memory=2**36)
+    recover(family, tmp_path / "unbroken", config)
+    taken = []
+
+    def track(items, description, kill_at=None):
+        for item in items:
+            if description == "refit":
+                if len(taken) == kill_at:
+                    raise KeyboardInterrupt
+                taken.append(item[1])
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(family, tmp_path / "out", config, track=functools.partial(track, kill_at=2))
+    recover(family, tmp_path / "out", config, track=track)
+    assert taken == [0, 1, 2, 3]  # none twice: the state was kept after the second
+    want, found = tensors(tmp_path / "unbroken"), tensors(tmp_path / "out")
+    assert all(torch.equal(want[name], found[name]) for name in want)
+
+
 def test_recovery_lowers_the_loss_of_pruned_members(family, tmp_path):
     config = RecoverConfig(tokens=40 * 512, seq_len=64, batch_size=8, lr=1e-3)
     recover(family, tmp_path / "out", config)
@@ -195,6 +239,7 @@ def test_state_that_is_damaged_is_refused(tmp_path):
         ({"at": 0.7}, "outside this plan"),
         ({"mode": "closed-form", "lr": 0.1}, "lr has no effect"),
         ({"rank": 4}, "rank has no effect"),
+        ({"memory": 2**30}, "memory has no effect"),
         ({"mode": "lora", "shard": True}, "shard has no effect"),
         ({"tokens": 10}, "less than one batch"),
         ({"lr": 2.0}, "between 0 and 1"),

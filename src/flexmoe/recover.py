@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,7 +47,9 @@ from flexmoe.reports.card import write_card
 from flexmoe.reports.provenance import given
 from flexmoe.resume import Work
 from flexmoe.sharding import check_processes, shard_model
-from flexmoe.shards import Source, replaced, verify, write
+from flexmoe.shards import Shards, Source, replaced, verify, write
+from flexmoe.streamed.layer_loader import LayerLoader
+from flexmoe.streamed.refit import refit_within, refitted
 from flexmoe.training import by_first, part_of, processes
 
 MODES = ("closed-form", "router", "lora", "full")
@@ -64,7 +67,8 @@ class RecoverConfig:
     ``scheme`` is ``family`` (all budgets in every step), ``sp`` (one budget, ``at``, the paper's;
     the default when ``at`` is given) or ``cp`` (the paper's sandwich). ``tokens`` of text are read
     once, more are drawn again.
-    ``shard`` splits the model over all processes, see `sharding`.
+    ``shard`` splits the model over all processes, see `sharding`. With ``memory`` (bytes) the
+    closed form goes layer by layer and no more is held.
     """
 
     mode: str = "full"
@@ -81,6 +85,7 @@ class RecoverConfig:
     seed: int = 0
     device: str = "auto"
     shard: bool = False
+    memory: int | None = None
 
 
 def check_recovery(config: RecoverConfig) -> None:
@@ -97,6 +102,7 @@ def check_recovery(config: RecoverConfig) -> None:
         "checkpointing": config.mode != "closed-form",
         "rank": config.mode == "lora",
         "shard": config.mode in ("full", "router"),
+        "memory": config.mode == "closed-form",
     }
     for name, read in unread.items():
         if getattr(config, name) not in (None, False) and not read:
@@ -116,6 +122,8 @@ def check_recovery(config: RecoverConfig) -> None:
     pick_device(config.device)
     if config.shard:
         check_processes()
+    if config.memory is not None and processes()[1] > 1:
+        raise FlexmoeError("a limit of memory works with one process: leave out torchrun")
 
 
 @dataclass(frozen=True)
@@ -239,31 +247,28 @@ def recover(
     announce(ready)
     plan_sha256 = hashlib.sha256((ready.folder / JSON_NAME).read_bytes()).hexdigest()
     inputs = {"data_sha256": ready.data_sha256, "version": flexmoe.__version__}
+    recovered = _recovered if config.memory is None else _recovered_by_layer
     with work.on(plan_sha256=plan_sha256, **inputs):
-        new, record = _recovered(ready, work, track)
+        shards, record = recovered(ready, work, track)
     with work.writing():
-        by_first(lambda: _write(ready, new, record, out, track))
+        by_first(lambda: _write(ready, shards(), record, out, track))
     work.clear()
     return record
 
 
-def _recovered(
-    ready: Prepared, work: Work, track: Track
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """New weights by parameter name, whole and on the CPU (of several processes the first one has
-    them), and the record of how they came about."""
+Recovered = tuple[Callable[[], Shards], dict[str, Any]]
+
+
+def _recovered(ready: Prepared, work: Work, track: Track) -> Recovered:
+    """The shards to write (for the first of several processes, which has all weights), and the
+    record of how they came about."""
     config = ready.config
     device = "cpu" if config.shard else config.device
     model = load(ready.folder, base=ready.base, device=device, dtype=torch.float32)
     check_finite(model)
     if config.shard:
         shard_model(model, expert_layers(model), pick_device(config.device))
-    record: dict[str, Any] = {
-        name: value for name, value in asdict(config).items() if value not in (None, False)
-    }
-    record |= {"data_sha256": ready.data_sha256, "windows": len(ready.ids)}
-    record |= {"options": given(config), "hardware": hardware(model.device), **versions()}
-    record |= train(model, ready, work, track)
+    record = _record(ready, model.device) | train(model, ready, work, track)
     # the experts in any case: those of a plan alone are stored in another order
     names = trained_parameters(ready.source.model, "lora")
     names |= trained_parameters(ready.source.model, config.mode)
@@ -273,18 +278,50 @@ def _recovered(
             full = whole(parameter.detach())  # of sharded ones all processes must ask together
             if processes()[0] == 0:
                 new[name] = full
-    return new, record
+    return lambda: replaced(ready.source, new), record
+
+
+def _recovered_by_layer(ready: Prepared, work: Work, track: Track) -> Recovered:
+    """The same within ``config.memory``."""
+    config, device, start = ready.config, pick_device(ready.config.device), time.monotonic()
+    assert config.memory is not None
+    ranked = read_manifest(ready.folder).ranked
+    with LayerLoader(ready.source.checkpoint.path, device, torch.float32) as loader:
+        folder = refit_within(
+            config.memory,
+            loader,
+            ready.plan,
+            ready.ids,
+            ranked=ranked,
+            batch_size=ready.schedule.batch_size,
+            saved=work.stage("layers"),
+            track=track,
+        )
+    record = _record(ready, device) | {"seconds": round(time.monotonic() - start, 1)}
+    return lambda: refitted(ready.source, ready.plan, ranked, folder), record
+
+
+def _record(ready: Prepared, device: torch.device) -> dict[str, Any]:
+    """What the manifest keeps of any recovery."""
+    config = ready.config
+    return {
+        **{name: value for name, value in asdict(config).items() if value not in (None, False)},
+        "data_sha256": ready.data_sha256,
+        "windows": len(ready.ids),
+        "options": given(config),
+        "hardware": hardware(device),
+        **versions(),
+    }
 
 
 def _write(
-    ready: Prepared, new: dict[str, Tensor], record: dict[str, Any], out: str | Path, track: Track
+    ready: Prepared, shards: Shards, record: dict[str, Any], out: str | Path, track: Track
 ) -> None:
     recipe = ready.plan.recipe
     recipe = recipe.model_copy(update={"recovery": [*recipe.recovery, record]})
     plan = replace(ready.plan, recipe=recipe)
     with written_beside(out) as partial:
         copy_others(ready.source.checkpoint, partial)
-        shards = replaced(ready.source, new)
         write(ready.source, partial, shards, track)
         verify(partial, shards, track)
         plan.save(partial, ranked=True)

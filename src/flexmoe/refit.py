@@ -101,7 +101,7 @@ def refit(
     start = time.perf_counter()
     layers = expert_layers(model)
     plan.check_fits(model.config.model_type, {layer.index: layer.shape for layer in layers})
-    weight_B = _check_weights(weights, plan.budgets)
+    weight_B = budget_weights(weights, plan.budgets)
     if not damping >= 0:
         raise FlexmoeError(f"damping must not be negative, found {damping:g}")
     groups = _groups(layers, _free_memory(layers[0]) if memory is None else memory)
@@ -138,7 +138,8 @@ def refit(
     )
 
 
-def _check_weights(weights: Sequence[float] | None, budgets: Sequence[float]) -> Tensor:
+def budget_weights(weights: Sequence[float] | None, budgets: Sequence[float]) -> Tensor:
+    """``weights`` [B] as float64, or the default ones; a `FlexmoeError` if they cannot be used."""
     if weights is None:
         weights = [FULL] + [1.0] * (len(budgets) - 1)
     if len(weights) != len(budgets) or not all(0 <= w < float("inf") for w in weights):

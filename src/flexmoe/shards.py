@@ -157,6 +157,33 @@ def replaced(source: Source, new: dict[str, Tensor]) -> Shards:
     return shards
 
 
+def down_replaced(
+    source: Source, order: dict[int, Tensor], down: Callable[[int], Tensor]
+) -> Shards:
+    """Every tensor with its channels in ``order`` [E, I] by layer, but the down projections are
+    ``down(layer)`` [E, I, H], which stand in that order already."""
+    full = {i: [o.shape[1]] * len(o) for i, o in order.items()}
+    shards = same_names(source, {i: Cut(order[i], full[i], full[i]) for i in order})
+    info = source.checkpoint.tensors
+    of_down = {
+        piece.name: (i, piece)
+        for i, traced in source.layers.items()
+        for piece in traced.stored
+        if piece.sides == ("down",) and piece.axis is not None
+    }
+
+    def make(name: str) -> Tensor:
+        i, piece = of_down[name]
+        return _stored(piece, info[name], {"down": down(i)})
+
+    for file, entries in shards.items():
+        shards[file] = [
+            replace(entry, make=partial(make, entry.name)) if entry.name in of_down else entry
+            for entry in entries
+        ]
+    return shards
+
+
 def _cast(tensor: Tensor, info: TensorInfo) -> Tensor:
     return tensor.to(DTYPES[info.dtype]).reshape(info.shape)
 
@@ -164,20 +191,21 @@ def _cast(tensor: Tensor, info: TensorInfo) -> Tensor:
 def _piece_of_model(
     new: dict[str, Tensor], name: str, traced: TracedLayer, piece: Piece, info: TensorInfo
 ) -> Tensor:
-    layer, stored = traced.layer, torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    layer, views = traced.layer, dict[str, Tensor]()
     for parameter in layer.parameters:
-        views = zip(
-            SIDES_OF[parameter],
-            layer.channel_major(parameter, new[f"{name}.{parameter}"]),
-            strict=True,
-        )
-        for side, view_EIH in views:
-            if side not in piece.sides:
-                continue
-            experts = range(layer.E) if piece.expert is None else [piece.expert]
-            for e in experts:
-                target = piece.views(stored[e] if piece.expert is None else stored)
-                target[side].copy_(view_EIH[e])
+        tensor = new[f"{name}.{parameter}"]
+        views |= zip(SIDES_OF[parameter], layer.channel_major(parameter, tensor), strict=True)
+    return _stored(piece, info, views)
+
+
+def _stored(piece: Piece, info: TensorInfo, view_EIH: dict[str, Tensor]) -> Tensor:
+    """A tensor of the checkpoint, made of channels [E, I, H] (biases [E, I]) by side."""
+    stored = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    experts = range(len(stored)) if piece.expert is None else [piece.expert]
+    for e in experts:
+        target = piece.views(stored[e] if piece.expert is None else stored)
+        for side in piece.sides:
+            target[side].copy_(view_EIH[side][e])
     return stored
 
 

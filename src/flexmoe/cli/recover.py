@@ -52,11 +52,18 @@ def recover(
     rank: Annotated[int | None, typer.Option(help="rank of mode lora; default: 16")] = None,
     checkpointing: Checkpointing = False,
     shard: Shard = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="hold no more than this, as 8GiB: closed-form goes layer by layer"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="draws windows and members")] = 0,
     base: Base = None,
     device: Device = "auto",
 ) -> None:
     """Better weights for all budgets of a family, same plan: goes on where a killed run stopped."""
+    from flexmoe.evaluation.pick import parse_bytes
+    from flexmoe.family import pick_device
+    from flexmoe.memory import MostHeld, gib
     from flexmoe.progress import bar, silent
     from flexmoe.recover import Prepared, RecoverConfig
     from flexmoe.recover import recover as run
@@ -64,6 +71,7 @@ def recover(
     from flexmoe.training import process_group, processes
 
     quiet()
+    limit = None if memory is None else parse_bytes(memory)
     with process_group(device) as place:
         config = RecoverConfig(
             mode=mode,
@@ -80,6 +88,7 @@ def recover(
             seed=seed,
             device=place,
             shard=shard,
+            memory=limit,
         )
         first, world = processes()[0] == 0, processes()[1]
 
@@ -87,14 +96,17 @@ def recover(
             if not first:
                 return
             done = f"{ready.schedule.steps} steps of {ready.schedule.batch_size} windows"
+            needed = f"needs about {size(ready.memory // (world if shard else 1))} on the device"
             say(
                 f"{mode}: {count(ready.trained)} parameters change, {ready.ids.numel():,} tokens "
-                + ("read once" if mode == "closed-form" else f"in {done}")
-                + f"; needs about {size(ready.memory // (world if shard else 1))} on the device "
-                "beside activations"
+                + ("read once; " if mode == "closed-form" else f"in {done}; ")
+                + (f"{needed} beside activations" if limit is None else "layer by layer")
             )
 
         track = bar if first else silent
-        run(family, out, config, base=base, announce=announce, track=track)
+        with MostHeld(pick_device(place)) as most:
+            run(family, out, config, base=base, announce=announce, track=track)
+        if limit is not None:
+            say(f"at most {gib(most.bytes)} of memory were held, {gib(limit)} were allowed")
         if first:
             say(f"{out}: same plan, new weights\nnext: flexmoe eval {out} --save")

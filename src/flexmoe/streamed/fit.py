@@ -8,7 +8,7 @@ in the pass, as long as twice as many would fit by what was seen.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,16 +31,18 @@ SLACK_SHARE, SLACK_BYTES = 0.05, 32 * 2**20
 COPIES = 6  # of the logits in float32, the gradient and what the loss makes of them among these
 
 
-def check_weights(loader: LayerLoader, memory: int) -> None:
-    """`FlexmoeError` if ``memory`` bytes cannot hold what is in memory at any time: known from
-    config.json, before a weight is read."""
+def check_weights(loader: LayerLoader, memory: int, beside: tuple[str, int] | None = None) -> None:
+    """`FlexmoeError` if ``memory`` bytes cannot hold what is in memory at any time, ``beside``
+    (what, bytes) with it: known from config.json, before a weight is read."""
     now, outside, layer = held(loader.device), loader.bytes_outside, max(loader.bytes_of)
-    if (needed := now + outside + layer) > _usable(memory):
+    what, more = beside or ("", 0)
+    if (needed := now + outside + layer + more) > _usable(memory):
         raise FlexmoeError(
             f"{gib(memory)} of memory are too little: {gib(now)} are held already, embeddings and "
             f"head take {gib(outside)}, the largest decoder layer {gib(layer)} "
-            f"({str(loader.dtype).removeprefix('torch.')}). Give --memory more than "
-            f"{gib(_with_slack(needed))}"
+            f"({str(loader.dtype).removeprefix('torch.')})"
+            + (f", its {what} {gib(more)}" if beside else "")
+            + f". Give --memory more than {gib(_with_slack(needed))}"
         )
 
 
@@ -68,7 +70,14 @@ def gather_within(
     small for the activations."""
     kept = saved.work.stage("sizes")
     if (state := kept.load()) is None:  # measured once: with other sizes sums would round otherwise
-        state = 0, _sizes(memory, loader, windows, names, batch_size, saved.work.path)
+        # of several passes the first one is the largest: what comes after is of whole experts
+        wanted = passes(names)[0]
+
+        def make(some: Windows, files: Activations, micro: MicroBatch) -> Pass:
+            return Pass(loader, some, wanted, files, len(some.ids), micro, CHUNK)
+
+        folder = saved.work.path / "rehearsal"
+        state = 0, pick_sizes(memory, loader, windows, make, batch_size, folder)
         kept.save(*state)
     return gather_streamed(
         loader,
@@ -83,29 +92,33 @@ def gather_within(
     )
 
 
-def _sizes(
+def pick_sizes(
     memory: int,
     loader: LayerLoader,
     windows: Windows,
-    names: Sequence[str],
+    make: Callable[[Windows, Activations, MicroBatch], Pass],
     batch_size: int,
     folder: Path,
 ) -> dict[str, Tensor]:
+    """Windows at a time (``micro_batch``), and tokens at the head (``chunk``), that fit into
+    ``memory`` bytes for the pass that ``make`` makes of a few windows; it is tried in ``folder``.
+    Raises `FlexmoeError` if one window does not fit, or the disk is too small."""
     base, first, largest = held(loader.device), min(loader.experts), max(loader.bytes_of)
-    files = Activations(folder / "rehearsal", loader.device)
-    # of several passes the first one is the largest: what comes after is of whole experts
-    wanted, ids, usable = passes(names)[0], windows.ids, _usable(memory)
+    files = Activations(folder, loader.device)
+    ids, usable = windows.ids, _usable(memory)
+
+    def trial(number: int) -> Pass:
+        some = Windows(ids[:number], "", ("",), torch.zeros(number))
+        return make(some, files, MicroBatch(number))
 
     def most(number: int) -> int:
-        some = Windows(ids[:number], "", ("",), torch.zeros(number))
-        part = Pass(loader, some, wanted, files, number, MicroBatch(number), CHUNK)
         with MostHeld(loader.device) as seen:
-            part.rehearse(first)
+            trial(number).rehearse(first)
         return seen.bytes + largest - loader.bytes_of[first]
 
     try:
         number, peak = 1, most(1)
-        both = any(statistic.when != "forward" for statistic in wanted)
+        both = trial(1).backward_wanted
         _check_disk(files, len(ids) * (len(loader.layers) + 1 if both else 2))
         if peak > usable:
             raise FlexmoeError(

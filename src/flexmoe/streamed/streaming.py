@@ -170,16 +170,15 @@ class Pass:
     def forward(self, index: int, found: Evidence) -> None:
         """What layer ``index`` gives; observed here if no gradients are wanted."""
 
-        def do(part: range) -> None:
-            given = self.files.read(_output(index - 1), part) if index else None
-            self.files.write(
-                _output(index), part, run_layer(self.loader, index, given, self._ids(part))
-            )
-
         seen = None if self.backward_wanted else found
         with self._observed(index, seen) as observer, torch.no_grad():
             for batch in self.batches:
-                self._in_parts(batch, observer, seen, do)
+                self._in_parts(batch, observer, seen, lambda part: self._forward_part(index, part))
+
+    def _forward_part(self, index: int, part: range) -> None:
+        given = self.files.read(_output(index - 1), part) if index else None
+        given = run_layer(self.loader, index, given, self._ids(part))
+        self.files.write(_output(index), part, given)
 
     def head(self, index: int, found: Evidence) -> None:
         """The gradient of the loss by what the last layer, ``index``, gave."""
