@@ -2,10 +2,10 @@
 
     python bench/streaming.py             # writes results/streaming.json
 
-A random Qwen3-MoE is written shard by shard, then compressed with --memory and exported in all
-layouts by the command line, each command in a process of its own. Its peak is the largest resident
-set that the system saw, libraries and all. The same compression with the whole model in memory
-comes last.
+A random Qwen3-MoE is written shard by shard, then compressed and recovered with --memory and
+exported in all layouts by the command line, each command in a process of its own. Its peak is the
+largest resident set that the system saw, libraries and all. The same compression with the whole
+model in memory comes last.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ SIZES = {  # layers, experts, channels, hidden, and the memory allowed
     "large": (140, 8, 512, 768, "704MiB"),
     "small": (6, 8, 128, 256, "704MiB"),  # to try this script
 }
+CLOSED_FORM = ["--tokens", "64", "--seq-len", "32", "--batch-size", "2"]
 LAYOUTS = ("uniform", "ragged", "masked")
 CALIBRATION = ["--samples", "2", "--seq-len", "32", "--batch-size", "2", "--allocate", "global"]
 
@@ -130,6 +131,10 @@ def main() -> None:
         }
         compress = ["compress", str(base), "--method", "fisher", *CALIBRATION]
         jobs["compress"] = run([*compress, "-o", str(family), "--memory", memory])
+        better = Path(folder) / "better"
+        recover = ["recover", str(family), "-o", str(better), "--mode", "closed-form", *CLOSED_FORM]
+        jobs["recover"] = run([*recover, "--memory", memory])
+        shutil.rmtree(better)
         for layout in LAYOUTS:
             out = Path(folder) / layout
             arguments = ["export", str(family), "-o", str(out), "--pruned", "0.4"]

@@ -27,7 +27,8 @@ from flexmoe.checkpoint import (
 )
 from flexmoe.config import BUDGETS, CompressConfig, check_config
 from flexmoe.data import load_tokenizer, pick_batch_size, pick_seq_len
-from flexmoe.doctor.estimates import Estimator, Need, free_memory
+from flexmoe.doctor.estimates import Estimator, Need
+from flexmoe.doctor.machine import free_memory
 from flexmoe.doctor.room import what_does_not_fit
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers, routed_parameters

@@ -43,9 +43,9 @@ ALIKE = 2  # layers of a kind that are really run
 
 
 # What the C library of Linux asks the system for is given back when it is freed; smaller pieces
-# come from its heap, which is in use up to about twice what lives there (bench/doctor.py).
+# come from its heap, which is in use up to one and a half times what lives there (bench/doctor.py).
 MAPPED = 32 * 2**20
-HEAP = 2.0
+HEAP = 1.5
 
 
 @dataclass(frozen=True)

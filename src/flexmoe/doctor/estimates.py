@@ -9,14 +9,12 @@ the bytes it writes over the rate of a copy, both measured here for a moment: an
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -28,6 +26,7 @@ from flexmoe.config import SAMPLES, CompressConfig
 from flexmoe.data import pick_batch_size, pick_seq_len
 from flexmoe.distil import STRATA
 from flexmoe.doctor.dryrun import Cost, DryRun
+from flexmoe.doctor.machine import Rates, measure_rates
 from flexmoe.experts import expert_layers, routed_parameters
 from flexmoe.family import pick_device
 from flexmoe.learn import CHECKED, MIXES, LearnConfig
@@ -37,7 +36,6 @@ from flexmoe.reference import ROUTER
 from flexmoe.statistics import LayerStatistics, find_statistics
 from flexmoe.trace import CODED_HIDDEN, TracedLayer, trace
 
-MOMENT = 0.05  # seconds each rate is measured for
 VECTORS = 12  # float64 vectors over all channels that learning holds at a time
 FULL_STATE = 16  # bytes a trained parameter: the original, a gradient, two moments
 
@@ -55,54 +53,6 @@ class Need:
     disk: int
     scratch: int = 0
     seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Operations and bytes a second of a device."""
-
-    operations: float
-    bytes: float
-
-
-def measure_rates(device: torch.device, dtype: torch.dtype, rows: int, model: nn.Module) -> Rates:
-    """Of a product [rows, H] x [H, I] in the shape of the model's experts, and of a copy of 32 MB;
-    each is repeated for a moment."""
-    layer = expert_layers(model)[0]
-    a = torch.ones(max(rows, 1), layer.H, dtype=dtype, device=device)
-    b = torch.ones(layer.H, layer.I, dtype=dtype, device=device)
-    source = torch.ones(2**23, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    product = _repeated(lambda: a @ b, device)
-    copy = _repeated(lambda: target.copy_(source), device)
-    return Rates(2 * a.numel() * layer.I / product, source.nbytes / copy)
-
-
-def _repeated(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds a call."""
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start, calls = time.perf_counter(), 0
-    while (passed := time.perf_counter() - start) < MOMENT:
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        calls += 1
-    return passed / max(calls, 1)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; on the CPU what its control group leaves."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil  # comes with accelerate
-
-    free = int(psutil.virtual_memory().available)
-    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
-        free = min(free, int(most) - int(used.read_text()))
-    return free
 
 
 @dataclass
@@ -183,6 +133,19 @@ class Estimator:
             p.numel() for layer in expert_layers(self.model) for p in layer.parameters.values()
         )
         return self.weights(dtype) + mapped + dtype.itemsize * largest
+
+    def mapped(self, dtype: torch.dtype) -> int:
+        """Bytes of files that stay in memory beside the weights: on the CPU, where nothing is
+        cast, most weights are the mapped file itself, and with it stays what experts that the
+        model holds as one tensor were copied from."""
+        if self.device.type != "cpu" or dtype != self.stored:
+            return 0
+        return sum(
+            self.checkpoint.tensors[piece.name].bytes
+            for traced in self.traced.values()
+            for piece in traced.stored
+            if piece.expert is not None
+        )
 
     def seconds(self, cost: Cost, dtype: torch.dtype, tokens: int) -> float:
         """Time of a cost on this device, ``tokens`` of them at a time."""
@@ -311,6 +274,8 @@ class Estimator:
 
     def _need(self, need: Need, cost: Cost | None, dtype: torch.dtype, tokens: int) -> Need:
         parts = dict(need.parts)
+        if mapped := self.mapped(dtype):
+            parts["mapped files"] = mapped
         if cost is not None:
             parts["activations"] = cost.peak
         loading, working = self.loading(dtype), sum(parts.values())

@@ -1,0 +1,63 @@
+"""What this machine has and can do: free memory, and rates measured for a moment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flexmoe.experts import expert_layers
+
+MOMENT = 0.05  # seconds each rate is measured for
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations and bytes a second of a device."""
+
+    operations: float
+    bytes: float
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, rows: int, model: nn.Module) -> Rates:
+    """Of a product [rows, H] x [H, I] in the shape of the model's experts, and of a copy of 32 MB;
+    each is repeated for a moment."""
+    layer = expert_layers(model)[0]
+    a = torch.ones(max(rows, 1), layer.H, dtype=dtype, device=device)
+    b = torch.ones(layer.H, layer.I, dtype=dtype, device=device)
+    source = torch.ones(2**23, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    product = _repeated(lambda: a @ b, device)
+    copy = _repeated(lambda: target.copy_(source), device)
+    return Rates(2 * a.numel() * layer.I / product, source.nbytes / copy)
+
+
+def _repeated(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds a call."""
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start, calls = time.perf_counter(), 0
+    while (passed := time.perf_counter() - start) < MOMENT:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        calls += 1
+    return passed / max(calls, 1)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; on the CPU what its control group leaves."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # comes with accelerate
+
+    free = int(psutil.virtual_memory().available)
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
+        free = min(free, int(most) - int(used.read_text()))
+    return free
