@@ -11,10 +11,12 @@ from typer.testing import CliRunner
 
 from flexmoe.cli import app, main
 from flexmoe.data import TINY
+from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.curve import load_curve, stale
 from flexmoe.evaluation.evaluate import EvaluateConfig, evaluate_path, measure
 from flexmoe.exporter import export, rank_checkpoint
-from flexmoe.family import load_stock
+from flexmoe.family import load, load_stock
+from flexmoe.plan import Plan
 from helpers import random_plan
 from minimal import made_pairs, write_pairs
 
@@ -151,6 +153,29 @@ def test_a_family_of_other_weights_is_compared_with_the_original(family):
     assert curve.budgets[0].kl > 0 and curve.budgets[0].increase == pytest.approx(
         curve.budgets[0].nll - curve.against.nll
     )
+
+
+def test_layers_that_do_not_fit_are_read_from_disk(family, tmp_path, monkeypatch):
+    """On a machine that has memory for one of the four layers."""
+    most = "transformers.integrations.accelerate.get_max_memory"
+    monkeypatch.setattr(most, lambda given=None: {"cpu": 7_000_000})
+    spread = load(family, device="spread", dtype=torch.float32)
+    assert {"cpu", "disk"} == set(spread.hf_device_map.values())
+    assert any(parameter.is_meta for parameter in spread.parameters())
+    found = {}
+    for device in ("cpu", "spread"):
+        out = tmp_path / f"{device}.json"
+        result = run(f"eval {family} {options()} --pruned 0.4 --device {device} --json {out}")
+        assert result.exit_code == 0, result.output
+        found[device] = [row["nll"] for row in json.loads(out.read_text())["rows"]]
+    assert found["cpu"] == found["spread"]
+    alone = Plan.load(family)
+    alone.save(tmp_path / "plan")
+    with pytest.raises(FlexmoeError, match="parts are on disk"):
+        load(tmp_path / "plan", base="tiny", device="spread", dtype=torch.float32)
+    for command in (f"compress tiny -o {tmp_path / 'x'}", f"recover {family} -o {tmp_path / 'x'}"):
+        result = run(f"{command} --device spread")
+        assert isinstance(result.exception, FlexmoeError) and "--memory" in str(result.exception)
 
 
 def test_a_curve_of_the_first_version_is_read(family):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,10 +18,16 @@ from flexmoe.routing.edits import choose_function
 from flexmoe.routing.rules import check_rule, reroute
 from flexmoe.trace import check_weights, missing_parameters, trace
 
+SPREAD = "spread"  # over all GPUs, the memory and the disk, as accelerate's device map has it
+
 
 def pick_device(device: str = "auto") -> torch.device:
     """``auto`` is CUDA where there is one, else the CPU."""
     count = torch.cuda.device_count()
+    if device == SPREAD:
+        raise FlexmoeError(
+            f"device '{SPREAD}' is for flexmoe eval: give compress and recover --memory or --shard"
+        )
     if device == "auto":
         return torch.device("cuda" if count else "cpu")
     try:
@@ -35,6 +43,11 @@ def pick_device(device: str = "auto") -> torch.device:
     return found
 
 
+def input_device(device: str) -> torch.device:
+    """Where the tokens go: as `pick_device`, but ``spread`` is possible."""
+    return pick_device("auto" if device == SPREAD else device)
+
+
 def find_folder(path: str | Path) -> Path:
     """The folder of a family, plan, export or checkpoint: local, ``tiny`` or a hub id."""
     local = Path(path).expanduser()
@@ -45,17 +58,24 @@ def load_stock(
     path: str | Path, *, device: str = "auto", dtype: torch.dtype | str = "auto"
 ) -> PreTrainedModel:
     """The checkpoint as transformers loads it, in eval mode. ``dtype`` ``auto`` is the
-    checkpoint's own."""
+    checkpoint's own. With ``device`` ``spread`` accelerate deals the layers out over all GPUs and
+    the memory, and those that fit nowhere are read from disk whenever it is their turn."""
     folder = resolve(path)
     stock = meta_model(folder)
     checkpoint = Checkpoint(folder)
     if not checkpoint.config.get("quantization_config"):  # ragged exports have names of their own
         missing_parameters(checkpoint, stock)
-    place = {"device_map": target} if (target := pick_device(device)).type != "cpu" else {}
+    target, offloaded = input_device(device), None
+    place: dict[str, Any] = {} if target.type == "cpu" else {"device_map": target}
+    if device == SPREAD:
+        offloaded = TemporaryDirectory(prefix="flexmoe-")
+        place = {"device_map": "auto", "offload_folder": offloaded.name}
     if not place:  # reading ahead would hold all experts twice: apart, and as one tensor
         os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     # never pickles, never code that comes with a checkpoint (which a stock class does not run)
-    return type(stock).from_pretrained(folder, dtype=dtype, use_safetensors=True, **place).eval()
+    model = type(stock).from_pretrained(folder, dtype=dtype, use_safetensors=True, **place).eval()
+    model.flexmoe_offloaded = offloaded  # the folder lives as long as the model
+    return model
 
 
 def check_finite(model: PreTrainedModel) -> None:
@@ -135,6 +155,11 @@ def attach(model: PreTrainedModel, plan: Plan, *, ranked: bool) -> None:
     plan.check_fits(model.config.model_type, {i: layer.shape for i, layer in layers.items()})
     for i, layer in layers.items():
         if not ranked:
+            if layer.module.down_proj.is_meta:
+                raise FlexmoeError(
+                    "a plan alone cannot be put on a model of which parts are on disk: make a "
+                    "family of it with flexmoe recover --mode closed-form --memory"
+                )
             layer.permute_(plan.order[i])
     model.flexmoe_plan = plan
     set_budget(model, 0.0)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from flexmoe.cli.common import Base, BatchSize, Device, Router, SeqLen, quiet, say
+from flexmoe.cli.common import Base, BatchSize, Router, SeqLen, quiet, say
 from flexmoe.files import check_file
 
 EXAMPLES = """\
@@ -97,7 +97,9 @@ def evaluate(
         str | None, typer.Option(help="text that a policy is fitted on; default: tiny")
     ] = None,
     base: Base = None,
-    device: Device = "auto",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, auto, or spread: all GPUs, memory and disk")
+    ] = "auto",
 ) -> None:
     """How good every budget is, on held-out text, minimal pairs, tasks and prompts of yours.
 

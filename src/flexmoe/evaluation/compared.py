@@ -16,7 +16,7 @@ from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, read_json, r
 from flexmoe.data import calibration_windows, check_tokens, load_tokenizer, pick_seq_len
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.members import BASE, How, Key, Members, Shelf, fit_together
-from flexmoe.family import find_folder, load, pick_device
+from flexmoe.family import SPREAD, find_folder, input_device, load
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.policies import Fitted, parse
 from flexmoe.routing.rules import check_rule
@@ -82,7 +82,7 @@ def compare(
     Raises `FlexmoeError` for what does not fit together. On the CPU arithmetic is float32
     whatever the checkpoint's dtype: as fast there, and differences are not lost in rounding.
     """
-    folder, place = find_folder(path), pick_device(device)
+    folder, place = find_folder(path), input_device(device)
     plan = Plan.load(folder) if (folder / JSON_NAME).is_file() else None
     if router is not None:
         _check_router(path, plan, router)
@@ -105,7 +105,7 @@ def compare(
             f"'{path}' is one member and there is nothing to compare it with: give the model it is "
             "from with --against"
         )
-    together = other is None or fit_together((weights, other), device)
+    together = other is None or (device != SPREAD and fit_together((weights, other), device))
     shelf = Shelf(loaders, together=together)
     members: dict[Key, Any] = {BASE: shelf.member(BASE)} if other is not None else {}
     fitted = None

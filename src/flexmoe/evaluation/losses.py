@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flexmoe.evaluation.intervals import Array, interval, resampled_means
-from flexmoe.evaluation.members import Key, Members
+from flexmoe.evaluation.members import Key, Members, device_of
 from flexmoe.progress import Track, silent
 
 # What is known of a window, the mean over its predicted tokens: loss in nats; divergence of the
@@ -108,7 +108,7 @@ def window_losses(
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     """Of the predicted tokens [T, V], in the model's dtype."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     with torch.no_grad():
         logits = model(input_ids=ids.to(device), use_cache=False).logits
     return logits[:, :-1].flatten(0, 1)

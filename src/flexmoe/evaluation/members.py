@@ -114,3 +114,9 @@ def fit_together(folders: Iterable[Path], device: str) -> bool:
         need = 4 * sum(map(math.prod, shapes))
         free = psutil.virtual_memory().available
     return need <= USABLE * free
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its tokens go: weights on the meta device are on disk until they are needed."""
+    there = (p.device for p in model.parameters() if not p.is_meta)
+    return next(there, torch.device("cpu"))  # accelerate carries them on

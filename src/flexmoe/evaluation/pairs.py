@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flexmoe.data import check_tokens
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.intervals import Array, interval, resampled_means
-from flexmoe.evaluation.members import Key, Members
+from flexmoe.evaluation.members import Key, Members, device_of
 from flexmoe.jsonl import records
 from flexmoe.progress import Track, silent
 
@@ -118,7 +118,7 @@ def sequence_scores(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Ten
     They go through the model as one batch, padded on the right: real tokens do not see the
     padding, and only they are scored.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     length = max(map(len, sequences))
     ids = torch.tensor([[*tokens, *[0] * (length - len(tokens))] for tokens in sequences])
     lengths = torch.tensor([len(tokens) for tokens in sequences])
