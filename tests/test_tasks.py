@@ -9,10 +9,11 @@ import flexmoe
 from flexmoe.data import TINY, load_tokenizer
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.members import budgets_of
-from flexmoe.evaluation.pairs import sequence_scores
+from flexmoe.evaluation.pairs import encode, read_pairs, right_pairs, sequence_scores
 from flexmoe.evaluation.tasks import load_tasks, run_tasks, task_rows
 from flexmoe.family import attach
 from helpers import random_plan
+from minimal import made_pairs, write_pairs
 
 FOLDER = Path(__file__).parent / "offline_task"
 lm_eval = pytest.importorskip("lm_eval")
@@ -47,6 +48,27 @@ def test_an_offline_task_is_scored_as_by_hand(model, here):
     poorer = rows[0.6]["agreement"]
     assert poorer["ratio"] == pytest.approx(poorer["value"] / rows[0.0]["agreement"]["value"])
     assert rows[0.0]["agreement"]["ratio"] == 1
+
+
+def test_a_task_of_the_harness_itself(model, monkeypatch, tmp_path):
+    """Of BLiMP, whose set a folder of the same name stands in for: there is no hub here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    name = "anaphor_gender_agreement"
+    folder = tmp_path / "nyu-mll" / "blimp"
+    folder.mkdir(parents=True)
+    file = write_pairs(folder / "train.jsonl", made_pairs(12))
+    files = (
+        f"configs:\n- config_name: {name}\n  data_files:\n  - split: train\n    path: train.jsonl"
+    )
+    (folder / "README.md").write_text(f"---\n{files}\n---\n")
+    tokenizer = load_tokenizer(TINY / "model", model.config)
+    found = run_tasks(budgets_of(model, (0.0, 0.6)), load_tasks([f"blimp_{name}"]), tokenizer)
+    pairs = encode(read_pairs(file), tokenizer, model.config)
+    right = right_pairs(budgets_of(model, (0.0, 0.6)), pairs)
+    for pruned, of in task_rows(found).items():
+        row = of[f"blimp_{name}"]
+        assert row["n"] == 12 and row["value"] == pytest.approx(right[pruned].mean())
 
 
 def _is_right(model, tokenizer, doc):
