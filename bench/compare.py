@@ -3,24 +3,24 @@ allocation and the router rule of its paper, and some with others.
 
     python bench/compare.py            # writes results/compare.json (about an hour on one core)
 
-What was measured is kept in work/compare.jsonl, so that a run that was killed goes on.
+What was measured is kept in results/compare.jsonl: a run that was killed goes on, and methods that
+are new are measured without the others.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from common import save
+from common import RESULTS, save
 from flexmoe.comparison.inputs import CompareConfig
 from flexmoe.comparison.run import compare
 from flexmoe.comparison.tables import as_good, best_first, budgets
 from flexmoe.progress import bar
 
-WORK = Path(__file__).parent / "work" / "compare.jsonl"
+KEPT = RESULTS / "compare.jsonl"
 SHARES = (0.2, 0.4, 0.6)
 OTHERS = (
     "fisher@global", "fisher@layer", "fisher@uniform", "heapr@layer", "camera@global",
     "reap+keep", "reap+constant", "mone+keep", "mone+remove", "random-experts+keep",
+    "tenp@layer", "seap@layer", "moe-slimming@layer", "rco+keep",
 )  # fmt: skip
 CONFIG = CompareConfig(
     methods=("all", *OTHERS), pruned=SHARES, samples=128, seq_len=256, eval_samples=24
@@ -28,9 +28,8 @@ CONFIG = CompareConfig(
 
 
 def main() -> None:
-    WORK.parent.mkdir(exist_ok=True)
     left_out: list[str] = []
-    results = compare("tiny", WORK, CONFIG, say=left_out.append, track=bar)
+    results = compare("tiny", KEPT, CONFIG, say=left_out.append, track=bar)
     rows = []
     for share in budgets(results):
         good = as_good(best_first(results, share))

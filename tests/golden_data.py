@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from flexmoe.experts import expert_layers
-from flexmoe.methods import all_methods, score_layers
+from flexmoe.methods import Text, all_methods, score_model
 from flexmoe.statistics import Statistics, observe
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -34,7 +33,7 @@ def scores(model: PreTrainedModel, ids: Tensor, name: str) -> tuple[dict[int, Te
     """A method's scores by layer, and the statistics they come from."""
     method = all_methods()[name]
     statistics = observe(model, ids, method.needs, batch_size=4)
-    return score_layers(method, expert_layers(model), statistics), statistics
+    return score_model(method, model, statistics, Text(ids, batch_size=4)), statistics
 
 
 def relative(got: Tensor, want: Tensor) -> float:

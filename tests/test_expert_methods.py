@@ -10,6 +10,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.grouping import STAYS, absorbed
 from flexmoe.methods import all_methods, score_layers
+from flexmoe.methods.moe_slimming import activity, attribution, layer_loss
 from flexmoe.statistics import STATISTICS, observe, statistic
 from golden_data import golden, golden_logits, relative, scores
 from helpers import ids_of
@@ -222,12 +223,14 @@ def test_seap_equals_the_papers_formula(tokens):
             assert torch.allclose(got[i][e], want.detach().double(), rtol=1e-4, atol=1e-8)
 
 
-def test_tenp_equals_the_papers_formula(tokens):
-    """Mean over tokens of <h_j W_down[:, j], f> / ||f||."""
+def test_tenp_equals_the_papers_formulas(tokens):
+    """Channels go by the mean over tokens of <h_j W_down[:, j], f> / ||f||, and the scores of an
+    expert add up to its importance."""
     model, ids, found = tokens
-    got, _ = scores(model, ids, "tenp")
+    got, experts = scores(model, ids, "tenp")[0], scores(model, ids, "tenp-experts")[0]
     for i, seen in found.items():
         down = model.model.layers[i].mlp.experts.down_proj.detach()
+        assert torch.allclose(got[i].sum(1), experts[i], rtol=1e-5)
         for e in range(16):
             parts = [
                 (h * down[e]).T @ f / f.norm()
@@ -235,8 +238,9 @@ def test_tenp_equals_the_papers_formula(tokens):
                 for expert, _, h, f in token["routed"]
                 if expert == e
             ]
-            want = torch.stack(parts).mean(0) if parts else torch.zeros(24)
-            assert torch.allclose(got[i][e], want.double(), rtol=1e-3, atol=1e-7)
+            want = torch.stack(parts).mean(0).double() if parts else torch.zeros(24).double()
+            want *= experts[i][e] / want.sum().clamp_min(1e-30)
+            assert torch.allclose(got[i][e], want, rtol=1e-3, atol=1e-7)
 
 
 def test_mc_suite_equals_the_papers_formulas(tokens):
@@ -255,22 +259,90 @@ def test_mc_suite_equals_the_papers_formulas(tokens):
                 assert float(entropy[i][e]) == pytest.approx(want, rel=1e-4, abs=1e-3)
 
 
+def test_mc_suites_criteria_of_tokens_equal_the_papers_formulas(tokens):
+    model, ids, found = tokens
+    names = ("collaboration", "vocabulary", "overlap")
+    got = {n: scores(model, ids, f"mc-{n}")[0] for n in names}
+    for i, seen in found.items():
+        sent = [{e for e, *_ in token["routed"]} for token in seen]
+        words = [
+            {int(t) for t, to in zip(ids.flatten(), sent, strict=True) if e in to}
+            for e in range(16)
+        ]
+        for e in range(16):
+            others = [o for o in range(16) if o != e]
+            shared = max(sum({e, o} <= to for to in sent) for o in others)
+            assert float(got["collaboration"][i][e]) == shared
+            assert float(got["vocabulary"][i][e]) == len(words[e])
+            alike = [len(words[e] & words[o]) / max(1, len(words[e] | words[o])) for o in others]
+            want = -sum(alike) / 15 if words[e] else -1.0
+            assert float(got["overlap"][i][e]) == pytest.approx(want)
+
+
 def test_moe_slimming_equals_official_code():
     """The official code takes a moving average over batches: it follows from ours of each batch."""
     model, ids, want = golden("qwen3moe", "moe_slimming")
     batches = [scores(model, batch, "moe-slimming") for batch in ids.split(4)]
-    for i in batches[0][0]:
-        average = torch.zeros(16, 24, dtype=torch.float64)
+    whole, layers = scores(model, ids, "moe-slimming")[1], expert_layers(model)
+    for layer in layers:
+        i, average = layer.index, torch.zeros(16, 24, dtype=torch.float64)
         seen = torch.zeros(16, 1, dtype=torch.bool)
-        for got, statistics in batches:
+        for _, statistics in batches:
             stats = statistics[i]
             here = sum(stats[f"{n}2_EI"].sqrt() for n in ("activation", "up", "gate")) / 3
-            assert torch.allclose(got[i], here / here.mean())
+            assert torch.allclose(activity(layer, stats), here / here.mean())
             routed = stats["count_E"][:, None] > 0
             later = torch.where(seen, 0.9 * average + 0.1 * here, here)
             average, seen = torch.where(routed, later, average), seen | routed
         official = want[f"layer.{i}.activation"].double()
         assert relative(average / average.mean(), official) < 1e-4
+        loss = float(layer_loss(whole[i])) / 16  # the official one is per sample
+        assert loss == pytest.approx(float(want["layer_loss"][i]), rel=EXACT)
+
+
+def test_moe_slimmings_attribution_equals_official_code():
+    """What a token adds to our sums is what it adds to the official mean, which clips each hidden
+    dimension at its 99 % quantile and averages batches on the move."""
+    model, ids, want = golden("qwen3moe", "moe_slimming")
+    average = {layer.index: [None] * 16 for layer in expert_layers(model)}
+    ours = {layer.index: torch.zeros(16) for layer in expert_layers(model)}
+
+    def look(pairs):
+        i, out, T = pairs.layer.index, pairs.all.out_TH, len(pairs.all.out_TH)
+        behind = (pairs.residual_TH + out).square().sum(1, keepdim=True) + 1e-6
+        slope = (-2 * (1 - 0.9) * out / behind)[pairs.token_S] * pairs.weight_S[:, None]
+        for e, a, b in pairs.all.routing.segments:
+            adds = 0.9 * pairs.y_SH[a:b] * slope[a:b]
+            ours[i][e] -= float(adds.sum())
+            most = adds.abs().quantile(0.99, dim=0)
+            here = float(adds.clamp(-most, most).mean(0).sum()) * (b - a) / T
+            old = average[i][e]
+            average[i][e] = here if old is None else 0.9 * old + 0.1 * here
+        return pairs.weight_S
+
+    statistic("look_E", when="forward", reads=("residual",))(look)
+    try:
+        found = observe(model, ids, ("look_E", "part_E"), batch_size=4)
+    finally:
+        STATISTICS.pop("look_E")
+    for i, stats in found.items():
+        official = want[f"layer.{i}.expert_out_token_contrib"]
+        assert relative(torch.tensor(average[i]), official) < EXACT
+        assert relative(attribution(stats) * stats.tokens, ours[i].double()) < EXACT
+
+
+def test_moe_slimmings_scores_add_up_to_the_weights_of_experts_and_layers():
+    model, ids, _ = golden("qwen3moe_cold", "reap")
+    got, statistics = scores(model, ids, "moe-slimming")
+    for layer in expert_layers(model):
+        score, stats = got[layer.index], statistics[layer.index]
+        assert float(score.sum()) == pytest.approx(float(layer_loss(stats)))
+        weight = attribution(stats).clamp_min(0).sqrt()
+        assert torch.allclose(score.sum(1) / score.sum(), weight / weight.sum())
+        assert (
+            torch.equal(score.argsort(1), activity(layer, stats).argsort(1))
+            or (stats["count_E"] == 0).any()
+        )
 
 
 def test_groups_are_merged_in_the_order_of_their_distance():

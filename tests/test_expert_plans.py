@@ -92,13 +92,15 @@ def test_layer_by_layer_is_said_in_the_plan_and_changes_all_layers_but_the_first
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "reap", "allocate": "learned"}, "use layer .* or global"),
+        ({"method": "reap", "allocate": "learned"}, r"use layer .*, global or rco"),
         ({"method": "reap", "quantum": 4}, "quantum has no effect"),
         ({"method": "aimer", "samples": 4}, "samples without effect"),
         ({"method": "router-change"}, "give it with --reference"),
         ({"method": "reap", "reference": "tiny"}, "reference has no effect"),
         ({"method": "fisher", "sequential": 0.4}, "sequential has no meaning for method 'fisher'"),
         ({"method": "camera", "sequential": 40}, "between 0 and 1"),
+        ({"method": "diep", "memory": 2**34}, "learns on the whole model"),
+        ({"method": "diep", "sequential": 0.4}, "no meaning for method 'diep'"),
     ],
 )
 def test_what_has_no_effect_on_experts_is_refused(settings, message, tmp_path):

@@ -181,3 +181,28 @@ def test_a_policy_goes_with_budgets_and_router_rules(tmp_path):
     assert rows["--router remove"]["work"]["pairs"] == 1
     assert rows["--router remove --policy halve:2"]["work"] == {"pairs": 0.5, "channels": 0.5}
     assert len({row["nll"] for row in rows.values()}) == 3
+
+
+def test_a_policy_leaves_nothing_behind():
+    model = tiny_model("qwen3_moe")
+    ids, before = ids_of(model), len(model._forward_pre_hooks)
+    first, second = Fitted(*parse("pesf:0.9"), ids), Fitted(*parse("top-any:0.7"), ids)
+    for fitted in (first, second, first, first):
+        fitted.use(model)
+        assert len(model._forward_pre_hooks) == before + 1
+    logits(model, ids)
+    assert first.batch.sequences == 2 and second.batch.sequences == 1  # the one that is on is told
+    stop(model)
+    assert len(model._forward_pre_hooks) == before and not hasattr(model, "flexmoe_policy_hook")
+
+
+def test_a_policy_on_a_ragged_export_is_refused(tmp_path):
+    from flexmoe import CompressConfig, compress, export
+
+    config = CompressConfig(method="magnitude", pruned=(0.4,))
+    compress("tiny", tmp_path / "family", config)
+    export(tmp_path / "family", tmp_path / "ragged", pruned=0.4, layout="ragged")
+    with pytest.raises(FlexmoeError, match=r"is of a ragged export.*Use the family"):
+        Fitted(*parse("halve:2"), torch.ones(1, 4, dtype=torch.long)).use(
+            flexmoe.load(tmp_path / "ragged")
+        )

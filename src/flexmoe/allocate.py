@@ -1,4 +1,4 @@
-"""From scores to widths for all budgets: uniform, per layer, global, learned.
+"""From scores to widths for all budgets.
 
 Every allocator says one thing: in which order the blocks (a quantum of channels each) of all
 experts go. A budget is then a cut of that one sequence, so widths are nested by construction and
@@ -7,7 +7,8 @@ hit every pruned share to one quantum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import LayerShape
+from flexmoe.shares import by_layer, coverage, logistic, trapezoid
 
 if TYPE_CHECKING:
     from flexmoe.plan import Plan
@@ -113,28 +115,34 @@ def allocate(
     """Widths int32 [B, E] of every layer by one of the score-based allocators.
 
     ``uniform``: every expert the same share; ``layer``: every layer the same share, the best
-    blocks of the layer stay; ``global``: the best blocks of the model stay.
+    blocks of the layer stay; ``global``: the best blocks of the model stay; the others see
+    `shares`.
     """
+    if name not in PRIMARY:
+        raise FlexmoeError(f"'{name}' does not follow from scores alone")
     blocks = Blocks(layers, quantum)
     score_X = blocks.scores(score)
-    if name == "global":
-        primary_X = score_X
-    elif name == "layer":
-        sequence_X = blocks.sequence(score_X, score_X)
-        primary_X = torch.empty_like(score_X)
-        for i in layers:  # the share of the layer gone once the block and all weaker ones are cut
-            here = sequence_X[blocks.layer_X[sequence_X] == i]
-            parameters = blocks.parameters_X[here].double()
-            primary_X[here] = parameters.cumsum(0) / parameters.sum()
-    elif name == "uniform":
-        primary_X = torch.empty_like(score_X)
-        for i in layers:
-            here = blocks.layer_X == i
-            place_X = blocks.place_X[here].double()
-            primary_X[here] = -place_X / (place_X.max() + 1)
-    else:
-        raise FlexmoeError(f"'{name}' does not follow from scores alone")
-    return blocks.cut(blocks.sequence(primary_X, score_X), budgets)
+    return blocks.cut(blocks.sequence(PRIMARY[name](blocks, score_X), score_X), budgets)
+
+
+def _uniform(blocks: Blocks, score_X: Tensor) -> Tensor:
+    primary_X = torch.empty_like(score_X)
+    for i in blocks.layers:
+        here = blocks.layer_X == i
+        place_X = blocks.place_X[here].double()
+        primary_X[here] = -place_X / (place_X.max() + 1)
+    return primary_X
+
+
+# by allocator: from blocks and their scores [X] to when each goes, lowest first
+PRIMARY: dict[str, Callable[[Blocks, Tensor], Tensor]] = {
+    "uniform": _uniform,
+    "layer": by_layer,
+    "global": lambda blocks, score_X: score_X,
+    "logistic": logistic,
+    "trapezoid": trapezoid,
+    "coverage": coverage,
+}
 
 
 def allocate_experts(
@@ -143,15 +151,22 @@ def allocate_experts(
     score: Score,
     budgets: Sequence[float],
     groups: int = 1,
+    per_token: Mapping[int, int] = MappingProxyType({}),
 ) -> dict[int, Tensor]:
     """Widths int32 [B, E] of every layer where experts, scored [E], stay or go as a whole.
 
     ``layer``: every layer loses the same share of its experts, as near as their number allows,
-    which is what most papers do; ``global``: the best experts of the model stay. Of several
-    ``groups`` of neighbours every one loses equally many (by ``layer`` only).
+    which is what most papers do; ``global``: the best experts of the model stay, and of every layer
+    as many as a token is sent to (``per_token``) as long as there are others. Of several ``groups``
+    of neighbours every one loses equally many (by ``layer`` only).
     """
     if name == "global":
         whole = max(shape.channels for shape in layers.values())
+        both = torch.cat([score[i] for i in layers])
+        above = float(both.max() - both.min()) + 1
+        score = {i: score[i].clone() for i in layers}
+        for i, number in per_token.items():
+            score[i][score[i].topk(number).indices] += above
         spread = {i: score[i][:, None].expand(-1, shape.channels) for i, shape in layers.items()}
         return allocate("global", layers, spread, budgets, whole)
     if name != "layer":

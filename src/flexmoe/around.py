@@ -1,5 +1,6 @@
 """What statistics see of a layer: its routed pairs, and what stands around its experts, found
-without names of architectures: the router and what it says, the residual stream it adds to.
+without names of architectures: the router and what it says, the residual stream it adds to, and
+the ids of the tokens.
 
 The router is the module that owns a matrix with a row for each expert. The residual stream is what
 entered the norm whose output the experts were given: a pair of tensors, whatever their names.
@@ -55,6 +56,7 @@ class Around:
     """Remembers, while a decoder layer runs, what its router and its norms gave last."""
 
     layer: ExpertLayer
+    ids: Tensor | None = None
     logits: Tensor | None = None
     normed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -63,6 +65,9 @@ class Around:
             if isinstance(part, Tensor) and part.shape[-1] == self.layer.E:
                 self.logits = part.detach()
                 return
+
+    def ids_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.ids = kwargs.get("input_ids", args[0] if args else None)
 
     def norm_hook(self, module: nn.Module, args: Any, output: Any) -> None:
         if args and isinstance(output, Tensor) and isinstance(args[0], Tensor):
@@ -79,6 +84,16 @@ class Around:
                 'your own must say reads=("router",))'
             )
         return found.reshape(tokens, self.layer.E).float()
+
+    def ids_T(self, tokens: int) -> Tensor:
+        """The ids of the tokens that the experts are given now."""
+        if self.ids is None or self.ids.numel() != tokens:
+            raise FlexmoeError(
+                f"layer {self.layer.index}: this method reads token ids, and the experts are given "
+                f"{tokens} tokens that are not those of the model's input (a statistic of your own "
+                'must say reads=("ids",))'
+            )
+        return self.ids.flatten()
 
     def residual_TH(self, x_TH: Tensor) -> Tensor:
         """What entered the norm that gave the experts ``x_TH``."""
@@ -142,6 +157,12 @@ class Pairs:
         return self.around.logits_TE(self.all.x_TH.shape[0])
 
     @property
+    def ids_T(self) -> Tensor:
+        """The id of every token (for those that read ``ids``)."""
+        assert self.around is not None
+        return self.around.ids_T(self.all.x_TH.shape[0])
+
+    @property
     def residual_TH(self) -> Tensor:
         """The residual stream before the experts' norm (for those that read ``residual``)."""
         assert self.around is not None
@@ -149,7 +170,7 @@ class Pairs:
 
 
 class Reader(Protocol):
-    """A statistic, as far as it says what it ``reads``: ``router``, ``residual``."""
+    """A statistic, as far as it says what it ``reads``: ``router``, ``residual``, ``ids``."""
 
     @property
     def reads(self) -> tuple[str, ...]: ...
@@ -170,6 +191,9 @@ def around_experts(
             for name in router_weights(layer) if "router" in reads else ():
                 router = layer.model.get_submodule(name.rpartition(".")[0])
                 stack.callback(router.register_forward_hook(watch.router_hook).remove)
+            if "ids" in reads:
+                watching = layer.model.register_forward_pre_hook(watch.ids_hook, with_kwargs=True)
+                stack.callback(watching.remove)
             if "residual" not in reads:
                 continue
             decoder = re.match(r".*?\.\d+(?=\.)", layer.name)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexmoe.actions import ActionConfig
+from flexmoe.allocate import PRIMARY
 from flexmoe.data import pick_batch_size
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.family import pick_device
 from flexmoe.learn import LearnConfig
 from flexmoe.methods import find_method
+from flexmoe.rco import RcoConfig
 from flexmoe.reference import check_reference
 from flexmoe.routing.rules import MEAN, check_rule
 from flexmoe.sequential import check_sequential
@@ -18,11 +20,13 @@ from flexmoe.statistics import find_statistics
 from flexmoe.training import processes
 
 SAMPLES = 128  # windows of calibration text
-ALLOCATORS = ("uniform", "layer", "global", "learned", "actions")
+ALLOCATORS = (*PRIMARY, "learned", "actions", "rco")
+OF_EXPERTS = ("layer", "global", "rco")  # those for whole experts
 # the allocators that learn
-SETTINGS_OF: dict[str, type[LearnConfig] | type[ActionConfig]] = {
+SETTINGS_OF: dict[str, type[LearnConfig] | type[ActionConfig] | type[RcoConfig]] = {
     "learned": LearnConfig,
     "actions": ActionConfig,
+    "rco": RcoConfig,
 }
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
@@ -50,7 +54,7 @@ class CompressConfig:
     batch_size: int | None = None
     micro_batch: int | None = None
     checkpointing: bool = False
-    learn: LearnConfig | ActionConfig | None = None
+    learn: LearnConfig | ActionConfig | RcoConfig | None = None
     seed: int = 0
     device: str = "auto"
     shard: bool = False
@@ -59,7 +63,7 @@ class CompressConfig:
     @property
     def needs_data(self) -> bool:
         """Whether calibration text is read at all."""
-        return bool(self.needs) or self.allocator in SETTINGS_OF
+        return bool(self.needs) or self.allocator in SETTINGS_OF or find_method(self.method).learns
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -90,10 +94,10 @@ def check_config(config: CompressConfig) -> None:
         if config.router == "constant":
             raise FlexmoeError("router rule 'constant' does not work with sequential: leave it out")
     if method.unit == "expert":
-        if config.allocator not in ("layer", "global"):
+        if config.allocator not in OF_EXPERTS:
             raise FlexmoeError(
                 f"method '{config.method}' scores whole experts, allocate '{config.allocator}' is "
-                "of channels: use layer (the same number in every layer) or global"
+                "of channels: use layer (the same number in every layer), global or rco (learned)"
             )
         if config.quantum is not None:
             raise FlexmoeError(
@@ -124,9 +128,15 @@ def check_config(config: CompressConfig) -> None:
             raise FlexmoeError(f"{name} has an effect with allocate 'learned' only")
     if config.micro_batch is not None and config.micro_batch < 1:
         raise FlexmoeError(f"micro-batch must be at least 1 window, found {config.micro_batch}")
+    if (config.shard or config.memory is not None) and method.learns:
+        raise FlexmoeError(
+            f"method '{config.method}' learns on the whole model: leave out --shard and --memory"
+        )
     if config.shard:
-        if config.allocator == "actions":
-            raise FlexmoeError("shard does not work with allocate 'actions': use 'learned'")
+        if config.allocator in ("actions", "rco"):
+            raise FlexmoeError(
+                f"shard does not work with allocate '{config.allocator}': use 'learned'"
+            )
         needs = find_statistics(method.needs)
         if any(statistic.when == "weights" for statistic in needs):
             raise FlexmoeError(

@@ -58,6 +58,12 @@ class ExpertLayer:
     def __init__(self, index: int, name: str, module: nn.Module, model: nn.Module | None = None):
         self.index, self.name, self.module, self.model = index, name, module, model
         down = module.down_proj
+        if hasattr(module, "flexmoe_offset_E"):
+            raise FlexmoeError(
+                f"{name} is of a ragged export, whose experts are cut already: nothing can be "
+                "measured or changed at full width here. Use the family it was exported from, with "
+                "--pruned"
+            )
         if not isinstance(down, Tensor) or down.dim() != 3:
             raise FlexmoeError(f"{name}.down_proj is not a 3-D tensor of experts: cannot be pruned")
         self.E = down.shape[0]

@@ -22,10 +22,11 @@ from flexmoe.experts import expert_layers
 from flexmoe.exporter import check_room, write_family
 from flexmoe.family import attach, check_finite, load_stock, pick_device
 from flexmoe.learn import LearnConfig, learn_positions
-from flexmoe.methods import find_method, score_layers
+from flexmoe.methods import Text, find_method, score_layers, score_model
 from flexmoe.plan import JSON_NAME, LayerRecord, Plan, Recipe
 from flexmoe.prepare import Prepared, prepare
 from flexmoe.progress import Track, silent
+from flexmoe.rco import RcoConfig, learn_order
 from flexmoe.reference import add_reference
 from flexmoe.reports.provenance import given
 from flexmoe.resume import Saved, Work
@@ -110,6 +111,10 @@ def _observe_whole(ready: Prepared, track: Track, saved: Saved | None) -> Seen:
         statistics = observe(network, TWO_TOKENS.ids, config.needs, seed=config.seed)
     if config.reference is not None:
         add_reference(statistics, layers, config.reference)
+    if method.learns:
+        assert windows is not None
+        text = Text(windows.ids, ready.batch_size, config.seed, track)
+        return Seen(network, evidence, statistics, score_model(method, network, statistics, text))
     for layer in layers:
         with gathered(network, layer):  # a method may read the layer's weights
             score |= score_layers(method, [layer], statistics)
@@ -217,7 +222,7 @@ def make_plan(
     budgets = (0.0, *sorted(set(config.pruned)))
     settings = dict(ranked.recipe.settings)
     score = ranked.score
-    learn: LearnConfig | ActionConfig | None = None
+    learn: LearnConfig | ActionConfig | RcoConfig | None = None
     if allocator in SETTINGS_OF:
         wanted = SETTINGS_OF[allocator]
         learn = config.learn if isinstance(config.learn, wanted) else wanted()
@@ -236,6 +241,13 @@ def make_plan(
             saved=saved,
             track=track,
         )
+    if isinstance(learn, RcoConfig):
+        of_units = {i: s[:, 0] if ranked.recipe.unit == "expert" else s for i, s in score.items()}
+        found = learn_order(
+            ranked.model, ids, of_units, budgets[1:], learn, seed=config.seed, track=track
+        )
+        score = {i: f.view(len(f), -1).expand_as(score[i]) for i, f in found.items()}
+    name = "global" if allocator in SETTINGS_OF else allocator
     if isinstance(learn, ActionConfig):
         _arrange(ranked, {i: order_of(s).long() for i, s in score.items()})  # prefixes of the order
         score = ranked.score
@@ -250,9 +262,9 @@ def make_plan(
         width = widths_from_path(shapes, score, path, budgets, ranked.quantum)
     elif ranked.recipe.unit == "expert":
         score_E = {i: s[:, 0] for i, s in score.items()}
-        width = allocate_experts(allocator, shapes, score_E, budgets, ranked.router_groups)
+        K = {i: record.experts_per_token for i, record in ranked.layers.items()}
+        width = allocate_experts(name, shapes, score_E, budgets, ranked.router_groups, K)
     else:
-        name = "global" if allocator == "learned" else allocator
         width = allocate(name, shapes, score, budgets, ranked.quantum)
     made = {"allocate": allocator, "settings": settings}
     asked = config.allocate if allocator == config.allocator else allocator

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flexmoe.allocate import allocate, allocate_experts, order_of
+from flexmoe.allocate import PRIMARY, allocate, allocate_experts, order_of
 from flexmoe.checkpoint import meta_model
+from flexmoe.config import SETTINGS_OF
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.evidence import Evidence
 from flexmoe.experts import expert_layers
@@ -21,8 +22,6 @@ from flexmoe.routing.rules import mean_outputs
 from flexmoe.sources import COMMA, Source, split_weight
 from flexmoe.statistics import LayerStatistics, Statistics, thin_experts
 
-ALLOCATORS = ("global", "layer", "uniform")
-
 
 def reweigh(
     family: str | Path, data: str, out: str | Path, *, allocator: str = "global"
@@ -32,13 +31,13 @@ def reweigh(
 
     Scores by the family's method, budgets as in the family. It applies to the family's base model.
     """
-    if allocator not in ALLOCATORS:
-        if allocator in ("learned", "actions"):
-            raise FlexmoeError(
-                f"allocate '{allocator}' needs a run on the text: use {', '.join(ALLOCATORS)}, or "
-                "flexmoe compress"
-            )
-        raise did_you_mean(allocator, ALLOCATORS, "allocator")
+    if allocator in SETTINGS_OF:
+        raise FlexmoeError(
+            f"allocate '{allocator}' needs a run on the text: use {', '.join(PRIMARY)}, or flexmoe "
+            "compress"
+        )
+    if allocator not in PRIMARY:
+        raise did_you_mean(allocator, PRIMARY, "allocator")
     refuse_existing(out)
     folder = find_folder(family)
     plan = Plan.load(folder)
@@ -48,7 +47,7 @@ def reweigh(
             "was recovered from"
         )
     method = find_method(plan.recipe.method)
-    if method.passes > 1 or method.reference:
+    if method.passes > 1 or method.reference or method.learns:
         raise FlexmoeError(
             f"method '{method.name}' needs more than sums that can be weighed anew: compress again "
             "with the other --data"
@@ -60,9 +59,9 @@ def reweigh(
     settings = {k: v for k, v in plan.recipe.settings.items() if not k.startswith("learn_")}
     chosen = evidence.only(weight)
     if method.unit == "expert":
-        groups = plan.recipe.router_groups
-        order = plan.order
-        width = allocate_experts(allocator, shapes, score, plan.budgets, groups)
+        groups, order = plan.recipe.router_groups, plan.order
+        K = {i: layer.experts_per_token for i, layer in plan.layers.items()}
+        width = allocate_experts(allocator, shapes, score, plan.budgets, groups, K)
     else:
         order = {i: order_of(s) for i, s in score.items()}
         width = allocate(allocator, shapes, score, plan.budgets, plan.quantum)

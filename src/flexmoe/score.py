@@ -24,7 +24,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.family import load_stock, pick_device
 from flexmoe.files import refuse_existing
-from flexmoe.methods import find_method, score_layers
+from flexmoe.methods import Text, find_method, score_model
 from flexmoe.progress import Track, silent
 from flexmoe.reference import add_reference, check_reference
 from flexmoe.statistics import observe
@@ -83,7 +83,8 @@ def score(
     statistics = observe(network, ids, needs, batch_size=size, seed=seed, track=track)
     if reference is not None:
         add_reference(statistics, layers, reference)
-    found = {method.name: score_layers(method, layers, statistics) for method in chosen}
+    text = Text(ids, size, seed, track)
+    found = {method.name: score_model(method, network, statistics, text) for method in chosen}
     about |= {"model": str(model), "seed": str(seed), "samples": str(len(ids) if needs_data else 0)}
     units = json.dumps({method.name: method.unit for method in chosen})
     _write(found, about | {"units": units}, out)

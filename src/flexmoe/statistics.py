@@ -24,20 +24,21 @@ from flexmoe.progress import Track, silent
 from flexmoe.sharding import is_sharded
 
 MOST = 10  # experts of which all subsets are tried
+READABLE = {"router", "residual", "ids"}  # around the experts
 THIN = 100  # fewer tokens than this are thin evidence for an expert
 
 
 @dataclass(frozen=True)
 class Statistic:
     """A named sum or maximum; the name ends in the letters of its shape: ``fisher_EI`` (``C`` are
-    all subsets of the experts).
+    all subsets of the experts, ``V`` the vocabulary: 0 or 1 for each token of it).
 
     ``when``: ``forward`` and ``backward`` functions map `Pairs` to a row for each pair ([S], [S, I]
     or [S, H]), which the pass adds up per expert; ``batch`` ones map `Pairs` to the sums
     themselves; ``weights`` ones map (weight, gradient of the batch-mean loss), both [E, I, ...], to
-    [E, I] once a batch. ``merge``: ``sum`` or ``max``. ``reads``: ``router`` and ``residual``, if
-    the function looks at them. ``after``: statistics that must be known before; the function gets
-    the `LayerStatistics` of an earlier pass as second argument.
+    [E, I] once a batch. ``merge``: ``sum`` or ``max``. ``reads``: ``router``, ``residual`` and
+    ``ids``, if the function looks at them. ``after``: statistics that must be known before; the
+    function gets the `LayerStatistics` of an earlier pass as second argument.
     """
 
     name: str
@@ -55,8 +56,13 @@ class Statistic:
                 f"{MOST} of them"
             )
         sizes = {"E": layer.E, "I": layer.I, "H": layer.H, "C": 2**layer.E}
-        shape = [sizes[letter] for letter in self.name.rpartition("_")[2]]
-        return torch.zeros(shape, dtype=torch.float64)
+        letters = self.name.rpartition("_")[2]
+        if "V" in letters:
+            assert layer.model is not None
+            sizes["V"] = layer.model.config.get_text_config().vocab_size
+        # a vocabulary is large, and a flag takes no more than a byte
+        dtype = torch.uint8 if "V" in letters else torch.float64
+        return torch.zeros([sizes[letter] for letter in letters], dtype=dtype)
 
 
 STATISTICS: dict[str, Statistic] = {}
@@ -72,13 +78,13 @@ def statistic(
 ) -> Callable:
     """Declare a statistic (see `Statistic`); methods ask for it by name in ``needs``."""
     known = {"forward", "backward", "batch", "weights"}
-    if when not in known or merge not in ("sum", "max") or {*reads} - {"router", "residual"}:
+    if when not in known or merge not in ("sum", "max") or {*reads} - READABLE:
         raise FlexmoeError(
             f"statistic '{name}': when={when!r}, merge={merge!r}, reads={reads!r}; expected "
-            f"{', '.join(sorted(known))}; sum or max; router, residual"
+            f"{', '.join(sorted(known))}; sum or max; {', '.join(sorted(READABLE))}"
         )
     letters = name.rpartition("_")[2]
-    if letters != "C" and (not letters.startswith("E") or {*letters} - {"E", "I", "H"}):
+    if letters != "C" and (not letters.startswith("E") or {*letters} - {*"EIHV"}):
         raise FlexmoeError(
             f"statistic '{name}': its name must end in its shape, such as {name}_E, {name}_EI"
         )

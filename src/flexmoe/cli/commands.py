@@ -110,8 +110,8 @@ def compress(
     allocate: Annotated[
         str | None,
         typer.Option(
-            help="learned, global, layer, uniform, actions; default: the method's own, see: "
-            "methods (fisher: learned; with --memory global)"
+            help="learned, global, layer, uniform, actions, rco, logistic, trapezoid, coverage; "
+            "default: the method's own, see: methods (fisher: learned; with --memory global)"
         ),
     ] = None,
     reference: Reference = None,
@@ -128,7 +128,7 @@ def compress(
     ] = None,
     batch_size: BatchSize = None,
     learn_steps: Annotated[
-        int | None, typer.Option(help="steps of --allocate learned (150) or actions (300)")
+        int | None, typer.Option(help="steps of --allocate learned (150), actions (300), rco (200)")
     ] = None,
     micro_batch: MicroBatch = None,
     checkpointing: Checkpointing = False,

@@ -22,7 +22,9 @@ def reweigh(
     family: Annotated[Path, typer.Argument(help="family folder that compress made")],
     data: Annotated[str, typer.Option(help="weights of its sources: NAME[:WEIGHT],...")],
     out: Annotated[Path, typer.Option("-o", "--out", help="plan folder to make")],
-    allocate: Annotated[str, typer.Option(help="global, layer or uniform")] = "global",
+    allocate: Annotated[
+        str, typer.Option(help="global, layer, uniform or another that learns nothing")
+    ] = "global",
 ) -> None:
     """A plan for another mixture of a family's texts, from what it keeps: no pass, no model."""
     from flexmoe.coverage import coverage, in_short

@@ -28,7 +28,7 @@ from flexmoe.experts import expert_layers, routed_parameters
 from flexmoe.family import check_finite, load_stock, pick_device
 from flexmoe.learn import check_halves
 from flexmoe.memory import MostHeld, give_back
-from flexmoe.methods import score_layers
+from flexmoe.methods import Text, score_model
 from flexmoe.pipeline import TWO_TOKENS, Ranked, Seen, attach_plan, make_plan, put_in_order
 from flexmoe.prepare import Prepared, pick_quantum, prepare, router_groups
 from flexmoe.progress import Track, silent
@@ -36,7 +36,14 @@ from flexmoe.reference import add_reference
 from flexmoe.routing.rules import restore
 from flexmoe.statistics import Statistics, empty_statistics, find_statistics, observe
 
-COSTS = ("no data", "two checkpoints", "forward", "backward", "weight gradients")  # least first
+COSTS = (
+    "no data",
+    "two checkpoints",
+    "forward",
+    "backward",
+    "weight gradients",
+    "training",
+)  # least first
 
 Say = Callable[[str], None]
 
@@ -121,14 +128,18 @@ class _Job:
     def rehearse(self, entry: Entry) -> None:
         """Two tokens: `FlexmoeError` if what a method looks at is not found in this model."""
         needs = entry.config(self.config.common).needs
-        self.score(entry, observe(self.network, TWO_TOKENS.ids, needs))
+        if not entry.method.learns:
+            self.score(entry, observe(self.network, TWO_TOKENS.ids, needs))
 
     def score(self, entry: Entry, statistics: Statistics) -> dict[int, Tensor]:
         """The method's scores by layer."""
         layers = expert_layers(self.network)
         if entry.method.reference and self.config.reference is not None:
             add_reference(statistics, layers, self.config.reference)
-        return score_layers(entry.method, layers, statistics)
+        windows, config = self.ready.windows, self.config
+        assert windows is not None
+        text = Text(windows.ids, self.ready.batch_size, config.seed, self.track)
+        return score_model(entry.method, self.network, statistics, text)
 
     def measure_base(self) -> None:
         """The line of the model as it is, unless there is one."""

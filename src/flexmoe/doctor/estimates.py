@@ -91,6 +91,8 @@ class Estimator:
     def try_method(self, method: Method) -> None:
         """`FlexmoeError` if a method fails, or its scores have the wrong shape, for statistics of
         which only shapes are known. What depends on values is seen later."""
+        if method.learns:
+            return
         dry = self.dry(self.dtype)
         layer = dry.layers[0]
         with dry.mode:

@@ -1,7 +1,8 @@
 """Methods: one file per published way to score channels, one decorated pure function in each.
 
 A method maps the statistics of one layer to a score of its channels [E, I] or of its experts [E],
-higher = keep. A file of your own works without touching the package: ``--method ./mine.py:score``.
+higher = keep. A few learn their scores on the text instead, those of all layers together. A file
+of your own works without touching the package: ``--method ./mine.py:score``.
 """
 
 from __future__ import annotations
@@ -14,40 +15,56 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
 )
 
 from flexmoe.errors import FlexmoeError, did_you_mean
-from flexmoe.experts import ExpertLayer
+from flexmoe.experts import ExpertLayer, expert_layers
+from flexmoe.progress import Track, silent
 from flexmoe.statistics import LayerStatistics, find_statistics, passes
 
 Score = Callable[[ExpertLayer, LayerStatistics], Tensor]
 
 
+@dataclass(frozen=True)
+class Text:
+    """What a method learns on: windows ``ids`` [n, t], how many to take at a time, a seed."""
+
+    ids: Tensor
+    batch_size: int = 8
+    seed: int = 0
+    track: Track = silent
+
+
+Learn = Callable[[nn.Module, Text], dict[int, Tensor]]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 UNITS = ("channel", "expert")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A scoring method: its ``score`` function, the statistics it ``needs``, the ``unit`` it scores
-    (channel [E, I] or expert [E]), where it was published, how it ``allocate``s by default (as its
-    paper does, or as near as an allocator comes), what its paper does with the ``router`` (see
-    `routing.rules`), and whether it compares with a second checkpoint, whose routers are
-    ``stats["reference_router_EH"]``."""
+    """A scoring method: its ``score`` function (a `Learn` where it ``learns``), the statistics it
+    ``needs``, the ``unit`` it scores (channel [E, I] or expert [E]), where it was published, how it
+    ``allocate``s by default (as its paper does, or as near as an allocator comes), what its paper
+    does with the ``router`` (see `routing.rules`), and whether it compares with a second
+    checkpoint, whose routers are ``stats["reference_router_EH"]``."""
 
     name: str
     paper: str
     needs: tuple[str, ...]
-    score: Score
+    score: Callable[..., Any]
     unit: str = "channel"
     allocate: str = "learned"
     reference: bool = False
     router: str = "keep"
+    learns: bool = False
 
     @property
     def summary(self) -> str:
@@ -57,17 +74,19 @@ class Method:
     @property
     def needs_data(self) -> bool:
         """Whether it looks at calibration text."""
-        return bool(self.needs)
+        return bool(self.needs) or self.learns
 
     @property
     def passes(self) -> int:
-        """How often it goes through the calibration text."""
+        """How often it goes through the calibration text (where it learns: at least)."""
         return len(passes(self.needs)) if self.needs_data else 0
 
     @property
     def cost(self) -> str:
-        """What a pass takes: forward; backward as well; or the gradients of the weights too. Those
-        without data look at one checkpoint or two."""
+        """What a pass takes: forward; backward as well; the gradients of the weights too; or many
+        of them, training. Those without data look at one checkpoint or two."""
+        if self.learns:
+            return "training"
         when = {s.when for s in find_statistics(self.needs)}
         if "weights" in when:
             return "weight gradients"
@@ -90,15 +109,20 @@ def method(
     allocate: str | None = None,
     reference: bool = False,
     router: str = "keep",
-) -> Callable[[Score], Score]:
+    learns: bool = False,
+) -> Callable[[Function], Function]:
     """Declare a scoring method; see any file in this folder. ``allocate`` defaults to ``learned``
-    for channels and ``layer`` for experts; a ``router`` rule other than ``keep`` is of experts."""
+    for channels and ``layer`` for experts; a ``router`` rule other than ``keep`` is of experts.
+    With ``learns`` the function is a `Learn`, and needs no statistics."""
     if unit not in UNITS:
         raise did_you_mean(unit, UNITS, "unit")
     rule = allocate or {"channel": "learned", "expert": "layer"}[unit]
 
-    def register(score: Score) -> Score:
-        METHODS[name] = Method(name, paper, needs, score, unit, rule, reference, router)
+    if learns and (needs or reference):
+        raise FlexmoeError(f"method '{name}' learns on the text: it needs no statistics")
+
+    def register(score: Function) -> Function:
+        METHODS[name] = Method(name, paper, needs, score, unit, rule, reference, router, learns)
         return score
 
     return register
@@ -158,17 +182,38 @@ def score_layers(
     method: Method, layers: list[ExpertLayer], statistics: Mapping[int, LayerStatistics]
 ) -> dict[int, Tensor]:
     """Scores float64 of every layer, [E, I] or [E] by the method's unit, checked: shape, finite."""
-    scores = {}
-    for layer in layers:
-        score = score_layer(method, layer, statistics[layer.index]).double().cpu()
-        check_shape(method, layer, score.shape)
-        if not torch.isfinite(score).all():
-            raise FlexmoeError(
-                f"method '{method.name}' gave values that are not finite for layer {layer.index}: "
-                "divide by counts with .clamp_min(1)"
-            )
-        scores[layer.index] = score
-    return scores
+    return {
+        layer.index: _checked(method, layer, score_layer(method, layer, statistics[layer.index]))
+        for layer in layers
+    }
+
+
+def score_model(
+    method: Method, model: nn.Module, statistics: Mapping[int, LayerStatistics], text: Text
+) -> dict[int, Tensor]:
+    """`score_layers` of all layers of ``model``; a method that learns does so on ``text``."""
+    layers = expert_layers(model)
+    if not method.learns:
+        return score_layers(method, layers, statistics)
+    try:
+        found = method.score(model, text)
+    except FlexmoeError:
+        raise
+    except Exception as error:  # of another's function: anything may come
+        what = f"method '{method.name}' failed"
+        raise _of_yours(what, method.score.__code__.co_filename, error) from error
+    return {layer.index: _checked(method, layer, found[layer.index]) for layer in layers}
+
+
+def _checked(method: Method, layer: ExpertLayer, score: Tensor) -> Tensor:
+    score = score.double().cpu()
+    check_shape(method, layer, score.shape)
+    if not torch.isfinite(score).all():
+        raise FlexmoeError(
+            f"method '{method.name}' gave values that are not finite for layer {layer.index}: "
+            "divide by counts with .clamp_min(1)"
+        )
+    return score
 
 
 def score_layer(method: Method, layer: ExpertLayer, statistics: LayerStatistics) -> Tensor:

@@ -1,7 +1,12 @@
-"""MoE-Slimming (arXiv 2606.18304), its default channel score: how active a channel is.
+"""MoE-Slimming (arXiv 2606.18304): how active a channel is, and what its expert and layer count.
+
+How much they count follows from a local problem: a decoder layer with the outputs of its routed
+experts scaled against itself. The authors take its loss and gradients with a backward pass; both
+are sums of inner products, so that a forward pass gives them. Scores of an expert add up to its
+weight and those of a layer to its loss, which is how the allocator ``coverage`` reads them.
 
 The authors combine batches by a moving average, so that their order matters; here all tokens count
-the same. Its shares of layers and experts (coverage weighed by a local loss) are not covered.
+the same, and none are clipped. The residual stream is that of routed experts, without shared ones.
 """
 
 from torch import Tensor
@@ -9,6 +14,8 @@ from torch import Tensor
 from flexmoe.experts import ExpertLayer
 from flexmoe.methods import method
 from flexmoe.statistics import LayerStatistics, Pairs, statistic
+
+ALPHA, TINY = 0.9, 1e-6  # as in the authors' code
 
 
 @statistic("gate2_EI", when="forward")
@@ -23,14 +30,46 @@ def up2(pairs: Pairs) -> Tensor:
     return pairs.pre_SI[-1].float().square()
 
 
-@method(
-    "moe-slimming",
-    paper="MoE-Slimming, arXiv:2606.18304 (activation)",
-    needs=("activation2_EI", "gate2_EI", "up2_EI"),
-    allocate="layer",
-)
-def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
-    """Mean of the norms over tokens of gate, up and activation, over the layer's mean of it."""
+@statistic("part_E", when="forward", reads=("residual",))
+def part(pairs: Pairs) -> Tensor:
+    """Routing weight x (expert's output . output of all routed experts) over the squared norm of
+    the residual stream behind them, of every pair [S]."""
+    out_SH = pairs.all.out_TH[pairs.token_S].float()
+    behind_SH = pairs.residual_TH[pairs.token_S].float() + out_SH
+    along_S = (pairs.y_SH.float() * out_SH).sum(1)
+    return pairs.weight_S.float() * along_S / (behind_SH.square().sum(1) + TINY)
+
+
+def activity(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
+    """Mean of the norms over tokens of gate, up and activation [E, I], over the layer's mean."""
     sides = ("activation2_EI", "up2_EI", *(("gate2_EI",) if layer.module.has_gate else ()))
     norm_EI = sum((stats[name].sqrt() for name in sides), 0 * stats["up2_EI"]) / len(sides)
     return norm_EI / norm_EI.mean().clamp_min(1e-30)
+
+
+def layer_loss(stats: LayerStatistics) -> Tensor:
+    """The local problem's loss, a sum over tokens: the relative squared change of the residual
+    stream when routed experts are scaled by `ALPHA`."""
+    return (1 - ALPHA) ** 2 * stats["part_E"].sum()
+
+
+def attribution(stats: LayerStatistics) -> Tensor:
+    """Minus the mean over an expert's tokens of (output x the gradient of that loss), x the share
+    of tokens that it sees [E]; outputs are those scaled by `ALPHA`."""
+    usage_E = stats["count_E"] / max(stats.tokens, 1)
+    mean_E = stats["part_E"] / stats["count_E"].clamp_min(1)
+    return 2 * ALPHA * (1 - ALPHA) * mean_E * usage_E
+
+
+@method(
+    "moe-slimming",
+    paper="MoE-Slimming, arXiv:2606.18304",
+    needs=("activation2_EI", "gate2_EI", "up2_EI", "part_E"),
+    allocate="coverage",
+)
+def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
+    """Loss of the layer's local problem x expert's share of it x channel's share of activations."""
+    activity_EI = activity(layer, stats)
+    weight_E = attribution(stats).clamp_min(0).sqrt()
+    weight_E = layer_loss(stats) * weight_E / weight_E.sum().clamp_min(1e-30)
+    return weight_E[:, None] * activity_EI / activity_EI.sum(1, keepdim=True).clamp_min(1e-30)

@@ -1,7 +1,6 @@
 """SEAP (arXiv 2503.07605), score of its default: how much a channel's activation varies.
 
-Published for dense models; here over the tokens of the expert that the channel belongs to. Its
-layers' shares follow a logistic curve over depth, which no allocator here does: by layer instead.
+Published for dense models; here over the tokens of the expert that the channel belongs to.
 """
 
 from torch import Tensor
@@ -21,7 +20,7 @@ def activation(pairs: Pairs) -> Tensor:
     "seap",
     paper="SEAP, arXiv:2503.07605 (per expert)",
     needs=("activation_EI", "activation2_EI"),
-    allocate="layer",
+    allocate="logistic",
 )
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Variance of a channel's activation over routed tokens x squared norm of its down column."""

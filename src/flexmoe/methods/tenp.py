@@ -1,7 +1,8 @@
 """TENP (arXiv 2606.09885): how much of its expert's output a channel makes, in its direction.
 
-The paper keeps important experts whole, more of them in deep layers, and slims the others to one
-width; no allocator here does, so its two scores stand alone and go by layer.
+The paper has two scores: experts are whole or slim by one, and keep the channels that are best by
+the other. Here a channel's score is its part in that of its expert, so that the scores of an expert
+add up to its importance, which is how the allocator ``trapezoid`` reads them.
 """
 
 import torch
@@ -34,11 +35,16 @@ def turned_norm(pairs: Pairs) -> Tensor:
 
 
 @method(
-    "tenp", paper="TENP, arXiv:2606.09885 (channels)", needs=("projection_EI",), allocate="layer"
+    "tenp",
+    paper="TENP, arXiv:2606.09885",
+    needs=("projection_EI", "turned_norm_E"),
+    allocate="trapezoid",
 )
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
-    """Mean over routed tokens of the channel's part of the output along the output."""
-    return stats["projection_EI"] / stats["count_E"].clamp_min(1)[:, None]
+    """The expert's importance (`tenp-experts`) x the channel's part of the output along it."""
+    projection_EI = stats["projection_EI"]
+    whole_E1 = projection_EI.sum(1, keepdim=True).abs()  # the norms of outputs, but for biases
+    return stats["turned_norm_E"][:, None] * projection_EI / whole_E1.clamp_min(1e-30)
 
 
 @method(

@@ -154,21 +154,24 @@ class Fitted:
     ids: Tensor
     numbers: dict[int, float] = field(default_factory=dict)
     facts: dict[int, LayerFacts] = field(default_factory=dict)
+    batch: Batch = field(default_factory=Batch)
 
     def use(self, model: PreTrainedModel) -> None:
         """The policy is on for ``model`` until `stop`; it goes with any budget."""
+        stop(model)
         if not self.facts:
             self._fit(model)
         for layer in expert_layers(model):
             i = layer.index
             layer.module.flexmoe_policy = _edit(self.policy.rule, self.facts[i], self.numbers[i])
+        note = partial(_note_batch, self.batch)
+        model.flexmoe_policy_hook = model.register_forward_pre_hook(note, with_kwargs=True)
         choose_function(model)
 
     def _fit(self, model: PreTrainedModel) -> None:
-        stop(model)
-        batch = Batch()
+        layers = expert_layers(model)
         weight = routing_weights(model, self.ids)
-        facts = [LayerFacts(layer, weight[layer.index], batch) for layer in expert_layers(model)]
+        facts = [LayerFacts(layer, weight[layer.index], self.batch) for layer in layers]
         K = min(f.K for f in facts)
         if self.policy.most is None and not self.value < K:
             raise FlexmoeError(
@@ -179,7 +182,6 @@ class Fitted:
         numbers = fit(facts, self.value)
         self.numbers = {f.layer.index: n for f, n in zip(facts, numbers, strict=True)}
         self.facts = {f.layer.index: f for f in facts}
-        model.register_forward_pre_hook(partial(_note_batch, batch), with_kwargs=True)
 
 
 def _edit(rule: Rule, facts: LayerFacts, number: float) -> Edit:
@@ -193,6 +195,9 @@ def _note_batch(batch: Batch, model: nn.Module, args: Any, kwargs: Mapping[str, 
 
 def stop(model: PreTrainedModel) -> None:
     """Experts compute all that the router asks for."""
+    hook = model.__dict__.pop("flexmoe_policy_hook", None)
+    if hook is not None:
+        hook.remove()
     for layer in expert_layers(model):
         layer.module.__dict__.pop("flexmoe_policy", None)
     choose_function(model)
