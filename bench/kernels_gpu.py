@@ -45,8 +45,8 @@ def _silu(pre: Tensor) -> Tensor:
 def peers(shape: Shape, weights: Weights) -> dict[str, Callable[..., Tensor]]:
     """Other kernels on the same experts, always at full width."""
     E, H, I, K = shape
-    gate_up = weights.up_RCH.view(E, I, 2, H).transpose(1, 2).reshape(E, 2 * I, H)
-    down = weights.down_RH.view(E, I, H)
+    gate_up = weights.up.view(E, I, 2, H).transpose(1, 2).reshape(E, 2 * I, H)
+    down = weights.down.view(E, I, H)
     fused_down = down.mT.contiguous()
 
     def grouped_mm(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:

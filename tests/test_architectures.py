@@ -11,6 +11,7 @@ from flexmoe.experts import (
     prefix_forward,
     routed_parameters,
 )
+from flexmoe.kernels import cpu, torch_loop
 from flexmoe.statistics import observe
 from helpers import difference, ids_of, logits
 from zoo import (
@@ -149,6 +150,26 @@ def test_tokens_of_one_batch_go_by_budgets_of_their_own(name):
         layer.module.flexmoe_token_budget_T = None
         got = prefix_forward(layer.module, x_TH, index_TK, weight_TK)
         assert torch.equal(got, alone[2])
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h", "gpt_oss", "muse_spark"])
+def test_a_compiled_kernel_runs_where_nobody_asks_for_gradients(name, monkeypatch):
+    if cpu._library()[0] is None:
+        pytest.skip("no compiler or no AVX2")
+    layer = expert_layers(tiny_model(name))[0]
+    layer.module.flexmoe_width_E = [layer.I // 2] * layer.E
+    x_TH = torch.randn(5, layer.H, generator=torch.Generator().manual_seed(0))
+    index_TK, weight_TK = torch.arange(10).view(5, 2) % layer.E, torch.rand(5, 2)
+    ran = []
+    for back in (cpu, torch_loop):
+        own = back.experts
+        monkeypatch.setattr(back, "experts", lambda *a, b=back, o=own: ran.append(b) or o(*a))
+    learning = prefix_forward(layer.module, x_TH, index_TK, weight_TK)
+    with torch.no_grad():
+        serving = prefix_forward(layer.module, x_TH, index_TK, weight_TK)
+    # the activation of gpt-oss is clamped, the outputs of muse_spark are normalised
+    assert ran == [torch_loop, cpu if name in ("qwen3_moe", "nemotron_h") else torch_loop]
+    assert learning.requires_grad and difference(serving, learning) < TOLERANCE
 
 
 def test_counts_of_a_layer_are_those_of_its_parameters():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from flexmoe.cli import app
 from flexmoe.errors import FlexmoeError
 from flexmoe.kernels import Weights, cpu, experts, interface
+from flexmoe.kernels.activations import name_of
 
 # Largest error over largest output (over 0.3 if that is less: operands are of size 1). bfloat16:
 # the torch loop rounds activations and outputs to 8 bits, the compiled kernel only what it is given
@@ -46,14 +48,29 @@ def make(stored, H, dtype=torch.float32, name="silu", gate=True, bias=False):
 
     R, C = sum(stored), 1 + gate
     return Weights(
-        up_RCH=draw(R, C, H) / H**0.5,
-        down_RH=draw(R, H) / max(stored) ** 0.5,
+        up=draw(R, C, H) / H**0.5,
+        down=draw(R, H) / max(stored) ** 0.5,
         offset_E=torch.tensor([0, *stored]).cumsum(0).int(),
         activate=gated(ONE[name]) if gate else ONE[name],
         activation=name,
-        up_bias_RC=draw(R, C) if bias else None,
+        up_bias=draw(R, C) if bias else None,
         down_bias_EH=draw(len(stored), H) if bias else None,
     )
+
+
+def stock(weights, concatenated=True, transposed=False):
+    """The same experts, all of one size, as views on parameters in the layouts of transformers."""
+    E = len(weights.offset_E) - 1
+    up, down = weights.up.unflatten(0, (E, -1)), weights.down.unflatten(0, (E, -1))
+    bias = None if weights.up_bias is None else weights.up_bias.unflatten(0, (E, -1))
+    if concatenated:  # sides one after the other, each channel a row
+        up = up.transpose(1, 2).contiguous().transpose(1, 2)
+        bias = None if bias is None else bias.mT.contiguous().mT
+    if transposed:  # channels are columns of gate and up
+        up = up.flatten(1, 2).mT.contiguous().mT.unflatten(1, up.shape[1:3])
+    else:  # and rows of down here, columns there
+        down = down.mT.contiguous().mT
+    return replace(weights, up=up, down=down, up_bias=bias, offset_E=None)
 
 
 def route(T, E, K, dtype=torch.float32):
@@ -76,13 +93,19 @@ def naive(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T=None, bud
         for e, r in zip(chosen, routing_weight, strict=True):
             if not 0 <= e < width_BE.shape[1]:
                 continue
-            first = int(weights.offset_E[e])
-            rows = slice(first, first + int(width_BE[b, e]))
-            pre_wC = weights.up_RCH[rows].double() @ x_TH[t].double()
-            if weights.up_bias_RC is not None:
-                pre_wC = pre_wC + weights.up_bias_RC[rows].double()
+            full, w = weights.offset_E is None, int(width_BE[b, e])
+            first = 0 if full else int(weights.offset_E[e])
+            up, down, bias = (
+                None
+                if stored is None
+                else (stored[e] if full else stored)[first : first + w].double()
+                for stored in (weights.up, weights.down, weights.up_bias)
+            )
+            pre_wC = up @ x_TH[t].double()
+            if bias is not None:
+                pre_wC = pre_wC + bias
             h_w = weights.activate(pre_wC.T.reshape(1, -1))[0]
-            y_H = h_w @ weights.down_RH[rows].double()
+            y_H = h_w @ down
             if weights.down_bias_EH is not None:
                 y_H = y_H + weights.down_bias_EH[e].double()
             out_TH[t] += r * y_H
@@ -94,7 +117,7 @@ def check(backend, x_TH, index_TK, weight_TK, weights, *how):
     want = naive(x_TH, index_TK, weight_TK, weights, *how)
     assert found.dtype == x_TH.dtype and found.shape == x_TH.shape
     error = (found.double() - want).abs().max() / want.abs().max().clamp_min(0.3)
-    assert error < TOLERANCE[weights.up_RCH.dtype], float(error)
+    assert error < TOLERANCE[weights.up.dtype], float(error)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -115,6 +138,30 @@ def test_activations_gates_and_biases(backend, dtype, name, gate, bias):
     weights = make([9, 16, 0, 21], 40, dtype, name, gate, bias)
     width_BE = torch.tensor([[9, 7, 0, 21]]).int()
     check(backend, tokens(13, 40, dtype), *route(13, 4, 2, dtype), weights, width_BE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("I, H", [(1, 40), (37, 33), (64, 300)])
+@pytest.mark.parametrize("T", [1, 5, 150])
+def test_stock_storage_as_it_lies(backend, dtype, gate, I, H, T):
+    weights = make([I] * 6, H, dtype, gate=gate, bias=True)
+    width_BE = torch.tensor([[I, 1, I - 1, 0, I // 2, I]] * 2).int()
+    routed = (tokens(T, H, dtype), *route(T, 6, 3, dtype))
+    for concatenated in (True, False):
+        lying = stock(weights, concatenated)
+        assert not lying.down.is_contiguous() or I == 1
+        check(backend, *routed, lying, width_BE)
+        check(backend, *routed, lying, width_BE, torch.arange(T) % 2)
+
+
+def test_channels_that_are_columns_go_to_torch():
+    lying = stock(make([16] * 4, 40), concatenated=False, transposed=True)
+    routed = (tokens(3, 40), *route(3, 4, 2), lying, torch.full((1, 4), 9))
+    check(None, *routed)
+    if cpu._library()[0] is not None:
+        with pytest.raises(FlexmoeError, match="gate and up of a channel are not rows"):
+            experts(*routed, backend="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -147,7 +194,7 @@ def test_channels_beyond_a_width_are_never_read(backend, T):
     weights = make([32] * 4, 40, bias=True)
     width_BE = torch.tensor([[0, 1, 31, 32], [32, 3, 8, 0]]).int()
     for e, widest in enumerate(width_BE.amax(0).tolist()):
-        for tensor in (weights.up_RCH, weights.down_RH, weights.up_bias_RC):
+        for tensor in (weights.up, weights.down, weights.up_bias):
             tensor[int(weights.offset_E[e]) + widest : int(weights.offset_E[e + 1])] = float("nan")
     check(backend, tokens(T, 40), *route(T, 4, 3), weights, width_BE, torch.arange(T) % 2)
 
@@ -189,7 +236,7 @@ def test_the_first_that_can_run_is_taken_and_a_forced_one_says_why_not(monkeypat
         assert interface._backend(weights, routed[0], routed[2], None) is cpu
     with pytest.raises(FlexmoeError, match=r"unknown kernel 'tourch'.*Did you mean 'torch'"):
         experts(*routed, weights, width_BE, backend="tourch")
-    odd = Weights(weights.up_RCH, weights.down_RH, weights.offset_E, gated(torch.tanh))
+    odd = Weights(weights.up, weights.down, weights.offset_E, gated(torch.tanh))
     with pytest.raises(FlexmoeError, match="'cpu' was asked for and cannot run: activation ''"):
         experts(*routed, odd, width_BE, backend="cpu")
     monkeypatch.setenv("FLEXMOE_KERNEL", "cpu")
@@ -200,6 +247,30 @@ def test_the_first_that_can_run_is_taken_and_a_forced_one_says_why_not(monkeypat
     check(None, *routed, odd, width_BE)
     experts(x_TH, *routed[1:], weights, width_BE).sum().backward()
     assert x_TH.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", list(ONE))
+@pytest.mark.parametrize("gate", [True, False])
+def test_activations_are_known_by_what_they_do(name, gate):
+    device, one = torch.device("cpu"), ONE[name]
+    assert name_of(gated(one) if gate else one, gate, device) == name
+    for odd in (lambda v: one(v.clamp(max=7)), lambda v: one(v) + 1e-3, torch.tanh):
+        assert name_of(gated(odd) if gate else odd, gate, device) == ""
+    assert (
+        name_of(lambda pre: one(pre.chunk(2, -1)[0]) * (pre.chunk(2, -1)[1] + 1), True, device)
+        == ""
+    )
+
+
+def test_outputs_that_are_normalised_go_to_torch():
+    weights = replace(make([8] * 4, 16, bias=True), norm=lambda y_nH: y_nH / 2)
+    routed = (tokens(5, 16), *route(5, 4, 2))
+    width_BE = torch.tensor([[8, 0, 3, 8]])
+    found = experts(*routed, weights, width_BE)
+    want = experts(*routed, replace(weights, norm=None), width_BE)
+    assert torch.allclose(found, want / 2, atol=1e-6)
+    with pytest.raises(FlexmoeError, match="normalised"):
+        experts(*routed, weights, width_BE, backend="cpu")
 
 
 def test_a_budget_that_is_not_in_the_table_is_an_error():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flexmoe.kernels import experts, triton_gpu
-from test_kernels import ONE, make, naive, route, tokens
+from test_kernels import ONE, make, naive, route, stock, tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Largest error over largest output; float16 and bfloat16 round x, activations and output.
@@ -34,7 +34,7 @@ def check(x_TH, index_TK, weight_TK, weights, *how):
     want = naive(x_TH, index_TK, weight_TK, weights, *how)
     assert found.dtype == x_TH.dtype and found.shape == x_TH.shape
     error = (found.double() - want).abs().max() / want.abs().max().clamp_min(0.3)
-    assert error < TOLERANCE[weights.up_RCH.dtype], float(error)
+    assert error < TOLERANCE[weights.up.dtype], float(error)
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +69,17 @@ def test_activations_gates_and_biases(name, gate, bias):
     check(tokens(13, 40), *route(13, 4, 2), weights, width_BE)
 
 
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_stock_storage_as_it_lies(gate, transposed):
+    weights = make([37] * 4, 33, gate=gate, bias=True)
+    width_BE = torch.tensor([[37, 1, 0, 20], [5, 0, 36, 37]]).int()
+    routed = (tokens(19, 33), *route(19, 4, 2))
+    for concatenated in (True, False):
+        lying = stock(weights, concatenated, transposed)
+        check(*routed, lying, width_BE, torch.arange(19) % 2)
+
+
 def test_three_budgets_in_a_batch_and_one_by_number():
     E, I, H, T = 6, 40, 48, 90
     random = torch.Generator().manual_seed(3)
@@ -96,7 +107,7 @@ def test_channels_beyond_a_width_are_never_read():
     weights = make([32] * 4, 40, bias=True)
     width_BE = torch.tensor([[0, 1, 31, 32], [32, 3, 8, 0]]).int()
     for e, widest in enumerate(width_BE.amax(0).tolist()):
-        for tensor in (weights.up_RCH, weights.down_RH, weights.up_bias_RC):
+        for tensor in (weights.up, weights.down, weights.up_bias):
             tensor[int(weights.offset_E[e]) + widest : int(weights.offset_E[e + 1])] = float("nan")
     check(tokens(70, 40), *route(70, 4, 3), weights, width_BE, torch.arange(70) % 2)
 

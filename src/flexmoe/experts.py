@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from flexmoe.errors import FlexmoeError
+from flexmoe.kernels import Weights, experts
+from flexmoe.kernels.activations import name_of
 from flexmoe.kernels.routing import Routing
-from flexmoe.kernels.torch_loop import Prefix, outputs
 from flexmoe.sharding import own_rows
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
@@ -263,28 +264,77 @@ def mask_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: T
 def prefix_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Registered as ``flexmoe``: expert e computes its first ``module.flexmoe_width_E[e]``
     channels and no more. Where ``module.flexmoe_token_budget_T`` (int) is set and not None, token t
-    goes by its own row ``flexmoe_token_budget_T[t]`` of ``module.flexmoe_width_BE`` instead."""
-    width_BE, token_budget_T = _budgets(module, x_TH.shape[0])
-    routing = Routing.of(index_TK, weight_TK, len(width_BE[0]), token_budget_T, len(width_BE))
-    stored = _Stored(module)
-    y_SH = outputs(
-        x_TH[routing.token_S], routing, width_BE, stored.prefix, activation_function(module)
-    )
-    return routing.combine(_whole(module, routing, y_SH), x_TH, index_TK.shape[1])
+    goes by its own row ``flexmoe_token_budget_T[t]`` of ``module.flexmoe_width_BE`` instead. The
+    kernels decide which back end runs: a compiled one where nobody asks for gradients."""
+    width_BE, token_budget_T = _budgets(module, x_TH)
+    stored = stored_weights(module)
+    return experts(x_TH, index_TK, weight_TK, stored, width_BE, token_budget_T)
 
 
-def _budgets(module: nn.Module, tokens: int) -> tuple[list[list[int]], Tensor | None]:
+def _budgets(module: nn.Module, x_TH: Tensor) -> tuple[Tensor, Tensor | None]:
     """The widths of all budgets in use, and which of them each token is at (None: the only one)."""
     token_budget_T = getattr(module, "flexmoe_token_budget_T", None)
     if token_budget_T is None:
-        return [module.flexmoe_width_E], None
-    if len(token_budget_T) != tokens:
+        return _table(module, "width_E", [module.flexmoe_width_E], x_TH.device), None
+    if len(token_budget_T) != len(x_TH):
         raise FlexmoeError(
             f"flexmoe_token_budget_T has budgets for {len(token_budget_T)} tokens, the batch has "
-            f"{tokens}: set it anew for every batch, or to None"
+            f"{len(x_TH)}: set it anew for every batch, or to None"
         )
-    table = module.flexmoe_width_BE
-    return table.tolist() if isinstance(table, Tensor) else table, token_budget_T
+    width_BE = module.flexmoe_width_BE
+    if isinstance(width_BE, Tensor):
+        return width_BE, token_budget_T
+    return _table(module, "width_BE", width_BE, x_TH.device), token_budget_T
+
+
+def _table(module: nn.Module, name: str, rows: list[list[int]], device: torch.device) -> Tensor:
+    """``rows`` as int32 on ``device``, made anew when they change: to a GPU each making is a copy
+    for which everything waits."""
+    made: dict[str, tuple[list[list[int]], Tensor]]
+    made = module.__dict__.setdefault("flexmoe_tables", {})
+    if name not in made or made[name][0] != rows or made[name][1].device != device:
+        table = torch.tensor(rows, dtype=torch.int32, device=device)
+        made[name] = [list(row) for row in rows], table
+    return made[name][1]
+
+
+def stored_weights(module: nn.Module) -> Weights:
+    """The experts of a module as kernels take them: views on the parameters, in stock or in ragged
+    storage (see `flexmoe.hf`). Each parameter is taken once: an adapter computes it anew."""
+    name, gate = ("gate_up_proj", 2) if module.has_gate else ("up_proj", 1)
+    up, down = getattr(module, name), module.down_proj
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    offset_E = getattr(module, "flexmoe_offset_E", None)
+    if offset_E is not None:
+        offset_E = _table(module, "offset_E", [offset_E], up.device)[0]
+        if gate == 1:
+            up, bias = up.unsqueeze(1), None if bias is None else bias.unsqueeze(1)
+    else:
+        up, down = (up.mT, down) if module.is_transposed else (up, down.mT)
+        up, bias = (
+            None if t is None else _sides(t, gate, module.is_concatenated) for t in (up, bias)
+        )
+    activate = activation_function(module)
+    known = module.__dict__
+    if "flexmoe_activation" not in known:
+        known["flexmoe_activation"] = name_of(activate, module.has_gate, up.device)
+    return Weights(
+        up=up,
+        down=down,
+        offset_E=offset_E,
+        activate=activate,
+        activation=known["flexmoe_activation"],
+        up_bias=bias,
+        down_bias_EH=module.down_proj_bias if module.has_bias else None,
+        norm=module.post_expert_norm if getattr(module, SINCE_5_20, False) else None,
+    )
+
+
+def _sides(tensor: Tensor, sides: int, concatenated: bool) -> Tensor:
+    """[E, sides * I, ...] as [E, I, sides, ...]."""
+    if concatenated:
+        return tensor.unflatten(1, (sides, -1)).transpose(1, 2)
+    return tensor.unflatten(1, (-1, sides))
 
 
 def activation_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -295,37 +345,6 @@ def activation_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
     if module.is_concatenated:
         return module._apply_gate
     return lambda pre_n: module._apply_gate(torch.stack(pre_n.chunk(2, -1), -1).flatten(-2))
-
-
-class _Stored:
-    """The channels of a module's experts, in stock or in ragged storage. Every parameter is taken
-    from the module once: an adapter computes it anew each time."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.name = "gate_up_proj" if module.has_gate else "up_proj"
-        names = [self.name, "down_proj"] + ([f"{self.name}_bias"] if module.has_bias else [])
-        self.offset_E = getattr(module, "flexmoe_offset_E", None)
-        stored = {name: getattr(module, name) for name in names}
-        if self.offset_E:  # ragged: the channels of all experts, one after the other
-            self.rows = stored
-        else:  # unbind, not indexing: its gradient is one stack, not a full-size zero per expert
-            self.layer = ExpertLayer(-1, "", module)
-            self.experts = {name: tensor.unbind(0) for name, tensor in stored.items()}
-
-    def prefix(self, e: int, w: int) -> Prefix:
-        """Views on the first ``w`` channels of expert ``e``."""
-        up = self._views(self.name, e, w)
-        bias: list[Tensor | None] = [None] * len(up)
-        if self.module.has_bias:
-            bias = list(self._views(f"{self.name}_bias", e, w))
-        return Prefix(up, bias, self._views("down_proj", e, w)[0])
-
-    def _views(self, name: str, e: int, w: int) -> list[Tensor]:
-        if not self.offset_E:
-            return [v[0, :w] for v in self.layer.channel_major(name, self.experts[name][e][None])]
-        rows = self.rows[name][self.offset_E[e] : self.offset_E[e] + w]
-        return list(rows.unbind(1)) if name.startswith("gate_up") else [rows]
 
 
 ALL_EXPERTS_FUNCTIONS.register("flexmoe_observe", observe_forward)

@@ -2,7 +2,7 @@
 
 After ``import flexmoe``, ``AutoModelForCausalLM.from_pretrained(folder)`` gives the stock class
 whose experts modules keep the channels of all experts in one ragged parameter, see
-`flexmoe.experts._Stored` for its layout. transformers calls such a plug-in a quantizer.
+`flexmoe.kernels.interface.Weights` for its layout. transformers calls such a plug-in a quantizer.
 """
 
 from __future__ import annotations

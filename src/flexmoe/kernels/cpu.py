@@ -26,7 +26,9 @@ from flexmoe.kernels.activations import ACTIVATIONS
 if TYPE_CHECKING:
     from flexmoe.kernels.interface import Weights
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_vectors.h"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_blocks.h", "cpu_vectors.h")
+)
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 TARGETS = {  # by what torch calls the instruction set
     "AVX2": ("-mavx2", "-mfma"),
@@ -45,25 +47,25 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in "up down up_bias down_bias x index weight".split()),
         *((name, ctypes.c_void_p) for name in "offset width token_budget out".split()),
-        *((name, ctypes.c_int32) for name in "T K E B H sides activation budget".split()),
+        *((name, ctypes.c_int64 * 3) for name in "up_by bias_by down_by".split()),
+        *((name, ctypes.c_int32) for name in "T K E B I H sides activation budget".split()),
         *((name, ctypes.c_int32) for name in "weights_bf16 x_bf16 threads".split()),
     )
 
 
 def can_run(weights: Weights, x_TH: Tensor) -> str | None:
     """None, or the reason why `experts` cannot be computed here."""
-    stored = (weights.up_RCH, weights.down_RH, weights.up_bias_RC, weights.down_bias_EH)
-    tensors = [tensor for tensor in stored if tensor is not None]
+    tensors = weights.tensors
     if any(tensor.device.type != "cpu" for tensor in (x_TH, *tensors)):
-        return f"tensors are on '{weights.up_RCH.device}', not on the CPU"
-    if weights.up_RCH.dtype not in MANY or len({tensor.dtype for tensor in tensors}) > 1:
-        return f"weights are {weights.up_RCH.dtype}, not all float32 or all bfloat16"
+        return f"tensors are on '{weights.up.device}', not on the CPU"
+    if weights.up.dtype not in MANY or len({tensor.dtype for tensor in tensors}) > 1:
+        return f"weights are {weights.up.dtype}, not all float32 or all bfloat16"
     if x_TH.dtype not in MANY:
         return f"tokens are {x_TH.dtype}, not float32 or bfloat16"
     if weights.activation not in ACTIVATIONS:
         return f"activation '{weights.activation}' is not one of {', '.join(ACTIVATIONS)}"
-    if not all(tensor.is_contiguous() for tensor in tensors):
-        return "weights are not contiguous"
+    if weights.up.stride(-1) != 1 or 1 not in weights.down.stride()[-2:]:
+        return "gate and up of a channel are not rows, or down is neither by channel nor by column"
     return _library()[1] or None
 
 
@@ -78,12 +80,10 @@ def experts(
 ) -> Tensor:
     """See `flexmoe.kernels.interface.experts`. Sums are float32."""
     E = width_BE.shape[1]
-    if x_TH.shape[0] * index_TK.shape[1] < MANY[weights.up_RCH.dtype]:
+    if x_TH.shape[0] * index_TK.shape[1] < MANY[weights.up.dtype]:
         return _compiled(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T, budget)
     load_E = torch.bincount(index_TK.clamp(-1, E).add(1).flatten(), minlength=E + 2)[1 : E + 1]
-    many_E = torch.cat(
-        [load_E >= MANY[weights.up_RCH.dtype], load_E.new_zeros(1, dtype=torch.bool)]
-    )
+    many_E = torch.cat([load_E >= MANY[weights.up.dtype], load_E.new_zeros(1, dtype=torch.bool)])
     many_TK = many_E[torch.where((index_TK < 0) | (index_TK > E), E, index_TK)]
     rest = (weights, width_BE, token_budget_T, budget)
     out_TH = torch_loop.experts(x_TH, index_TK.where(many_TK, -1), weight_TK, *rest)
@@ -105,35 +105,44 @@ def _compiled(
     T, H = x_TH.shape
     out_TH = torch.empty(T, H)
     tensors = {  # kept in a name until the call is over
-        "up": weights.up_RCH,
-        "down": weights.down_RH,
-        "up_bias": weights.up_bias_RC,
-        "down_bias": weights.down_bias_EH,
+        "up": weights.up,
+        "down": weights.down,
+        "up_bias": weights.up_bias,
+        "down_bias": None if (bias := weights.down_bias_EH) is None else bias.contiguous(),
         "x": x_TH.contiguous(),
         "index": index_TK.to(torch.int64).contiguous(),
         "weight": weight_TK.to(torch.float32).contiguous(),
-        "offset": weights.offset_E.to(torch.int32).contiguous(),
+        "offset": None if (offset := weights.offset_E) is None else offset.int().contiguous(),
         "width": width_BE.to(torch.int32).contiguous(),
         "token_budget": None if token_budget_T is None else token_budget_T[:T].int().contiguous(),
         "out": out_TH,
     }
     layer = _Layer(
         **{name: t.data_ptr() for name, t in tensors.items() if t is not None},
+        up_by=_strides(weights.up, weights)[:3],
+        bias_by=(0, 0, 0) if weights.up_bias is None else _strides(weights.up_bias, weights),
+        down_by=_strides(weights.down, weights),
         T=T,
         K=index_TK.shape[1],
         E=width_BE.shape[1],
         B=width_BE.shape[0],
+        I=0 if weights.offset_E is not None else weights.up.shape[1],
         H=H,
-        sides=weights.up_RCH.shape[1],
+        sides=weights.up.shape[-2],
         activation=list(ACTIVATIONS).index(weights.activation),
         budget=budget,
-        weights_bf16=weights.up_RCH.dtype is torch.bfloat16,
+        weights_bf16=weights.up.dtype is torch.bfloat16,
         x_bf16=x_TH.dtype is torch.bfloat16,
         threads=torch.get_num_threads(),
     )
     if problem := library.flexmoe_experts(ctypes.byref(layer)):
         raise FlexmoeError(f"the kernel 'cpu': {problem.decode()}")
     return out_TH.to(x_TH.dtype)
+
+
+def _strides(tensor: Tensor, weights: Weights) -> tuple[int, ...]:
+    """The struct `Strides` of the source, and what comes after it."""
+    return (0, *tensor.stride()) if weights.offset_E is not None else tensor.stride()
 
 
 @cache

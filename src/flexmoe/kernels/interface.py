@@ -20,26 +20,37 @@ BACKENDS: dict[str, Any] = {"cpu": cpu, "triton": triton_gpu, "torch": torch_loo
 
 @dataclass(frozen=True)
 class Weights:
-    """The experts of one layer, channel-major: a channel is a row, the channels of an expert are
-    consecutive rows, best first, so any prefix of any expert is one contiguous slice. ``R`` rows
-    are stored in all.
+    """The experts of one layer, the channels of each best first, in one of two storages.
 
-    ``up_RCH`` [R, C, H]: gate and up of each channel (C = 2), or up alone (C = 1, no gate);
-    ``down_RH`` [R, H]; ``offset_E`` int32 [E + 1], first row of each expert and R at the end: the
-    rows between two offsets are what is in memory, and no width may pass them.
-    ``up_bias_RC`` and ``down_bias_EH`` where the architecture has them; the down bias is of an
-    expert, not of a channel, and is added at every width, 0 too.
+    Ragged (``offset_E`` is given): the channels of all experts one after the other, ``R`` in all.
+    ``up`` [R, C, H]: gate and up of each channel (C = 2), or up alone (C = 1, no gate);
+    ``down`` [R, H]; ``offset_E`` int32 [E + 1], the first channel of each expert and R at the end:
+    those between two offsets are what is in memory, and no width may pass them.
+    Full (``offset_E`` is None): ``up`` [E, I, C, H], ``down`` [E, I, H]. Both may be views with any
+    strides; back ends say which they read as they lie.
+
+    ``up_bias`` ([R, C] or [E, I, C]) and ``down_bias_EH`` where the architecture has them; the down
+    bias is of an expert, not of a channel, and is added at every width, 0 too.
     ``activate`` maps gate and up side by side [n, 2w] (or up alone [n, w]) to activations [n, w];
     ``activation`` is its name for compiled back ends, "" if only `activate` can say what it does.
+    ``norm`` maps whole outputs of experts [n, H], bias included, to what the routing weight
+    multiplies; None where nothing does.
     """
 
-    up_RCH: Tensor
-    down_RH: Tensor
-    offset_E: Tensor
+    up: Tensor
+    down: Tensor
+    offset_E: Tensor | None
     activate: Callable[[Tensor], Tensor]
     activation: str = ""
-    up_bias_RC: Tensor | None = None
+    up_bias: Tensor | None = None
     down_bias_EH: Tensor | None = None
+    norm: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The parameters, without the table of offsets."""
+        found = (self.up, self.down, self.up_bias, self.down_bias_EH)
+        return [tensor for tensor in found if tensor is not None]
 
 
 def experts(
@@ -82,12 +93,13 @@ def _backend(weights: Weights, x_TH: Tensor, weight_TK: Tensor, forced: str | No
 
 
 def _why_not(back: Any, weights: Weights, x_TH: Tensor, weight_TK: Tensor) -> str | None:
-    tensors = (x_TH, weight_TK, weights.up_RCH, weights.down_RH)
-    biases = (weights.up_bias_RC, weights.down_bias_EH)
-    if (
-        back is not torch_loop
-        and torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (*tensors, *biases))
-    ):
+    if back is torch_loop:
+        return None
+    tensors = (x_TH, weight_TK, *weights.tensors)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "gradients are asked for, and only 'torch' has them (use torch.no_grad())"
+    if other := {type(t) for t in tensors} - {Tensor, torch.nn.Parameter}:
+        return f"tensors are {', '.join(sorted(kind.__name__ for kind in other))}"
+    if weights.norm is not None:
+        return "outputs of experts are normalised, which only 'torch' does"
     return back.can_run(weights, x_TH)

@@ -175,8 +175,8 @@ def _channel_major(stock: Any) -> Weights:
     gate_up, down = stock.gate_up_proj, stock.down_proj
     E, H, I = down.shape
     return Weights(
-        up_RCH=gate_up.view(E, 2, I, H).transpose(1, 2).reshape(E * I, 2, H),
-        down_RH=down.mT.reshape(E * I, H),
+        up=gate_up.view(E, 2, I, H).transpose(1, 2).reshape(E * I, 2, H),
+        down=down.mT.reshape(E * I, H),
         offset_E=(torch.arange(E + 1) * I).int(),
         activate=gated("silu"),
         activation="silu",

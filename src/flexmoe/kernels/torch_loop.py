@@ -1,8 +1,5 @@
-"""Back end of plain torch operations: a loop over experts. The reference, and the fallback.
-
-It alone has gradients, and it serves storage that is not channel-major too (`Prefix` is all that
-it asks of a storage), so the transformers seam runs it as well.
-"""
+"""Back end of plain torch operations: a loop over experts. The reference, the fallback, and the one
+with gradients."""
 
 from __future__ import annotations
 
@@ -28,11 +25,6 @@ class Prefix(NamedTuple):
     down_wH: Tensor
 
 
-def can_run(weights: Weights, x_TH: Tensor) -> str | None:
-    """Everything that torch runs."""
-    return None
-
-
 def experts(
     x_TH: Tensor,
     index_TK: Tensor,
@@ -53,6 +45,8 @@ def experts(
     y_SH = outputs(x_TH[routing.token_S], routing, table, prefix, weights.activate)
     if weights.down_bias_EH is not None:
         y_SH = y_SH + weights.down_bias_EH[routing.expert_S]
+    if weights.norm is not None:
+        y_SH = weights.norm(y_SH)
     return routing.combine(y_SH, x_TH, index_TK.shape[1])
 
 
@@ -89,10 +83,15 @@ def activations(
 
 
 def prefixes(weights: Weights) -> Callable[[int, int], Prefix]:
-    """How to get at the channels of channel-major storage. Split, not sliced, for the gradient."""
-    stored = weights.offset_E.diff().tolist()
-    up_E, down_E = weights.up_RCH.split(stored), weights.down_RH.split(stored)
-    bias_E = None if weights.up_bias_RC is None else weights.up_bias_RC.split(stored)
+    """How to get at the channels of an expert. Split, not sliced, for the gradient."""
+
+    def experts_of(tensor: Tensor) -> tuple[Tensor, ...]:
+        if weights.offset_E is None:
+            return tensor.unbind(0)
+        return tensor.split(weights.offset_E.diff().tolist())
+
+    up_E, down_E = experts_of(weights.up), experts_of(weights.down)
+    bias_E = None if weights.up_bias is None else experts_of(weights.up_bias)
 
     def prefix(e: int, w: int) -> Prefix:
         up = up_E[e][:w].unbind(1)

@@ -16,10 +16,19 @@ CONFIGS = [
     triton.Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
     for n, k, warps, stages in _TILES
 ]
-# Triton adds the dtypes to the key by itself. BLOCK_M stands for the number of tokens.
-KEY = ["H", "C", "BLOCK_M"]
+# Triton adds the dtypes to the key by itself. BLOCK_M stands for the number of tokens, the distance
+# of channels for the storage.
+KEY = ["H", "C", "BLOCK_M", "by_c"]
 # The interpreter multiplies bfloat16 as the integers that hold it; in float32 products are exact.
 _WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _first(offset_E, expert, by_e, by_c, RAGGED: tl.constexpr):
+    """Where the channels of an expert begin."""
+    if RAGGED:
+        return tl.load(offset_E + expert).to(tl.int64) * by_c
+    return expert.to(tl.int64) * by_e
 
 
 @triton.jit
@@ -47,8 +56,15 @@ def _activate(v, NAME: tl.constexpr):
 @triton.jit
 def gate_up(
     x_TH,
-    up_RCH,
-    bias_RC,
+    up,
+    by_e,
+    by_c,
+    by_side,
+    by_k,
+    bias,
+    bias_by_e,
+    bias_by_c,
+    bias_by_side,
     h_SI,
     position_S,
     group_N,
@@ -62,6 +78,7 @@ def gate_up(
     I,  # channels of the largest expert: the row length of h
     H: tl.constexpr,
     C: tl.constexpr,
+    RAGGED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -84,7 +101,7 @@ def gate_up(
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     here, kept = pair < stop, channel < width
     token = tl.load(position_S + pair, mask=here, other=0) // K
-    row = tl.load(offset_E + expert).to(tl.int64) + channel
+    rows = _first(offset_E, expert, by_e, by_c, RAGGED) + channel.to(tl.int64) * by_c
     first = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     second = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, H, BLOCK_K):
@@ -94,15 +111,17 @@ def gate_up(
             mask=here[:, None] & (at < H)[None, :],
             other=0.0,
         )
-        source = up_RCH + row[None, :] * (C * H) + at[:, None]
+        source = up + rows[None, :] + (at.to(tl.int64) * by_k)[:, None]
         mask = kept[None, :] & (at < H)[:, None]
         first = _dot(x, tl.load(source, mask=mask, other=0.0), first)
         if C == 2:
-            second = _dot(x, tl.load(source + H, mask=mask, other=0.0), second)
+            second = _dot(x, tl.load(source + by_side, mask=mask, other=0.0), second)
     if BIAS:
-        first += tl.load(bias_RC + row * C, mask=kept, other=0.0).to(tl.float32)[None, :]
+        at = _first(offset_E, expert, bias_by_e, bias_by_c, RAGGED) + channel * bias_by_c
+        first += tl.load(bias + at, mask=kept, other=0.0).to(tl.float32)[None, :]
         if C == 2:
-            second += tl.load(bias_RC + row * C + 1, mask=kept, other=0.0).to(tl.float32)[None, :]
+            at += bias_by_side
+            second += tl.load(bias + at, mask=kept, other=0.0).to(tl.float32)[None, :]
     h = _activate(first, ACTIVATION)
     if C == 2:
         h *= second
@@ -117,7 +136,10 @@ def gate_up(
 @triton.jit
 def down(
     h_SI,
-    down_RH,
+    down,
+    by_e,
+    by_c,
+    by_j,
     bias_EH,
     weight_S,
     y_SH,
@@ -132,6 +154,7 @@ def down(
     I,
     H: tl.constexpr,
     C: tl.constexpr,  # for the key alone: what is tuned for gated experts
+    RAGGED: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -150,7 +173,7 @@ def down(
     pair = start + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     here, inside = pair < stop, column < H
-    row = tl.load(offset_E + expert).to(tl.int64)
+    first = down + _first(offset_E, expert, by_e, by_c, RAGGED)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, width, BLOCK_K):
         channel = k + tl.arange(0, BLOCK_K)
@@ -161,7 +184,7 @@ def down(
             other=0.0,
         )
         w = tl.load(
-            down_RH + (row + channel)[:, None] * H + column[None, :],
+            first + (channel.to(tl.int64) * by_c)[:, None] + (column.to(tl.int64) * by_j)[None, :],
             mask=kept[:, None] & inside[None, :],
             other=0.0,
         )

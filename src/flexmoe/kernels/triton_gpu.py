@@ -34,19 +34,11 @@ def can_run(weights: Weights, x_TH: Tensor) -> str | None:
         return "triton is not installed"
     if weights.activation not in ACTIVATIONS:
         return f"activation '{weights.activation}' is not one of {', '.join(ACTIVATIONS)}"
-    if weights.up_RCH.dtype not in DTYPES or weights.down_RH.dtype != weights.up_RCH.dtype:
-        return f"weights are {weights.up_RCH.dtype}, it has float32, bfloat16 and float16"
-    tensors = (
-        weights.up_RCH,
-        weights.down_RH,
-        weights.offset_E,
-        weights.up_bias_RC,
-        weights.down_bias_EH,
-    )
+    if weights.up.dtype not in DTYPES or weights.down.dtype != weights.up.dtype:
+        return f"weights are {weights.up.dtype}, it has float32, bfloat16 and float16"
+    tensors = [*weights.tensors, weights.offset_E]
     if any(t is not None and t.device != x_TH.device for t in tensors):
         return f"weights are not all on {x_TH.device}, where the tokens are"
-    if not all(t is None or t.is_contiguous() for t in tensors):
-        return "weights are not contiguous"
     return None
 
 
@@ -64,7 +56,7 @@ def experts(
     from flexmoe.kernels import triton_device as device
 
     T, K = index_TK.shape
-    C, H = weights.up_RCH.shape[1:]
+    C, H = weights.up.shape[-2:]
     out_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
     if T * K == 0:
         return out_TH.zero_()
@@ -77,38 +69,45 @@ def experts(
     B = width_BE.shape[0]
     block = _block(T * K / (E * B))
     blocks = Blocks.of(index_TK, E, token_budget_T, B, block)
-    table = (*blocks, weights.offset_E, width_BE, E, B)
+    offset_E = weights.offset_E
+    table = (*blocks, offset_E, width_BE, E, B)
     N = blocks.group_N.shape[0]
 
-    widest = max(1, largest(weights.offset_E))
-    dtype = weights.down_RH.dtype
+    widest = max(1, weights.up.shape[1] if offset_E is None else largest(offset_E))
+    bias, bias_EH = weights.up_bias, weights.down_bias_EH
+    dtype = weights.down.dtype
     h_SI = x_TH.new_empty(T * K, widest, dtype=dtype)
     device.gate_up[lambda tile: (N, -(-widest // tile["BLOCK_N"]))](
         x_TH.to(dtype).contiguous(),
-        weights.up_RCH,
-        weights.up_bias_RC,
+        weights.up,
+        *_strides(weights.up, offset_E),
+        bias,
+        *((0, 0, 0) if bias is None else _strides(bias, offset_E)),
         h_SI,
         *table,
         K,
         widest,
         H=H,
         C=C,
+        RAGGED=offset_E is not None,
         ACTIVATION=weights.activation,
-        BIAS=weights.up_bias_RC is not None,
+        BIAS=bias is not None,
         BLOCK_M=block,
     )
     y_SH = x_TH.new_empty(T * K, H, dtype=torch.float32)
     device.down[lambda tile: (N, -(-H // tile["BLOCK_N"]))](
         h_SI,
-        weights.down_RH,
-        weights.down_bias_EH,
+        weights.down,
+        *_strides(weights.down, offset_E),
+        None if bias_EH is None else bias_EH.contiguous(),
         weight_TK.contiguous(),
         y_SH,
         *table,
         widest,
         H=H,
         C=C,
-        BIAS=weights.down_bias_EH is not None,
+        RAGGED=offset_E is not None,
+        BIAS=bias_EH is not None,
         BLOCK_M=block,
     )
     columns = 1024
@@ -116,6 +115,11 @@ def experts(
         y_SH, index_TK.contiguous(), out_TH, E, K, H=H, BLOCK=columns
     )
     return out_TH
+
+
+def _strides(tensor: Tensor, offset_E: Tensor | None) -> tuple[int, ...]:
+    """Between values of two experts (ragged: not used), two channels, and on."""
+    return tensor.stride() if offset_E is None else (0, *tensor.stride())
 
 
 class Blocks(NamedTuple):

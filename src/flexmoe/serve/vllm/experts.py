@@ -116,8 +116,8 @@ class FlexmoeExperts(FusedMoEMethodBase):
         self.map_E = layer.flexmoe_map if self.moe.moe_parallel_config.use_ep else None
         self.width_BE = layer.flexmoe_width
         self.weights = kernels.Weights(
-            up_RCH=layer.w13_weight.data,
-            down_RH=layer.w2_weight.data,
+            up=layer.w13_weight.data,
+            down=layer.w2_weight.data,
             offset_E=layer.flexmoe_offset,
             activate=gated(name) if self.moe.is_act_and_mul else ACTIVATIONS[name],
             activation=name,
