@@ -46,6 +46,11 @@ COMMON: dict[str, Any] = dict(
     tie_word_embeddings=False,
     num_experts_per_tok=2,
 )
+COUPLED = ("deepseek_v2", "deepseek_v3")  # their width key sets the shared expert too
+# vLLM's latent attention on CPU has kernels for kv_lora_rank + qk_rope_head_dim = 576 only
+LATENT: dict[str, Any] = dict(
+    q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=32, qk_rope_head_dim=64, v_head_dim=32
+)
 ARCHITECTURES: dict[str, Any] = {
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
         **COMMON,
@@ -71,19 +76,36 @@ ARCHITECTURES: dict[str, Any] = {
     "mixtral": lambda: transformers.MixtralConfig(
         **COMMON, num_key_value_heads=2, intermediate_size=64, num_local_experts=8
     ),
-    "dots1": lambda: transformers.Dots1Config(
+    "deepseek_v2": lambda: transformers.DeepseekV2Config(
         **COMMON,
+        **LATENT,
         num_key_value_heads=4,
-        head_dim=32,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        n_routed_experts=8,
+        n_shared_experts=2,
+        n_group=4,
+        topk_group=2,
+        topk_method="group_limited_greedy",
+        first_k_dense_replace=1,
+        routed_scaling_factor=4.0,
+    ),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **COMMON,
+        **{**LATENT, "q_lora_rank": 48},
+        num_key_value_heads=4,
         intermediate_size=128,
         moe_intermediate_size=64,
         n_routed_experts=8,
         n_shared_experts=1,
         n_group=2,
         topk_group=1,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
         first_k_dense_replace=1,
-        routed_scaling_factor=1.7,
+        routed_scaling_factor=2.5,
         norm_topk_prob=True,
+        num_nextn_predict_layers=0,
     ),
 }
 
@@ -118,7 +140,7 @@ def make(name: str, folder: Path) -> None:
     plan.save(folder / name / "plan")
     family = folder / name / "family"
     export(family, folder / name / "ragged", pruned=RAGGED, layout="ragged")
-    if name != "dots1":  # its width key sets the shared expert too
+    if name not in COUPLED:
         export(family, folder / name / "uniform", pruned=RAGGED, layout="uniform")
     tokens = {f"{share * 100:g}": masked_tokens(model, plan, share) for share in BUDGETS}
     (folder / name / "tokens.json").write_text(json.dumps(tokens))

@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from served import ARCHITECTURES, BUDGETS, PROMPTS, RAGGED, make, stock_tokens
+from served import ARCHITECTURES, BUDGETS, COUPLED, PROMPTS, RAGGED, make, stock_tokens
 
 from flexmoe.serve.ids import label
 
@@ -40,15 +40,17 @@ class Case:
 
 
 TP = {"tensor_parallel_size": 2}
+LATENT = {"attention_config": {"backend": "CPU_MLA"}}  # that of AMX has no float32
 CASES = [
-    *(Case(name) for name in ARCHITECTURES),
+    *(Case(name, llm=LATENT if name in COUPLED else {}) for name in ARCHITECTURES),
     Case("qwen2_moe", "ragged", shares=(RAGGED,)),
     Case("mixtral", "ragged", shares=(RAGGED,)),
-    Case("dots1", "ragged", shares=(RAGGED,)),
+    Case("deepseek_v2", "ragged", LATENT, shares=(RAGGED,)),
+    Case("deepseek_v2", "base", LATENT),
     Case("olmoe", "base"),
     Case("qwen3_moe", shares=(0.2, 0.4)),
     Case("mixtral", llm=TP),
-    Case("dots1", llm={**TP, "enable_expert_parallel": True}),
+    Case("deepseek_v3", llm={**LATENT, **TP, "enable_expert_parallel": True}),
     Case("qwen3_moe", llm={"enforce_eager": False}),
     Case("qwen2_moe", llm={"model_impl": "transformers"}),
 ]

@@ -48,6 +48,30 @@ def check_run(run: Any) -> None:
         raise FlexmoeError("micro-batches (--enable-dbo) split a batch: leave that option out")
 
 
+def mend_rotary_on_cpu() -> None:
+    """Give vLLM's CPU kernel for rotary positions rows of tokens where it gets [tokens, heads,
+    channels]. It takes the stride of the heads for that of the tokens, so DeepSeek's attention is
+    rotated in the wrong places, by several threads at once, and what a request gets depends on
+    what else is in the batch."""
+    from vllm import _custom_ops
+    from vllm.platforms import current_platform
+
+    original = _custom_ops.rotary_embedding
+    if not current_platform.is_cpu() or hasattr(original, "flexmoe"):
+        return
+
+    def rotary_embedding(positions: Any, query: Any, key: Any, *others: Any, **named: Any) -> None:
+        given = [query, key]
+        rows = [x.flatten(-2).contiguous() if x is not None and x.dim() > 2 else x for x in given]
+        original(positions, *rows, *others, **named)
+        for x, row in zip(given, rows, strict=True):
+            if row is not x:
+                x.copy_(row.view_as(x))
+
+    rotary_embedding.flexmoe = True  # type: ignore[attr-defined]
+    _custom_ops.rotary_embedding = rotary_embedding
+
+
 def patch_runner() -> None:
     """Before every run of the model, tell `batch` the budget of each token."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
