@@ -20,18 +20,23 @@
 #include <vector>
 
 #include "cpu_blocks.h"
+#include "cpu_tiles.h"
 
 namespace {
 
 constexpr int CHANNELS = 32;   // of a piece of work in the first pass
 constexpr int TOKENS = 60;     // of one, in both passes: their rows of x stay in the L2 cache
+constexpr int TILED = 64;      // the same in tiles
 constexpr int COLUMNS = 2048;  // of one in the second pass: rows are read as they lie in memory
 constexpr int PACKED = 128;    // channels packed at a time
 constexpr int FEW = 8;         // tokens for which packing does not pay
 
-struct Group {  // the pairs of one expert at one budget, at most TOKENS of them
+struct Group {  // some pairs of one expert at one budget
   int expert, width, start, n;
+  bool tiles;
   int64_t h;  // where its activations begin
+
+  int padded() const { return tiles ? (n + 15) / 16 * 16 : n; }  // what its blocks are wide
 };
 
 struct Strides {  // between values of two experts (ragged: not used), two channels, two within
@@ -54,9 +59,8 @@ struct Layer {  // `_Layer` in cpu.py; shapes in interface.py
   }
 };
 
-// Pairs sorted by (expert, budget): position of each pair, and the groups. `N`: activations of a
-// token are padded to a multiple of it where they are rows
-void sort_pairs(const Layer& a, int N, std::vector<int32_t>& pair, std::vector<Group>& groups) {
+// Pairs sorted by (expert, budget): position of each pair, and the groups
+void sort_pairs(const Layer& a, std::vector<int32_t>& pair, std::vector<Group>& groups) {
   int keys = a.E * a.B;
   auto key = [&](int s) {
     int64_t e = a.index[s];
@@ -74,46 +78,75 @@ void sort_pairs(const Layer& a, int N, std::vector<int32_t>& pair, std::vector<G
   std::vector<int32_t> at(start.begin(), start.end() - 1);
   for (int s = 0; s < S; s++)
     if (int k = key(s); k >= 0) pair[at[k]++] = s;
-  int64_t h = 0;
   for (int k = 0; k < keys; k++)
-    for (int i = start[k]; i < start[k + 1]; i += TOKENS) {
+    for (int i = start[k], n; i < start[k + 1]; i += n) {
       int e = k / a.B, stored = a.offset ? a.offset[e + 1] - a.offset[e] : a.I;
       int w = std::clamp(a.width[(k % a.B) * a.E + e], 0, stored);
-      int n = std::min(TOKENS, start[k + 1] - i);
-      groups.push_back({e, w, i, n, h});
-      h += int64_t(a.columns_are_rows() ? (w + N - 1) / N * N : w) * n;
+      bool tiles = a.weights_bf16 && start[k + 1] - i >= TILES_FROM;
+      n = std::min(tiles ? TILED : TOKENS, start[k + 1] - i);
+      groups.push_back({e, w, i, n, tiles, 0});
     }
 }
 
-// First pass: activations of channels c0 to c1 for the tokens of a group, a channel a row, or (for
-// a second pass of dot products) a token a row, rounded and arranged as x is
+// Activations of all groups: a channel a row, or a token a row (or tokens in pairs of channels),
+// padded with zeros, and rounded and arranged as x is
+template <class T>
+struct Activations {
+  std::vector<float> channels;
+  std::vector<typename Row<T>::X> tokens;
+
+  Activations(const Layer& a, std::vector<Group>& groups) {
+    int64_t c = 0, t = 0;
+    for (Group& g : groups) {
+      int64_t& end = by_token(a, g) ? t : c;
+      g.h = end;
+      end += (by_token(a, g) ? row(g) : int64_t(g.width)) * g.padded();
+    }
+    channels.resize(c);
+    tokens.resize(t);
+  }
+  static bool by_token(const Layer& a, const Group& g) { return a.columns_are_rows() || g.tiles; }
+  static int64_t row(const Group& g) { return (g.width + Row<T>::N - 1) / Row<T>::N * Row<T>::N; }
+};
+
+// First pass: activations of channels c0 to c1 for the tokens of a group; `paired`: those of its
+// tokens if it is computed in tiles
 template <class T>
 void channels(const Layer& a, const Group& g, const int32_t* pair, const typename Row<T>::X* x,
-              int64_t x_row, int c0, int c1, float* h, typename Row<T>::X* h_rows) {
+              int64_t x_row, const bf16* paired, int c0, int c1, Activations<T>& h) {
   using X = typename Row<T>::X;
   constexpr int N = Row<T>::N;
-  const int n = g.n, count = c1 - c0;
-  const X* token[TOKENS];
-  float part[2 * CHANNELS * TOKENS];
+  const int n = g.n, ld = g.padded(), count = c1 - c0;
+  const X* token[TILED];
+  float part[2 * CHANNELS * TILED];
   for (int m = 0; m < n; m++) token[m] = x + pair[g.start + m] / a.K * x_row;
   for (int side = 0; side < a.sides; side++) {
-    float* sums = part + side * count * n;
+    float* sums = part + side * CHANNELS * ld;
     const T* bias = a.of<T>(a.up_bias, a.bias_by, g.expert) + side * a.bias_by.within;
-    for (int c = 0; c < count; c++)
-      std::fill_n(sums + c * n, n, a.up_bias ? widen(bias[(c0 + c) * a.bias_by.channel]) : 0.f);
+    for (int c = 0; c < CHANNELS; c++) {
+      bool biased = a.up_bias && c < count;
+      std::fill_n(sums + c * ld, ld, biased ? widen(bias[(c0 + c) * a.bias_by.channel]) : 0.f);
+    }
     const T* rows = a.of<T>(a.up, a.up_by, g.expert) + side * a.up_by.within;
-    products<T>(rows + c0 * a.up_by.channel, a.up_by.channel, count, token, n, a.H, sums);
+    rows += c0 * a.up_by.channel;
+    if (g.tiles) tile_products((const bf16*)rows, a.up_by.channel, count, paired, n, a.H, sums);
+    else products<T>(rows, a.up_by.channel, count, token, n, a.H, sums);
   }
-  const float* up = a.sides == 2 ? part + count * n : nullptr;
-  if (!a.columns_are_rows())
-    return activate(a.activation, part, up, h + g.h + int64_t(c0) * n, count * n);
-  activate(a.activation, part, up, part, count * n);
-  const int64_t h_row = (g.width + N - 1) / N * N;
+  const float* up = a.sides == 2 ? part + CHANNELS * ld : nullptr;
+  if (!h.by_token(a, g))
+    return activate(a.activation, part, up, &h.channels[g.h + int64_t(c0) * n], count * n);
+  activate(a.activation, part, up, part, count * ld);
+  X* to = &h.tokens[g.h];
+  if (g.tiles && a.columns_are_rows()) {
+    for (int m = 0; m < n; m += 16)
+      pair_channels(part + m, ld, (bf16*)to + (m * h.row(g) + c0 * 16));
+    return;
+  }
   for (int m = 0; m < n; m++)
     for (int c = 0; c < count; c += N) {
       float block[N];
-      for (int i = 0; i < N; i++) block[i] = c + i < count ? part[(c + i) * n + m] : 0.f;
-      Row<T>::arrange(block, h_rows + g.h + m * h_row + c0 + c);
+      for (int i = 0; i < N; i++) block[i] = c + i < count ? part[(c + i) * ld + m] : 0.f;
+      Row<T>::arrange(block, to + m * h.row(g) + c0 + c);
     }
 }
 
@@ -130,47 +163,49 @@ void add_weighted(const Layer& a, const Group& g, const int32_t* pair, const flo
 // Second pass where a row of down is a column of the outputs: columns j0 to j1
 template <class T>
 void rows(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
-          const typename Row<T>::X* h, int j0, int j1) {
-  using X = typename Row<T>::X;
-  constexpr int N = Row<T>::N;
-  for (int t = 0; t < a.T; t++) std::fill_n(a.out + int64_t(t) * a.H + j0, j1 - j0, 0.f);
-  float y[CHANNELS * TOKENS];
+          const Activations<T>& h, int j0, int j1) {
+  float y[CHANNELS * TILED];
   for (const Group& g : groups) {
-    const int n = g.n;
-    const int64_t h_row = (g.width + N - 1) / N * N;
-    const X* token[TOKENS];
-    for (int m = 0; m < n; m++) token[m] = h + g.h + m * h_row;
+    const int n = g.n, ld = g.padded();
+    const typename Row<T>::X *own = h.tokens.data() + g.h, *token[TILED];
+    for (int m = 0; m < n; m++) token[m] = own + m * h.row(g);
     const T* down = a.of<T>(a.down, a.down_by, g.expert);
     const T* bias = (const T*)a.down_bias + int64_t(g.expert) * a.H;
     for (int j = j0; j < j1; j += CHANNELS) {
       const int count = std::min(CHANNELS, j1 - j);
-      for (int i = 0; i < count; i++)
-        std::fill_n(y + i * n, n, a.down_bias ? widen(bias[j + i]) : 0.f);
-      products<T>(down + j * a.down_by.within, a.down_by.within, count, token, n, g.width, y);
-      add_weighted(a, g, pair, y, 1, n, j, count);
+      for (int i = 0; i < CHANNELS; i++)
+        std::fill_n(y + i * ld, ld, a.down_bias && i < count ? widen(bias[j + i]) : 0.f);
+      const int64_t stride = a.down_by.within;
+      const T* row = down + j * stride;
+      if (g.tiles) tile_products((const bf16*)row, stride, count, (const bf16*)own, n, g.width, y);
+      else products<T>(row, stride, count, token, n, g.width, y);
+      add_weighted(a, g, pair, y, 1, ld, j, count);
     }
   }
 }
 
 // Second pass where a row of down is a channel: columns j0 to j1
 template <class T>
-void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pair, const float* h,
-             int j0, int j1) {
+void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
+             const Activations<T>& all, int j0, int j1) {
   const int cols = j1 - j0, ld = (cols + 2 * W - 1) / (2 * W) * (2 * W);
   int most = 0;  // no larger than needed: memory asked for anew costs a short call a tenth
-  for (const Group& g : groups) most = std::max(most, g.n);
+  for (const Group& g : groups) most = std::max(most, g.padded());
   std::vector<float> y(most * ld), packed(most > FEW ? PACKED * ld : 0);
-  for (int t = 0; t < a.T; t++) std::fill_n(a.out + int64_t(t) * a.H + j0, cols, 0.f);
   for (const Group& g : groups) {
     const T* down = a.of<T>(a.down, a.down_by, g.expert) + j0;
     const int64_t row = a.down_by.channel;
     const int n = g.n;
-    std::fill_n(y.begin(), n * ld, 0.f);
+    const float* h = all.channels.data();
+    std::fill_n(y.begin(), g.padded() * ld, 0.f);
     if (a.down_bias)
       for (int m = 0; m < n; m++)
         for (int j = 0; j < cols; j++)
           y[m * ld + j] = widen(((const T*)a.down_bias)[int64_t(g.expert) * a.H + j0 + j]);
-    if (n <= FEW) {
+    if (g.tiles) {
+      const bf16* own = (const bf16*)all.tokens.data() + g.h;
+      tile_columns((const bf16*)down, row, g.width, own, all.row(g), n, cols, packed, y.data(), ld);
+    } else if (n <= FEW) {
       int c = 0;
       for (; c + 4 <= g.width; c += 4) {
         const T* from = down + c * row;
@@ -216,24 +251,23 @@ void experts(const Layer& a) {
   constexpr int N = Row<T>::N;
   std::vector<int32_t> pair;
   std::vector<Group> groups;
-  sort_pairs(a, N, pair, groups);
+  sort_pairs(a, pair, groups);
   struct Piece {
     int group, c0;
   };
   std::vector<Piece> pieces;
-  int64_t size = 0;
-  for (size_t g = 0; g < groups.size(); g++) {
+  for (size_t g = 0; g < groups.size(); g++)
     for (int c = 0; c < groups[g].width; c += CHANNELS) pieces.push_back({int(g), c});
-    size = groups[g].h + int64_t(groups[g].width + N) * groups[g].n;
-  }
   const int64_t x_row = (a.H + N - 1) / N * N;
   std::vector<X> x(a.T * x_row);
-  std::vector<float> h(a.columns_are_rows() ? 0 : size);
-  std::vector<X> h_rows(a.columns_are_rows() ? size : 0);
+  Activations<T> h(a, groups);
   const int per_thread = ((a.H + a.threads - 1) / a.threads + 2 * W - 1) / (2 * W) * (2 * W);
   const int block = std::min(COLUMNS, per_thread);
 #pragma omp parallel num_threads(a.threads)
   {
+    Tiles tiles;
+    std::vector<bf16> paired;
+    int is_paired = -1;
 #pragma omp for
     for (int t = 0; t < a.T; t++) {
       int64_t bytes = int64_t(t) * a.H * (a.x_bf16 ? 2 : 4);
@@ -242,14 +276,23 @@ void experts(const Layer& a) {
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < pieces.size(); i++) {
       const Group& g = groups[pieces[i].group];
+      if (g.tiles && is_paired != pieces[i].group) {
+        is_paired = pieces[i].group;
+        const bf16* token[TILED];
+        for (int m = 0; m < g.n; m++)
+          token[m] = (const bf16*)&x[pair[g.start + m] / a.K * x_row];
+        paired.resize(g.padded() * x_row);
+        pair_tokens(token, g.n, x_row, paired.data());
+      }
       int c1 = std::min(g.width, pieces[i].c0 + CHANNELS);
-      channels<T>(a, g, pair.data(), x.data(), x_row, pieces[i].c0, c1, h.data(), h_rows.data());
+      channels<T>(a, g, pair.data(), x.data(), x_row, paired.data(), pieces[i].c0, c1, h);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int j = 0; j < a.H; j += block) {
       int stop = std::min(a.H, j + block);
-      if (a.columns_are_rows()) rows<T>(a, groups, pair.data(), h_rows.data(), j, stop);
-      else columns<T>(a, groups, pair.data(), h.data(), j, stop);
+      for (int t = 0; t < a.T; t++) std::fill_n(a.out + int64_t(t) * a.H + j, stop - j, 0.f);
+      if (a.columns_are_rows()) rows<T>(a, groups, pair.data(), h, j, stop);
+      else columns<T>(a, groups, pair.data(), h, j, stop);
     }
   }
 }

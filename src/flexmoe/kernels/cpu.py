@@ -26,13 +26,13 @@ from flexmoe.kernels.activations import ACTIVATIONS
 if TYPE_CHECKING:
     from flexmoe.kernels.interface import Weights
 
-SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_blocks.h", "cpu_vectors.h")
-)
+FILES = ("cpu.cpp", "cpu_blocks.h", "cpu_tiles.h", "cpu_vectors.h")
+SOURCES = tuple(Path(__file__).with_name(name) for name in FILES)
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 TARGETS = {  # by what torch calls the instruction set
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-march=x86-64-v4", "-mavx512bf16"),
+    "AMX": ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 # Tokens of an expert from which torch is faster, measured with AVX2: in bfloat16 never, as torch
 # has no fast product there.
@@ -160,7 +160,8 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
 def _target() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
-        return "AVX512"
+        # Linux gives a process tiles when it asks for them, which this does
+        return "AMX" if torch.cpu._init_amx() else "AVX512"
     if capability in ("AVX2", "AVX512"):
         return "AVX2"
     raise FlexmoeError(f"it is written for AVX2 and AVX512, the processor has '{capability}'")
