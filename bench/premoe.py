@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -61,7 +60,9 @@ def main() -> None:
         return
     logging.disable_progress_bar()
     wanted = sys.argv[1:] or list(PARTS)
-    kept = {name: part for name, part in before().items() if name not in wanted}
+    path = RESULTS / "premoe.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    kept = {name: before[name] for name in PARTS if name in before and name not in wanted}
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "patterns"
         profile_all(store, "peu")
@@ -76,14 +77,10 @@ def main() -> None:
         }
         for name in wanted:
             result[name] = PARTS[name](opened, store, Path(folder))
+    if kept:
+        where = before.get("earlier", before)["environment"]
+        result["earlier"] = {"parts": list(kept), "environment": where}
     save("premoe", result | kept)
-
-
-def before() -> dict[str, Any]:
-    """The parts of the results that are there."""
-    path = RESULTS / "premoe.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return {name: found[name] for name in PARTS if name in found}
 
 
 def profile_all(store: Path, method: str) -> None:
