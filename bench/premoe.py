@@ -1,6 +1,7 @@
 """PreMoe on the four domains of the shipped model: specialists, generalist, retrieval, bytes.
 
-    python bench/premoe.py            # writes results/premoe.json (about ten minutes on a core)
+    python bench/premoe.py                   # writes results/premoe.json (ten minutes on a core)
+    python bench/premoe.py loss retrieval    # these parts again, the others as they are there
 
 Every pattern is profiled on the training text of its domain; losses and retrieval are measured on
 held-out text. What a specialist takes to make and to load is also measured on a random model large
@@ -24,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from common import random_model, save
+from common import RESULTS, random_model, save
 from flexmoe.checkpoint import Checkpoint, resolve
 from flexmoe.data import calibration_windows, evaluation_windows, load_tokenizer
 from flexmoe.evaluation.intervals import share_interval
@@ -54,10 +55,14 @@ CPU = torch.device("cpu")
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        print(json.dumps(JOBS[sys.argv[1]](Path(sys.argv[2]))))
+    if sys.argv[1:2] == ["job"]:
+        print(json.dumps(JOBS[sys.argv[2]](Path(sys.argv[3]))))
         return
     logging.disable_progress_bar()
+    wanted = sys.argv[1:] or list(PARTS)
+    path = RESULTS / "premoe.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    kept = {name: before[name] for name in PARTS if name in before and name not in wanted}
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "patterns"
         profile_all(store, "peu")
@@ -69,13 +74,13 @@ def main() -> None:
             "seq_len": SEQ_LEN,
             "windows_a_domain": WINDOWS,
             "prompt": PROMPT,
-            "loss": losses(opened),
-            "scores": other_scores(Path(folder)),
-            "retrieval": retrieval(opened),
-            "bytes": bytes_read(store, Path(folder)),
         }
-    result["large"] = large()
-    save("premoe", result)
+        for name in wanted:
+            result[name] = PARTS[name](opened, store, Path(folder))
+    if kept:
+        where = before.get("earlier", before)["environment"]
+        result["earlier"] = {"parts": list(kept), "environment": where}
+    save("premoe", result | kept)
 
 
 def profile_all(store: Path, method: str) -> None:
@@ -215,8 +220,8 @@ def with_signature(model: PreTrainedModel, tokenizer, pattern: Pattern, signatur
     ).ids
     with patch("flexmoe.premoe.signature.signatures", signature):
         mean_E = mean_signature(model, ids[:SAMPLES], 8)
-        reach = measure_reach(model, ids[SAMPLES:], mean_E, 8)
-    return replace(pattern, signature_E=mean_E, reach=reach)
+        reach, spread = measure_reach(model, ids[:SAMPLES], ids[SAMPLES:], mean_E, 8)
+    return replace(pattern, signature_E=mean_E, reach=reach, spread=spread)
 
 
 def count_hits(
@@ -270,7 +275,7 @@ def large() -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as folder:
         found: dict[str, dict] = {"shape": dict(zip(NAMES, SHAPE, strict=True))}
         for job in JOBS:
-            command = [sys.executable, __file__, job, folder]
+            command = [sys.executable, __file__, "job", job, folder]
             run = subprocess.run(command, capture_output=True, text=True, check=True)
             found[job] = json.loads(run.stdout.splitlines()[-1])
             print(job, found[job], flush=True)
@@ -311,6 +316,13 @@ JOBS = {
     "specialise": cut,
     "load the model": partial(open_at, "base"),
     "load the specialist": partial(open_at, "half"),
+}
+PARTS: dict[str, Callable[[Specialists, Path, Path], dict]] = {
+    "loss": lambda opened, store, folder: losses(opened),
+    "scores": lambda opened, store, folder: other_scores(folder),
+    "retrieval": lambda opened, store, folder: retrieval(opened),
+    "bytes": lambda opened, store, folder: bytes_read(store, folder),
+    "large": lambda opened, store, folder: large(),
 }
 
 if __name__ == "__main__":

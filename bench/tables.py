@@ -58,7 +58,10 @@ def methods(only: frozenset[str] | None = None) -> str:
         f"remove {achieved} %. A name with @ or + has another allocation or router rule than its "
         "paper. "
     )
-    return "\n".join([*lines, "", note + measured_on(found, "python bench/compare.py")])
+    notes = [note + measured_on(found, "python bench/compare.py")]
+    for part in found.get("later", []):
+        notes.append(f"{', '.join(part['methods'])}: {measured_on(part, 'the same, later')}")
+    return "\n".join([*lines, "", *notes])
 
 
 def learned() -> str:

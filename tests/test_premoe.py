@@ -22,7 +22,9 @@ from flexmoe.family import load_stock
 from flexmoe.methods import find_method, score_layers
 from flexmoe.plan import LayerRecord
 from flexmoe.premoe import Pattern, Store, activate, compile_plan, load, profile, specialise
+from flexmoe.premoe.nearness import distances
 from flexmoe.premoe.pattern import Reach
+from flexmoe.premoe.retrieval import nearest
 from flexmoe.premoe.signature import (
     front,
     mean_signature,
@@ -60,6 +62,7 @@ def made_pattern(task: str, folder: Path, seed: int = 0) -> Pattern:
             Reach(tokens=16, prompts=20, distance=2.0),
             Reach(tokens=64, prompts=20, distance=1),
         ),
+        spread={n: torch.eye(layers[0].E, dtype=torch.float64) for n in (16, 64)},
         recipe=RECIPE.model_copy(update=made_of | about),
         layers={x.index: LayerRecord(**vars(x.shape), experts_per_token=2) for x in layers},
         bytes_full=checkpoint.bytes,
@@ -108,14 +111,25 @@ def test_one_prompt_in_twenty_may_be_out_of_reach():
     ids = torch.randint(3, 60, (40, 32), generator=torch.Generator().manual_seed(1))
     centre_E = mean_signature(model, ids, 8)
     assert torch.allclose(centre_E, router_logits(model, ids).double().mean((0, 1)))
-    short, long = measure_reach(model, ids, centre_E, 8)
+    held = torch.randint(3, 60, (40, 32), generator=torch.Generator().manual_seed(2))
+    (short, long), spreads = measure_reach(model, ids, held, centre_E, 8)
     assert (short.tokens, short.prompts, long.tokens, long.prompts) == (16, 80, 32, 40)
     for reach in (short, long):
-        distance = (signatures(model, ids.reshape(-1, reach.tokens)) - centre_E).norm(dim=1)
-        inside = int((distance <= reach.distance + 1e-12).sum())
+        own_nE = signatures(model, ids.reshape(-1, reach.tokens)) - centre_E
+        covariance_EE = own_nE.T @ own_nE / len(own_nE)
+        want_EE = (covariance_EE + covariance_EE.diagonal().diag()) / 2
+        assert torch.allclose(spreads[reach.tokens], want_EE)
+        away_nE = signatures(model, held.reshape(-1, reach.tokens)) - centre_E
+        distance = torch.einsum("ne,ef,nf->n", away_nE, want_EE.inverse(), away_nE).sqrt()
+        inside = int((distance <= reach.distance + 1e-9).sum())
         assert inside == math.ceil(0.95 * (reach.prompts + 1))
-    (few,) = measure_reach(model, ids[:3, :12], centre_E, 8)
-    assert few.distance == float((signatures(model, ids[:3, :12]) - centre_E).norm(dim=1).max())
+    (few,), spreads = measure_reach(model, ids[:3, :12], held[:3, :12], centre_E, 8)
+    last = distances(signatures(model, held[:3, :12]), centre_E, spreads[12])
+    assert few.distance == float(last.max())
+    (_,), same = measure_reach(model, ids[:1, :12], ids[:1, :12], centre_E, 8)
+    assert (
+        torch.linalg.cholesky(same[12]).isfinite().all()
+    )  # one prompt, and a distance all the same
     assert prompt_lengths(100) == [16, 32, 64, 100] and prompt_lengths(16) == [16]
 
 
@@ -291,11 +305,13 @@ def test_a_query_gets_the_nearest_pattern_or_the_full_model(tmp_path):
     a, b = torch.randint(3, 60, (2, 20), generator=torch.Generator().manual_seed(3))
     for task, ids in (("a", a), ("b", b)):
         made = replace(made_pattern(task, source), signature_E=signatures(model, ids[None])[0])
-        replace(made, reach=(Reach(tokens=16, prompts=1, distance=1e-6),)).save(store)
+        one = Reach(tokens=16, prompts=1, distance=1e-6)
+        replace(made, reach=(one,), spread={16: made.spread[16]}).save(store)
     opened = load(source, keep=0.5, store=store, dtype=torch.float32)
     for task, ids in (("a", a), ("b", b)):
         match = opened.adapt(ids)
         assert (match.task, match.nearest) == (task, task) and match.distance < 1e-6
+        assert match.distances.keys() == {"a", "b"}
         assert opened.model.flexmoe_plan is opened.plans[task]
         assert min(layer.module.flexmoe_width_E.count(0) for layer in expert_layers(opened.model))
     match = opened.adapt(torch.cat([a[:10], b[:10]]))
@@ -311,6 +327,27 @@ def test_shorter_prompts_may_be_further_away(tmp_path):
     saved("qwen3_moe", tmp_path)
     pattern = Store(tmp_path / "store").load("a")
     assert [pattern.reach_at(n) for n in (3, 16, 32, 64, 500)] == [2, 2, 1.5, 1, 1]
+
+
+def test_the_nearest_task_is_the_one_whose_own_text_is_least_exceeded(tmp_path):
+    """Deviations and reaches are those of the prompt's length, between two of them on a line."""
+    saved("qwen3_moe", tmp_path)
+    a, b = Store(tmp_path / "store").load_all()
+    wide = {16: 9 * a.spread[16], 64: a.spread[64]}
+    near = replace(a, spread=wide)
+    query = a.signature_E + 3.0 / math.sqrt(8)
+    assert near.distance(query, 16) == pytest.approx(1)
+    assert near.distance(query, 64) == pytest.approx(3)
+    assert near.distance(query, 32) == pytest.approx(3 / math.sqrt(5))
+    twin = replace(
+        b,
+        signature_E=a.signature_E,
+        reach=tuple(r.model_copy(update={"distance": 4 * r.distance}) for r in b.reach),
+    )
+    match = nearest([near, twin], query, 16)  # 1 of 2 against 3 of 8
+    assert (match.task, match.distance, match.reach) == ("b", pytest.approx(3), 8)
+    match = nearest([near, replace(twin, reach=b.reach)], query, 64)
+    assert match.task is None and match.distance == pytest.approx(3) and match.reach == 1
 
 
 # --- What is refused ---------------------------------------------------------------------------
@@ -335,7 +372,7 @@ def test_weights_of_another_model_are_refused_everywhere(tmp_path):
     [
         (lambda s: (s / "a.json").write_text("{"), "not valid JSON"),
         (lambda s: edit(s / "a.json", task="b"), "damaged or was edited"),
-        (lambda s: edit(s / "a.json", format=2), "has format 2"),
+        (lambda s: edit(s / "a.json", format=1), "has format 1"),
         (lambda s: (s / "a.safetensors").unlink(), "is missing"),
         (lambda s: (s / "a.safetensors").write_bytes(b"0" * 300), "its sha256 does not fit"),
         (lambda s: (s / "b.json").rename(s / "a.json"), "is the pattern of 'b'"),

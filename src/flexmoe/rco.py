@@ -7,16 +7,16 @@ the budget, its gradient is that of the soft one. The gradient is projected on t
 the expected pruned share is the budget's, Adam makes a step, and a shift of all logits, found by
 bisection, brings them back to the surface.
 
-RCO learns for one budget. Members of a family are nested, so here a run for each budget starts
-from the logits of the one before, and what is gone stays gone. The divergence from the full model
-is that of all tokens; the authors take the likeliest 20 of each.
+RCO learns for one budget. Members of a family are nested, so here the run goes through the
+budgets: each starts from the logits of the one before, and what is gone stays gone. The divergence
+from the full model is that of all tokens; the authors take the likeliest 20 of each.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -30,9 +30,9 @@ from flexmoe.training import batches, divergence
 
 @dataclass(frozen=True)
 class RcoConfig:
-    """Settings of a run, those of the authors: ``steps`` for every budget, ``draws`` masks a step,
-    each on ``windows`` windows; ``tau`` falls geometrically; ``spread`` is how much the prior
-    counts."""
+    """Settings of a run, those of the authors: ``steps``, shared out over the budgets, ``draws``
+    masks a step, each on ``windows`` windows; ``tau`` falls geometrically for every budget;
+    ``spread`` is how much the prior counts."""
 
     steps: int = 200
     draws: int = 4
@@ -121,6 +121,7 @@ def learn_order(
     units = Units(expert_layers(model), score)
     logit_X = config.spread * (0.5 - units.prior(score))
     stage_X, last_X = torch.full((len(logit_X),), len(budgets)), logit_X
+    config = replace(config, steps=math.ceil(config.steps / max(1, len(budgets))))
     for stage, pruned in enumerate(budgets):
         gone_X = stage_X < stage
         logit_X = learn_mask(model, ids, units, logit_X, gone_X, pruned, config, seed, track)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load, save
 from torch import Tensor
@@ -16,8 +17,9 @@ from torch import Tensor
 from flexmoe.errors import FlexmoeError
 from flexmoe.files import read_sealed, seal, write_whole
 from flexmoe.plan import LayerRecord, Recipe
+from flexmoe.premoe.nearness import distances
 
-FORMAT = 1
+FORMAT = 2
 
 
 class _Record(BaseModel):
@@ -51,26 +53,42 @@ class PatternRecord(_Record):
 class Pattern:
     """What ``task`` needs: ``score`` [E] of every MoE layer, higher = needed more; and how to know
     its text again: ``signature_E``, the mean logits of the first MoE layer's router over the
-    calibration tokens, and its ``reach`` by the length of the prompt, rising."""
+    calibration tokens, its ``reach`` by the length of the prompt, rising, and how prompts of each
+    length ``spread`` [E, E] around it (see `nearness`)."""
 
     task: str
     score: dict[int, Tensor]
     signature_E: Tensor
     reach: tuple[Reach, ...]
+    spread: dict[int, Tensor]
     recipe: Recipe
     layers: dict[int, LayerRecord]
     bytes_full: int
     bytes_per_parameter: int
 
+    def distance(self, signature_E: Tensor, tokens: int) -> float:
+        """How far a prompt of so many tokens with this signature lies from the task, in deviations
+        of the task's own prompts of that length."""
+        between_NEE = torch.stack([self.spread[reach.tokens] for reach in self.reach])
+        spread_EE = torch.einsum("n,nef->ef", self._shares(tokens).to(between_NEE), between_NEE)
+        return float(distances(signature_E[None], self.signature_E, spread_EE)[0])
+
     def reach_at(self, tokens: int) -> float:
-        """How far a prompt of so many tokens may lie from the signature: between the lengths that
-        were measured on a line over the logarithm of the length, beyond them as at the nearest."""
-        lengths = [math.log(reach.tokens) for reach in self.reach]
-        return float(np.interp(math.log(tokens), lengths, [r.distance for r in self.reach]))
+        """How far from the task a prompt of so many tokens may lie."""
+        distance_N = torch.tensor([r.distance for r in self.reach], dtype=torch.float64)
+        return float(self._shares(tokens) @ distance_N)
+
+    def _shares(self, tokens: int) -> Tensor:
+        """How much each length that was measured counts for so many tokens: between two of them by
+        the logarithm of the length, beyond them the nearest alone."""
+        lengths, at = [math.log(reach.tokens) for reach in self.reach], math.log(tokens)
+        shares = [np.interp(at, lengths, one) for one in np.eye(len(lengths))]
+        return torch.tensor(shares, dtype=torch.float64)
 
     def save(self, store: Path) -> None:
         """Write ``TASK.safetensors`` and ``TASK.json`` into the existing folder ``store``."""
         tensors = {f"layers.{i}.score": score.contiguous() for i, score in self.score.items()}
+        tensors |= {f"spread.{n}": spread.contiguous() for n, spread in self.spread.items()}
         content = save(tensors | {"signature": self.signature_E.contiguous()})
         record = PatternRecord(
             format=FORMAT,
@@ -105,6 +123,7 @@ class Pattern:
             score={i: tensors[f"layers.{i}.score"] for i in record.layers},
             signature_E=tensors["signature"],
             reach=tuple(record.reach),
+            spread={reach.tokens: tensors[f"spread.{reach.tokens}"] for reach in record.reach},
             recipe=record.recipe,
             layers=record.layers,
             bytes_full=record.bytes_full,

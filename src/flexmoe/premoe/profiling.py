@@ -92,12 +92,13 @@ def profile(
         step = 1 if memory is not None else ready.batch_size
         with front(ready.source, pick_device(device)) as network:
             signature_E = mean_signature(network, windows.ids, step, track)
-            reach = measure_reach(network, held_out, signature_E, step, track)
+            reach, spread = measure_reach(network, windows.ids, held_out, signature_E, step, track)
     pattern = Pattern(
         task=task,
         score=score,
         signature_E=signature_E,
         reach=reach,
+        spread=spread,
         recipe=recipe,
         layers=layers,
         bytes_full=ready.bytes_full,

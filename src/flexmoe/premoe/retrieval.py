@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,8 +16,9 @@ from flexmoe.premoe.signature import signatures
 @dataclass(frozen=True)
 class Match:
     """``task`` whose pattern a query needs, None where none is near enough: then the full model
-    answers. ``nearest`` is the nearest task in any case, ``distance`` to its signature, ``reach``
-    how far text of that task may lie (see `Reach`); ``distances`` to all."""
+    answers. ``nearest`` is the nearest task in any case, as a share of how far text of each may
+    lie; ``distance`` from it in deviations (see `nearness`), ``reach`` how far its text may lie
+    (see `Reach`); ``distances`` from all."""
 
     task: str | None
     nearest: str
@@ -28,7 +28,7 @@ class Match:
 
 
 def retrieve(model: PreTrainedModel, patterns: Sequence[Pattern], ids: Tensor) -> Match:
-    """The pattern nearest to one prompt ``ids`` [t], by the Euclidean distance of signatures.
+    """The pattern nearest to one prompt ``ids`` [t], by the distance of signatures.
 
     Only what stands before the first MoE layer's experts is computed, see `router_logits`, so it
     does not matter which experts are active, nor whether any are in memory.
@@ -40,14 +40,13 @@ def retrieve(model: PreTrainedModel, patterns: Sequence[Pattern], ids: Tensor) -
 
 def nearest(patterns: Sequence[Pattern], signature_E: Tensor, tokens: int) -> Match:
     """The match of a prompt of so many tokens with this signature."""
-    known_NE = torch.stack([pattern.signature_E for pattern in patterns])
-    distance = (known_NE - signature_E).norm(dim=1).tolist()
-    at = min(range(len(patterns)), key=lambda n: distance[n])
-    reach = patterns[at].reach_at(tokens)
+    distance = [pattern.distance(signature_E, tokens) for pattern in patterns]
+    reach = [pattern.reach_at(tokens) for pattern in patterns]
+    at = min(range(len(patterns)), key=lambda n: distance[n] / max(reach[n], 1e-30))
     return Match(
-        task=patterns[at].task if distance[at] <= reach else None,
+        task=patterns[at].task if distance[at] <= reach[at] else None,
         nearest=patterns[at].task,
         distance=distance[at],
-        reach=reach,
+        reach=reach[at],
         distances={p.task: d for p, d in zip(patterns, distance, strict=True)},
     )

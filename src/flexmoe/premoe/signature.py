@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from flexmoe.around import around_experts
 from flexmoe.experts import expert_layers
+from flexmoe.premoe.nearness import distances, spread
 from flexmoe.premoe.pattern import Reach
 from flexmoe.progress import Track, silent
 from flexmoe.streamed.layer_loader import LayerLoader
@@ -86,30 +87,38 @@ def mean_signature(
 def measure_reach(
     model: PreTrainedModel,
     ids: Tensor,
+    held_out: Tensor,
     signature_E: Tensor,
     batch_size: int,
     track: Track = silent,
-) -> tuple[Reach, ...]:
-    """How far from a task's signature its own text lies, from held-out windows ``ids`` [n, t] cut
-    into prompts of 16, 32, 64 ... t tokens.
+) -> tuple[tuple[Reach, ...], dict[int, Tensor]]:
+    """How far from a task's signature its own text lies, by the length of the prompt: windows
+    [n, t] are cut into prompts of 16, 32, 64 ... t tokens. Those of ``ids`` say how they spread
+    (`nearness.spread` [E, E] of each length), the ``held_out`` ones how far they reach.
 
-    The distance is split conformal prediction's: the ceil(0.95 (n + 1))-th smallest of n prompts',
-    within which another prompt of the task lies with a probability of 0.95 (Lei et al., 2018,
-    Distribution-free predictive inference for regression); the largest where n is below 19.
+    The reach is split conformal prediction's: the ceil(0.95 (n + 1))-th smallest distance of n
+    prompts', within which another prompt of the task lies with a probability of 0.95 (Lei et al.,
+    2018, Distribution-free predictive inference for regression); the largest where n is below 19.
     """
-    window = ids.shape[1]
-    found = []
-    for tokens in track(prompt_lengths(window), "reach"):
-        prompts = ids[:, : window // tokens * tokens].reshape(-1, tokens)
-        step = max(1, batch_size * window // tokens)
-        distance = [
-            (signatures(model, part) - signature_E).norm(dim=1) for part in prompts.split(step)
-        ]
-        nearest = torch.cat(distance).sort().values
+    found, spreads = [], {}
+    for tokens in track(prompt_lengths(ids.shape[1]), "reach"):
+        own_nE, other_nE = (
+            _of_prompts(model, windows, tokens, batch_size) for windows in (ids, held_out)
+        )
+        spreads[tokens] = spread(own_nE, signature_E)
+        nearest = distances(other_nE, signature_E, spreads[tokens]).sort().values
         n = len(nearest)
         at = min(n, math.ceil(WITHIN * (n + 1))) - 1
         found.append(Reach(tokens=tokens, prompts=n, distance=float(nearest[at])))
-    return tuple(found)
+    return tuple(found), spreads
+
+
+def _of_prompts(model: PreTrainedModel, ids: Tensor, tokens: int, batch_size: int) -> Tensor:
+    """Signatures [n, E] of the prompts of so many tokens that windows ``ids`` are cut into."""
+    window = ids.shape[1]
+    prompts = ids[:, : window // tokens * tokens].reshape(-1, tokens)
+    step = max(1, batch_size * window // tokens)
+    return torch.cat([signatures(model, part) for part in prompts.split(step)])
 
 
 def prompt_lengths(window: int) -> Sequence[int]:
