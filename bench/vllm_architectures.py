@@ -11,10 +11,11 @@ Writes results/vllm_architectures.json, which keeps the rows of other model type
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,6 @@ def generate(family: str, implementation: str, latent: bool) -> list[list[int]]:
     from served import BUDGETS, prompts
     from vllm import LLM, SamplingParams
 
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     llm = LLM(
         model=family,
         quantization="flexmoe",
@@ -100,20 +100,31 @@ def generate(family: str, implementation: str, latent: bool) -> list[list[int]]:
     return [list(a.outputs[0].token_ids) for a in llm.generate(inputs, params, use_tqdm=False)]
 
 
-def run(arguments: list[str]) -> tuple[Any, str]:
-    """What a process of this script found, or None and the line of its output that says why."""
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    command = [sys.executable, __file__, *arguments]
-    try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        return None, f"no answer within {LIMIT} s"
-    for line in done.stdout.splitlines():
-        if line.startswith("FOUND "):
-            return json.loads(line.removeprefix("FOUND ")), ""
-    said = [x.strip() for x in (done.stdout + done.stderr).splitlines() if "Error" in x]
-    said = [x for x in said if "Engine core" not in x and "frozen" not in x]
-    return None, (said or [f"exit code {done.returncode}"])[-1]
+def run(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """What ``function`` found, in a process of its own, or None and the line of its output that
+    says why. Forked, so that vLLM is imported once only."""
+    with tempfile.TemporaryDirectory() as folder:
+        log, out = Path(folder) / "log", Path(folder) / "out"
+        process = multiprocessing.get_context("fork").Process(
+            target=_child, args=(function, arguments, log, out)
+        )
+        process.start()
+        process.join(LIMIT)
+        if process.is_alive():
+            process.kill()
+            return None, f"no answer within {LIMIT} s"
+        if out.exists():
+            return json.loads(out.read_text()), ""
+        said = [x.strip() for x in log.read_text().splitlines() if "Error" in x]
+        return None, (said or [f"exit code {process.exitcode}"])[-1]
+
+
+def _child(function: Callable[..., Any], arguments: tuple[Any, ...], log: Path, out: Path) -> None:
+    with log.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    found = json.dumps(function(*arguments))
+    out.write_text(found)
 
 
 def main(names: list[str]) -> None:
@@ -126,7 +137,7 @@ def main(names: list[str]) -> None:
     supported = ModelRegistry.get_supported_archs()
     for name in names or zoo.DECODERS:
         with tempfile.TemporaryDirectory() as folder:
-            made, reason = run(["--make", name, folder])
+            made, reason = run(make, name, Path(folder))
             if made is None:
                 print(name, "not made:", reason, flush=True)
                 continue
@@ -139,8 +150,7 @@ def main(names: list[str]) -> None:
                 if implementation == "native" and made["class"] not in supported:
                     row[implementation] = {"equal": None, "said": "no class of its own"}
                     continue
-                asked = ["--generate", f"{folder}/family", option, str(int(latent))]
-                found, said = run(asked)
+                found, said = run(generate, f"{folder}/family", option, latent)
                 equal = found and sum(a == b for a, b in zip(found, wanted, strict=True))
                 row[implementation] = {"equal": equal, "said": said}
         rows[name] = row
@@ -150,10 +160,5 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
-        case ["--make", name, folder]:
-            print("FOUND", json.dumps(make(name, Path(folder))))
-        case ["--generate", family, implementation, latent]:
-            print("FOUND", json.dumps(generate(family, implementation, latent == "1")))
-        case names:
-            main(names)
+    os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    main(sys.argv[1:])
