@@ -64,10 +64,36 @@ def test_exports_and_checkpoints_say_all_themselves(folder) -> None:
         assert "--hf-overrides" not in found
 
 
-@pytest.mark.parametrize("option", ["--hf-overrides={}", "--port", "--quantization", "--dtype"])
+@pytest.mark.parametrize(
+    "option", ["--hf-overrides={}", "--port", "--quantization", "--dtype", "--served_model_name"]
+)
 def test_options_that_are_ours_are_refused(folder, option) -> None:
     with pytest.raises(FlexmoeError, match="is set by flexmoe serve"):
         arguments(settings(folder, "family"), [option, "x"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--data-parallel-size 2 --enable-expert-parallel", "without their budget"),
+        ("--data_parallel_size=2 -ep", "without their budget"),
+        ("-dp 2 --enable-expert-parallel", "without their budget"),
+        ("--enable-dbo", "splits a batch"),
+        ("--max-model-len 64 --data-parallel-size", "expected one argument"),
+    ],
+)
+def test_options_that_would_lose_budgets_are_refused(folder, options, words) -> None:
+    with pytest.raises(FlexmoeError, match=words):
+        arguments(settings(folder, "family"), options.split())
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--data-parallel-size 2", "--tensor-parallel-size 2 --enable-expert-parallel", "-dp=1 -ep"],
+)
+def test_options_that_keep_budgets_go_to_vllm(folder, options) -> None:
+    found = arguments(settings(folder, "family"), options.split())
+    assert found[-len(options.split()) :] == options.split()
 
 
 def test_a_device_is_refused(folder) -> None:

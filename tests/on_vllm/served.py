@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from chat import TEMPLATE
 from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.experts import expert_layers, experts_function
 from flexmoe.exporter import export, write_family
@@ -153,7 +154,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     fast = PreTrainedTokenizerFast(tokenizer_object=whole, **special)
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    fast.chat_template = TEMPLATE
     return fast
 
 

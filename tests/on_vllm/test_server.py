@@ -20,8 +20,9 @@ import pytest
 pytest.importorskip("vllm")
 
 import httpx2
-from served import BUDGETS, NEW_TOKENS, PROMPTS, make, prompts
+from served import BUDGETS, NEW_TOKENS, PROMPTS, make, prompts, tokenizer
 
+from chat import MESSAGES, TOOLS
 from flexmoe.serve.ids import label
 
 NAME = "qwen3_moe"
@@ -156,6 +157,47 @@ def test_the_dial_turns_the_default_and_nothing_else(client: httpx2.Client, toke
     counted = client.get("/metrics").text
     assert 'flexmoe_switches_total{by="request",from="20",to="60"}' in counted
     assert "vllm:" in counted
+
+
+def said(answer: httpx2.Response) -> list[int]:
+    """Tokens of an answer to a chat, whole or in the events of a stream."""
+    assert answer.status_code == 200, answer.text
+    if "event-stream" not in answer.headers["content-type"]:
+        return answer.json()["choices"][0]["token_ids"]
+    lines = [line[6:] for line in answer.text.split("\n\n") if line.startswith("data: {")]
+    choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+    return [token for choice in choices for token in choice.get("token_ids") or []]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_a_chat_at_every_budget_is_the_completion_of_its_prompt(client, stream, tools) -> None:
+    prompt = tokenizer().apply_chat_template(MESSAGES, tools=tools, add_generation_prompt=True)
+    wanted = {b: answer(client, f"moe:{b}", prompt["input_ids"]) for b in LABELS}
+    assert len({json.dumps(tokens) for tokens in wanted.values()}) == len(LABELS)
+    for budget in LABELS:
+        asked = body(f"moe:{budget}", [], messages=MESSAGES, tools=tools, stream=stream)
+        del asked["prompt"]
+        if tools:
+            asked["tool_choice"] = "none"
+        found = client.post("/v1/chat/completions", json=asked)
+        assert found.headers["x-flexmoe-budget"] == budget and f'"moe:{budget}"' in found.text
+        assert said(found) == wanted[budget]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"messages": [MESSAGES[1], MESSAGES[1]]}, "roles must alternate"),
+        ({"messages": "hi"}, "messages"),
+        ({}, "messages"),
+        ({"messages": MESSAGES, "tools": TOOLS, "tool_choice": "auto"}, "tool-call-parser"),
+        ({"messages": MESSAGES, "tools": {"a": 1}}, "tools"),
+    ],
+)
+def test_what_is_wrong_with_a_chat_is_said(client, wrong, words) -> None:
+    found = client.post("/v1/chat/completions", json={"model": "moe:40", "max_tokens": 3, **wrong})
+    assert found.status_code == 400 and words in found.json()["error"]["message"], found.text
 
 
 def test_what_clients_get_wrong_is_said_and_the_server_stays_up(client: httpx2.Client) -> None:

@@ -25,7 +25,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
 from transformers.cli.serving.response import ResponseHandler
@@ -41,6 +40,7 @@ from flexmoe.serve.engine import Engine, ServeSettings
 from flexmoe.serve.http import App, Receive, Scope, Send, error_body, without
 from flexmoe.serve.middleware import ServeMiddleware
 from flexmoe.serve.state import ServeState
+from flexmoe.serve.transformers_chat import ChatHandler
 
 MODEL = "flexmoe@main"  # in transformers' own form: it adds the revision where there is none
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/health")
@@ -161,7 +161,7 @@ def build(
     handlers = [kind(manager, generation) for kind in (CompletionHandler, ResponseHandler)]
     app = build_server(
         manager,
-        ChatCompletionHandler(manager, generation),
+        ChatHandler(manager, generation),
         *handlers,
         transcription_handler=None,
         systemone_handler=None,

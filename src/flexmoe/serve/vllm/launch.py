@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -38,9 +39,7 @@ def launch(settings: ServeSettings, more: Sequence[str] = ()) -> None:
 
 def arguments(settings: ServeSettings, more: Sequence[str] = ()) -> list[str]:
     """vLLM's command line for these settings."""
-    for option in more:
-        if option.partition("=")[0] in OURS:
-            raise FlexmoeError(f"{option} is set by flexmoe serve: use its own options")
+    check_options(more)
     if settings.device != "auto":
         raise FlexmoeError("vLLM chooses its device itself: leave --device out")
     folder = find_folder(settings.model)
@@ -58,6 +57,33 @@ def arguments(settings: ServeSettings, more: Sequence[str] = ()) -> list[str]:
     if overrides:
         found += ["--hf-overrides", json.dumps(overrides)]
     return [*found, *more]
+
+
+def check_options(more: Sequence[str]) -> None:
+    """`FlexmoeError` for options of vLLM's that are ours to set, or that its workers would refuse
+    later and less plainly."""
+    # as vLLM does: --a_b is --a-b
+    names = [option.partition("=") for option in more]
+    spelled = [a.replace("_", "-") + b + c if a[:1] == "-" else a + b + c for a, b, c in names]
+    for option in spelled:
+        if option.partition("=")[0] in OURS:
+            raise FlexmoeError(f"{option} is set by flexmoe serve: use its own options")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--data-parallel-size", "-dp", default="1")
+    parser.add_argument("--enable-expert-parallel", "-ep", action="store_true")
+    parser.add_argument("--enable-dbo", action="store_true")
+    try:
+        asked, _ = parser.parse_known_args(spelled)
+    except argparse.ArgumentError as error:
+        raise FlexmoeError(f"an option of vLLM's: {error}") from None
+    if asked.data_parallel_size != "1" and asked.enable_expert_parallel:
+        raise FlexmoeError(
+            "--data-parallel-size with --enable-expert-parallel sends tokens between ranks "
+            "without their budget: leave one of them out (--tensor-parallel-size goes with "
+            "experts on ranks of their own)"
+        )
+    if asked.enable_dbo:
+        raise FlexmoeError("--enable-dbo splits a batch into two without its budgets: leave it out")
 
 
 def environment(settings: ServeSettings, outer: Mapping[str, str] = os.environ) -> dict[str, str]:
