@@ -112,3 +112,35 @@ def kernels() -> str:
         f"{found['switch_s'] * 1e3:.2f} ms. "
     )
     return "\n".join([*lines, "", note + measured_on(found, "python bench/kernel_speed.py")])
+
+
+def model_speed() -> str:
+    """Whole models at every budget against transformers on the unpruned one."""
+    found = json.loads((RESULTS / "model_speed.json").read_text())
+    batches = sorted({row["batch"] for row in found["rows"]})
+    head = ["model", "dtype", "engine", "pruned", "weights"]
+    head += [f"TTFT {b}" for b in batches] + [f"TPOT {b}" for b in batches]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    groups: dict[tuple, dict[int, dict]] = {}
+    for row in found["rows"]:
+        key = (row["model"], row["dtype"], row["engine"], row["pruned"])
+        groups.setdefault(key, {})[row["batch"]] = row
+    for (model, dtype, engine, pruned), rows in groups.items():
+        peers = [r for k, r in groups.items() if k[:2] == (model, dtype) and "transformers" in k[2]]
+        size = next(iter(rows.values()))["weights"] / 2**20
+        cells = [model, dtype, engine, f"{100 * pruned:g} %", f"{size:.0f} MiB"]
+        for key in ("ttft_s", "tpot_s"):
+            for b in batches:
+                if b not in rows:
+                    cells.append("")
+                    continue
+                fastest = min(peer[b][key] for peer in peers)
+                cells.append(f"{rows[b][key] * 1e3:.1f} (x{rows[b][key] / fastest:.2f})")
+        lines.append("| " + " | ".join(cells) + " |")
+    note = (
+        f"Milliseconds, {found['clock']}: TTFT for prompts of {found['prompt']} tokens and the "
+        f"first token, TPOT for each of {found['new']} further ones, at batches of "
+        f"{', '.join(map(str, batches))} sequences; in brackets against the fastest of "
+        f"transformers' functions on the unpruned model; medians of {found['repeats']} rounds. "
+    )
+    return "\n".join([*lines, "", note + measured_on(found, "python bench/model_speed.py")])

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from speed_tables import kernels, measured_on, serve, vllm
+from speed_tables import kernels, measured_on, model_speed, serve, vllm
 
 HERE = Path(__file__).parent
 # of the frozen comparison, what README.md shows
@@ -327,7 +327,7 @@ PAGES = {
     },
     HERE.parent / "docs" / "compare.md": {"methods": methods},
     HERE.parent / "docs" / "serving.md": {"serve": serve, "vllm": vllm},
-    HERE.parent / "docs" / "kernels.md": {"kernels": kernels},
+    HERE.parent / "docs" / "kernels.md": {"kernels": kernels, "model_speed": model_speed},
 }
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from flexmoe._lazy import register_when_transformers_loads
 
 if TYPE_CHECKING:
     from flexmoe.config import CompressConfig
+    from flexmoe.elastic import release, restore
     from flexmoe.errors import FlexmoeError
     from flexmoe.exporter import export
     from flexmoe.family import load, set_budget
@@ -33,6 +34,8 @@ _HOME = {
     "export": "exporter",
     "load": "family",
     "method": "methods",
+    "release": "elastic",
+    "restore": "elastic",
     "set_budget": "family",
     "statistic": "statistics",
 }
@@ -45,6 +48,8 @@ __all__ = [
     "export",
     "load",
     "method",
+    "release",
+    "restore",
     "set_budget",
     "statistic",
 ]

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.kernels import Weights, experts
-from flexmoe.kernels.activations import name_of
+from flexmoe.kernels import experts
 from flexmoe.kernels.routing import Routing
 from flexmoe.sharding import own_rows
+from flexmoe.storage import STORAGE, stored_weights, table
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 SINCE_5_20 = "has_post_expert_norm"  # false where transformers is older
@@ -58,6 +58,9 @@ class ExpertLayer:
 
     def __init__(self, index: int, name: str, module: nn.Module, model: nn.Module | None = None):
         self.index, self.name, self.module, self.model = index, name, module, model
+        if full := getattr(module, "flexmoe_full", None):  # released: see `elastic`
+            self.E, self.I, self.H = full
+            return
         down = module.down_proj
         if hasattr(module, "flexmoe_offset_E"):
             raise FlexmoeError(
@@ -214,6 +217,8 @@ def full_width_forward(
     """The experts at full width; ``edit(routing, h_SI)`` sees the channel activations and returns
     those to go on with, ``see`` is shown everything at the end. ``routing`` is what the indices
     say, unless given."""
+    if getattr(module, "flexmoe_full", None):
+        raise FlexmoeError("channels were released: call flexmoe.restore(model) first")
     if routing is None:
         routing = Routing.of(index_TK, weight_TK, module.down_proj.shape[0])
     x_SH = x_TH[routing.token_S]
@@ -267,7 +272,8 @@ def prefix_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK:
     goes by its own row ``flexmoe_token_budget_T[t]`` of ``module.flexmoe_width_BE`` instead. The
     kernels decide which back end runs: a compiled one where nobody asks for gradients."""
     width_BE, token_budget_T = _budgets(module, x_TH)
-    stored = stored_weights(module)
+    with STORAGE:
+        stored = stored_weights(module)
     return experts(x_TH, index_TK, weight_TK, stored, width_BE, token_budget_T)
 
 
@@ -275,7 +281,7 @@ def _budgets(module: nn.Module, x_TH: Tensor) -> tuple[Tensor, Tensor | None]:
     """The widths of all budgets in use, and which of them each token is at (None: the only one)."""
     token_budget_T = getattr(module, "flexmoe_token_budget_T", None)
     if token_budget_T is None:
-        return _table(module, "width_E", [module.flexmoe_width_E], x_TH.device), None
+        return table(module, "width_E", [module.flexmoe_width_E], x_TH.device), None
     if len(token_budget_T) != len(x_TH):
         raise FlexmoeError(
             f"flexmoe_token_budget_T has budgets for {len(token_budget_T)} tokens, the batch has "
@@ -284,67 +290,7 @@ def _budgets(module: nn.Module, x_TH: Tensor) -> tuple[Tensor, Tensor | None]:
     width_BE = module.flexmoe_width_BE
     if isinstance(width_BE, Tensor):
         return width_BE, token_budget_T
-    return _table(module, "width_BE", width_BE, x_TH.device), token_budget_T
-
-
-def _table(module: nn.Module, name: str, rows: list[list[int]], device: torch.device) -> Tensor:
-    """``rows`` as int32 on ``device``, made anew when they change: to a GPU each making is a copy
-    for which everything waits."""
-    made: dict[str, tuple[list[list[int]], Tensor]]
-    made = module.__dict__.setdefault("flexmoe_tables", {})
-    if name not in made or made[name][0] != rows or made[name][1].device != device:
-        table = torch.tensor(rows, dtype=torch.int32, device=device)
-        made[name] = [list(row) for row in rows], table
-    return made[name][1]
-
-
-def stored_weights(module: nn.Module) -> Weights:
-    """The experts of a module as kernels take them: views on the parameters, in stock or in ragged
-    storage (see `flexmoe.hf`). Each parameter is taken once: an adapter computes it anew."""
-    name, gate = ("gate_up_proj", 2) if module.has_gate else ("up_proj", 1)
-    up, down = getattr(module, name), module.down_proj
-    bias = getattr(module, f"{name}_bias") if module.has_bias else None
-    offset_E = getattr(module, "flexmoe_offset_E", None)
-    if offset_E is not None:
-        offset_E = _table(module, "offset_E", [offset_E], up.device)[0]
-        if gate == 1:
-            up, bias = up.unsqueeze(1), None if bias is None else bias.unsqueeze(1)
-    else:
-        up, down = (up.mT, down) if module.is_transposed else (up, down.mT)
-        up, bias = (
-            None if t is None else _sides(t, gate, module.is_concatenated) for t in (up, bias)
-        )
-    activate = activation_function(module)
-    known = module.__dict__
-    if "flexmoe_activation" not in known:
-        known["flexmoe_activation"] = name_of(activate, module.has_gate, up.device)
-    return Weights(
-        up=up,
-        down=down,
-        offset_E=offset_E,
-        activate=activate,
-        activation=known["flexmoe_activation"],
-        up_bias=bias,
-        down_bias_EH=module.down_proj_bias if module.has_bias else None,
-        norm=module.post_expert_norm if getattr(module, SINCE_5_20, False) else None,
-    )
-
-
-def _sides(tensor: Tensor, sides: int, concatenated: bool) -> Tensor:
-    """[E, sides * I, ...] as [E, I, sides, ...]."""
-    if concatenated:
-        return tensor.unflatten(1, (sides, -1)).transpose(1, 2)
-    return tensor.unflatten(1, (-1, sides))
-
-
-def activation_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What maps gate and up side by side [n, 2w] (or up alone) to channel activations [n, w]. The
-    module lends its function only: it may be on the meta device."""
-    if not module.has_gate:
-        return module.act_fn
-    if module.is_concatenated:
-        return module._apply_gate
-    return lambda pre_n: module._apply_gate(torch.stack(pre_n.chunk(2, -1), -1).flatten(-2))
+    return table(module, "width_BE", width_BE, x_TH.device), token_budget_T
 
 
 ALL_EXPERTS_FUNCTIONS.register("flexmoe_observe", observe_forward)

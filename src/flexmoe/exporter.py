@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.evidence import Evidence
-from flexmoe.experts import activation_function
 from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_beside
 from flexmoe.hf import FORMAT
 from flexmoe.kernels.torch_loop import activations
@@ -36,6 +35,7 @@ from flexmoe.shards import (
     same_names,
     write,
 )
+from flexmoe.storage import activation_function
 from flexmoe.trace import check_weights, trace
 from flexmoe.uniform import uniform_config, uniform_width
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from flexmoe import elastic
 from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, read_json, resolve
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
@@ -122,6 +123,7 @@ def load(
         check_base(plan, source)
     model = load_stock(source, device=device, dtype=dtype)
     attach(model, plan, ranked=ranked)
+    model.flexmoe_source = elastic.Source(source, None if ranked else plan.order)
     if pruned:
         set_budget(model, pruned)
     return model
@@ -165,13 +167,17 @@ def attach(model: PreTrainedModel, plan: Plan, *, ranked: bool) -> None:
     set_budget(model, 0.0)
 
 
-def set_budget(model: PreTrainedModel, pruned: float, router: str | None = None) -> Member:
+def set_budget(
+    model: PreTrainedModel, pruned: float, router: str | None = None, release: bool = False
+) -> Member:
     """Make ``model`` (from `load`) compute the member at ``pruned``, any share the plan reaches.
 
     Only width tables change, no weight is touched. At 0 the experts run the stock function again,
     so going anywhere and back gives the outputs of the stock model bit for bit. ``router`` is what
     becomes of the router where whole experts go (see `routing.rules`), by default what the plan
-    says. Returns the figures of the member.
+    says. With ``release`` the memory of all channels beyond this budget is given back
+    (`flexmoe.release`, which says how much), and richer budgets are refused until
+    `flexmoe.restore`. Returns the figures of the member.
     """
     plan = getattr(model, "flexmoe_plan", None)
     if plan is None:
@@ -182,8 +188,11 @@ def set_budget(model: PreTrainedModel, pruned: float, router: str | None = None)
     rule = router or plan.recipe.router
     check_rule(rule, plan.recipe.unit, bool(plan.constant))
     width = plan.widths(pruned)
+    elastic.check_stored(model, width)
     for layer in expert_layers(model):
         layer.module.flexmoe_width_E = width[layer.index].tolist()
     reroute(model, rule, width, plan.constant)
     choose_function(model)
+    if release:
+        elastic.release(model)
     return plan.figures(pruned, width, rule)

@@ -1,4 +1,4 @@
-"""The commands ``flexmoe bench``."""
+"""The commands ``flexmoe bench kernels`` and ``flexmoe bench model``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexmoe.cli.common import quiet, say
+from flexmoe.cli.common import Device, quiet, say
 
 if TYPE_CHECKING:
     from flexmoe.kernels.measure import Shape
@@ -19,6 +19,15 @@ EXAMPLES = """\
   flexmoe bench kernels
 
   flexmoe bench kernels --shape 128,2048,768,8 --tokens 1,8 --dtype bfloat16 -o kernels.json
+"""
+MODEL_EXAMPLES = """\
+[bold]Examples[/bold]
+
+  flexmoe bench model families/qwen3
+
+  flexmoe bench model families/qwen3 --pruned 0,0.4 --batch 1,8 --prompt 512 --json speed.json
+
+  flexmoe bench model qwen3-40-ragged --against Qwen/Qwen3-30B-A3B
 """
 
 app = typer.Typer(no_args_is_help=True)
@@ -67,6 +76,77 @@ def kernels(
     say(f"switch of 48 layers of 128 experts: {found['switch_s'] * 1e3:.2f} ms")
     if out:
         out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+@app.command(epilog=MODEL_EXAMPLES)
+def model(
+    path: Annotated[str, typer.Argument(help="family, plan, export, or any MoE checkpoint")],
+    batch: Annotated[str, typer.Option(help="sequences at once, several with commas")] = "1,8,64",
+    prompt: Annotated[int, typer.Option(help="tokens of each prompt", min=1)] = 128,
+    new: Annotated[int, typer.Option(help="tokens after it", min=1)] = 16,
+    repeats: Annotated[int, typer.Option(help="rounds of which the median is taken", min=1)] = 5,
+    pruned: Annotated[str, typer.Option(help="budgets of a family: 0,0.4 or all")] = "all",
+    against: Annotated[
+        str | None, typer.Option(help="unpruned model to compare an export with")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    device: Device = "auto",
+    json_out: Annotated[Path | None, typer.Option("--json", help="JSON file to write")] = None,
+) -> None:
+    """A whole model at every budget: time to the first token and per further one, tokens per
+    second, memory; beside the unpruned model as transformers runs it (eager, grouped_mm).
+    """
+    from flexmoe.config import budget_list
+    from flexmoe.errors import did_you_mean
+    from flexmoe.files import check_file
+    from flexmoe.speed import SpeedConfig, measure
+
+    quiet()
+    if dtype not in (known := ("auto", "float32", "bfloat16", "float16")):
+        raise did_you_mean(dtype, known, "dtype")
+    if json_out is not None:
+        check_file(json_out)
+    config = SpeedConfig(
+        batches=_numbers(batch, "--batch"),
+        prompt=prompt,
+        new=new,
+        repeats=repeats,
+        pruned=None if pruned == "all" else budget_list(pruned),
+        device=device,
+        dtype=dtype,
+    )
+    found = measure(path, config, against)
+    say(_table(path, found))
+    if json_out is not None:
+        json_out.parent.mkdir(parents=True, exist_ok=True)
+        json_out.write_text(json.dumps({"model": path, **found}, indent=1) + "\n")
+
+
+def _table(path: str, found: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    from flexmoe.memory import gib
+
+    table = Table(
+        box=None,
+        title=f"{path}, {found['dtype']}, prompts of {found['prompt']} tokens",
+        caption=f"tokens/s of the batch; {found['clock']}, medians of {found['repeats']} rounds",
+    )
+    head = "engine|pruned|batch|TTFT ms|TPOT ms|prefill/s|decode/s|weights"
+    for n, name in enumerate(head.split("|")):
+        table.add_column(name, justify="right" if n else "left")
+    for row in found["rows"]:
+        table.add_row(
+            row["engine"],
+            f"{100 * row['pruned']:g} %",
+            str(row["batch"]),
+            f"{row['ttft_s'] * 1e3:.1f}",
+            f"{row['tpot_s'] * 1e3:.2f}",
+            f"{row['prefill_tokens_per_s']:,.0f}",
+            f"{row['decode_tokens_per_s']:,.0f}",
+            gib(row["weights"]),
+        )
+    return table
 
 
 def line(row: dict[str, Any]) -> str:

@@ -1,0 +1,147 @@
+"""Released channels: the memory is gone, poorer budgets are the same, richer ones come back."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from transformers import OlmoeForCausalLM
+
+import flexmoe
+from flexmoe.errors import FlexmoeError
+from flexmoe.exporter import write_family
+from flexmoe.statistics import observe
+from helpers import LOGIT_TOLERANCE, difference, ids_of, logits, random_plan
+from zoo import tiny_model
+
+# hub experts one by one and in one tensor with biases (transposed), without gate
+NAMES = ["olmoe", "gpt_oss", "nemotron_h"]
+
+
+@pytest.fixture(params=NAMES)
+def opened(request, tmp_path):
+    """The same family opened twice: to release, and to compare with."""
+    model = tiny_model(request.param)
+    model.save_pretrained(tmp_path / "base")
+    plan = random_plan(model, tmp_path / "base")
+    if request.param == "olmoe":
+        write_family(tmp_path / "base", plan, tmp_path / "family")
+    else:  # a plan alone, on the base model
+        plan.save(tmp_path / "family")
+    return [flexmoe.load(tmp_path / "family", device="cpu", dtype=torch.float32) for _ in range(2)]
+
+
+def expert_bytes(model):
+    modules = [m for name, m in model.named_modules() if name.endswith("experts")]
+    return sum(p.untyped_storage().nbytes() for m in modules for p in m.parameters(recurse=False))
+
+
+def test_memory_is_given_back_and_comes_back(opened):
+    model, whole = opened
+    ids, before = ids_of(model), expert_bytes(model)
+    assert flexmoe.release(model) == 0  # at budget 0 there is nothing to give
+    figures = flexmoe.set_budget(model, 0.2, release=True)
+    freed = before - expert_bytes(model)
+    layers = model.flexmoe_plan.member(0.0).routed_parameters - figures.routed_parameters
+    assert freed == 4 * layers > 0
+    assert flexmoe.release(model) == 0
+    for share in (0.2, 0.6, 0.4):
+        flexmoe.set_budget(model, share)
+        flexmoe.set_budget(whole, share)
+        assert difference(logits(model, ids), logits(whole, ids)) < LOGIT_TOLERANCE
+    more = flexmoe.release(model)  # a further tier, from ragged storage
+    assert more > 0
+    assert difference(logits(model, ids), logits(whole, ids)) < LOGIT_TOLERANCE
+    assert flexmoe.restore(model) == freed + more and expert_bytes(model) == before
+    assert flexmoe.restore(model) == 0
+    for share in (0.4, 0.0):
+        flexmoe.set_budget(model, share)
+        flexmoe.set_budget(whole, share)
+        assert difference(logits(model, ids), logits(whole, ids)) < LOGIT_TOLERANCE
+    for mine, other in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, other) and mine.requires_grad == other.requires_grad
+
+
+def test_what_needs_released_channels_is_refused(opened, tmp_path):
+    model, _ = opened
+    flexmoe.set_budget(model, 0.4, release=True)
+    kept = logits(model, ids_of(model))
+    for share in (0.0, 0.2):
+        with pytest.raises(FlexmoeError, match=r"flexmoe.restore\(model\) first"):
+            flexmoe.set_budget(model, share)
+    with pytest.raises(FlexmoeError, match="before it is saved"):
+        model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(FlexmoeError, match="restore"):
+        observe(model, ids_of(model), ["fisher_EI"], batch_size=1)
+    assert torch.equal(logits(model, ids_of(model)), kept)  # and nothing changed
+    flexmoe.restore(model)
+    model.save_pretrained(tmp_path / "saved")
+    model.flexmoe_source = None
+    with pytest.raises(FlexmoeError, match="needs a model that"):
+        flexmoe.release(model)
+
+
+def test_weights_that_changed_are_not_mixed_with_those_of_the_files(opened):
+    model, _ = opened
+    flexmoe.set_budget(model, 0.2, release=True)
+    with torch.no_grad():
+        next(m for n, m in model.named_modules() if n.endswith("experts")).down_proj.mul_(2)
+    with pytest.raises(FlexmoeError, match="other weights than the model in memory"):
+        flexmoe.restore(model)
+
+
+def test_serving_goes_on_meanwhile(opened):
+    model, _ = opened
+    flexmoe.set_budget(model, 0.6)
+    ids = ids_of(model)
+    want, seen, stop = logits(model, ids), [], threading.Event()
+
+    def serve():
+        while not stop.is_set():
+            seen.append(logits(model, ids))
+
+    server = threading.Thread(target=serve)
+    server.start()
+    try:
+        for _ in range(5):
+            assert flexmoe.release(model) > 0
+            assert flexmoe.restore(model) > 0
+    finally:
+        stop.set()
+        server.join()
+    assert len(seen) > 5 and all(difference(out, want) < LOGIT_TOLERANCE for out in seen)
+
+
+PROGRAM = """
+import sys, torch, flexmoe
+from flexmoe.memory import PROCESS, give_back
+model = flexmoe.load(sys.argv[1], device="cpu", dtype=torch.float32)
+give_back()
+rss = [PROCESS.memory_info().rss]
+flexmoe.set_budget(model, 0.6)
+sizes = [flexmoe.release(model)]
+rss.append(PROCESS.memory_info().rss)
+sizes.append(flexmoe.restore(model))
+rss.append(PROCESS.memory_info().rss)
+print(*rss, *sizes)
+"""
+
+
+def test_the_process_shrinks(tmp_path):
+    """By what `release` says, within a tenth, and grows again."""
+    config = tiny_model("olmoe").config
+    config.hidden_size = config.intermediate_size = 512
+    model = OlmoeForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    write_family(
+        tmp_path / "base", random_plan(model, tmp_path / "base", quantum=32), tmp_path / "family"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "family")],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    before, small, after, freed, back = map(int, done.stdout.split())
+    assert freed == back > 20e6
+    assert abs(before - small - freed) < 0.1 * freed
+    assert after - small > 0.9 * back
