@@ -67,7 +67,7 @@ def serve(
 ) -> None:
     """Serve all budgets of one resident model, OpenAI-compatible; each is a model id."""
     from flexmoe.errors import FlexmoeError
-    from flexmoe.serve.prepare import make_settings, pick_engine
+    from flexmoe.serve.prepare import check_vllm, make_settings, pick_engine
 
     quiet()
     chosen = pick_engine(engine)
@@ -97,6 +97,8 @@ def serve(
         device=device,
         dtype=dtype,
     )
+    if chosen == "vllm":
+        check_vllm(family)
     typer.echo("\n".join(_lines(settings, chosen)))
     if chosen == "vllm":
         from flexmoe.serve.vllm.launch import launch as launch_vllm

@@ -88,6 +88,16 @@ def _single(folder: Path) -> ServedMember:
     )
 
 
+def check_vllm(model: str) -> None:
+    """`FlexmoeError` for an export that vLLM has no place for."""
+    about = find_folder(model) / EXPORT_NAME
+    if about.is_file() and read_json(about).get("router") == "constant":
+        raise FlexmoeError(
+            f"'{model}' has constants in the place of experts, which --engine vllm cannot add: use "
+            "--engine transformers"
+        )
+
+
 def _quality(folder: Path) -> dict[float, dict[str, float]]:
     """Loss and share of likelihood kept by budget, where a curve of this plan is saved. (That the
     weights are those it was measured with is not checked: that takes reading them all.)"""
