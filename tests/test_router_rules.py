@@ -1,5 +1,6 @@
 """Router rules: what they compute, in memory and exported; what is refused."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import flexmoe
 from flexmoe import CompressConfig, FlexmoeError, compress, set_budget
 from flexmoe.allocate import allocate_experts
+from flexmoe.checkpoint import Checkpoint
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import export
 from flexmoe.family import attach
@@ -143,6 +145,38 @@ def test_constants_stand_for_experts_that_are_gone():
     assert difference(got, logits(model, ids)) < LOGIT_TOLERANCE
     set_budget(model, 0)
     assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss", "nemotron_h"])
+def test_an_export_with_constants_is_what_was_evaluated(kind, tmp_path):
+    """Loaded as any checkpoint, saved again, loaded again."""
+    model = tiny_model(kind)
+    source, ids = saved(model, tmp_path / "base"), ids_of(model)
+    constant = {x.index: torch.randn(x.E, x.H) for x in expert_layers(model)}
+    plan = expert_plan(model, source, router="constant", constant=constant)
+    plan = dataclasses.replace(plan, bytes_full=Checkpoint(source).bytes)
+    plan.save(tmp_path / "plan")
+    attach(model, plan, ranked=True)
+    figures = set_budget(model, HALF)
+    virtual = logits(model, ids)
+    for layout in ("uniform", "masked"):
+        with pytest.raises(FlexmoeError, match=f"layout {layout} is a stock checkpoint"):
+            export(tmp_path / "plan", tmp_path / "x", pruned=HALF, layout=layout, base=source)
+    done = export(tmp_path / "plan", tmp_path / "out", pruned=HALF, layout="ragged", base=source)
+    assert done.bytes == figures.bytes and done.routed_parameters == figures.routed_parameters
+    written = load(tmp_path / "out", model)
+    assert difference(logits(written, ids), virtual) < LOGIT_TOLERANCE
+    written.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again", model), ids), logits(written, ids))
+    half = type(model).from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    kept = {name: t for name, t in half.named_buffers() if name.endswith("flexmoe_constant_EH")}
+    assert len(kept) == len(constant) and all(t.dtype == torch.float32 for t in kept.values())
+    kept_out = export(
+        tmp_path / "plan", tmp_path / "kept", pruned=HALF, layout="ragged", router="keep",
+        base=source,
+    )  # fmt: skip
+    assert kept_out.bytes < done.bytes
+    assert difference(logits(load(tmp_path / "kept", model), ids), virtual) > 0.01
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ def test_labels_are_percent():
 def test_ids_name_shares():
     budgets = Budgets("org/moe", (0.0, 0.125, 0.4))
     assert budgets.ids == ("org/moe", "org/moe:0", "org/moe:12.5", "org/moe:40")
-    assert [budgets.find(i) for i in budgets.ids] == [None, 0.0, 0.125, 0.4]
+    assert [budgets.find(i) for i in budgets.ids] == [None, "0", "12.5", "40"]
     assert [budgets.share(b) for b in budgets.labels] == [0.0, 0.125, 0.4]
 
 
@@ -25,6 +25,18 @@ def test_a_plain_model_has_one_id_an_export_two():
     assert Budgets("moe-40", (0.4,)).ids == ("moe-40", "moe-40:40")
     with pytest.raises(FlexmoeError, match="unknown model 'moe:0'"):
         Budgets("moe", (0.0,)).find("moe:0")
+
+
+def test_tasks_have_ids_beside_budgets():
+    budgets = Budgets("moe", (0.0, 0.4), ("law", "math"))
+    assert budgets.ids == ("moe", "moe:0", "moe:40", "moe:law", "moe:math", "moe:auto")
+    assert budgets.labels == ("0", "40") and budgets.rows == ("0", "40", "law", "math")
+    assert [budgets.find(i) for i in budgets.ids] == [None, "0", "40", "law", "math", "auto"]
+    full = Budgets("moe", (0.0,), ("law",))
+    assert full.ids == ("moe", "moe:law", "moe:auto") and full.find("moe:law") == "law"
+    for task in ("auto", "40", "möbel"):
+        with pytest.raises(FlexmoeError, match=f"task '{task}' cannot be served"):
+            Budgets("moe", (0.0, 0.4), (task,))
 
 
 @pytest.mark.parametrize("found", ["moe:39", "moe:040", "moe:40.0", "moe:", "MOE:40", ":40", ""])

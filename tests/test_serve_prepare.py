@@ -161,3 +161,16 @@ def test_the_command_says_what_it_will_use(family, monkeypatch):
         assert words in run.output
     assert "curl http://0.0.0.0:18377/v1/completions -H" in run.output
     assert launched[0].slo.poorest == "60"
+
+
+def test_constants_are_not_for_vllm(tmp_path):
+    from flexmoe.serve.prepare import check_vllm
+
+    about = tmp_path / "flexmoe_export.json"
+    (tmp_path / "config.json").write_text("{}")
+    for router in ("keep", "constant"):
+        about.write_text(f'{{"router": "{router}"}}')
+        if router == "keep":
+            check_vllm(str(tmp_path))
+    with pytest.raises(FlexmoeError, match="use --engine transformers"):
+        check_vllm(str(tmp_path))

@@ -19,13 +19,13 @@ from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.evidence import Evidence
 from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_beside
-from flexmoe.hf import FORMAT
+from flexmoe.hf import CONSTANT, FORMAT, WITH_CONSTANTS
 from flexmoe.kernels.torch_loop import activations
 from flexmoe.plan import Plan, Recipe, read_manifest
 from flexmoe.progress import Track, silent
 from flexmoe.reports.card import write_card
 from flexmoe.routing.removal import Removal
-from flexmoe.routing.rules import check_rule
+from flexmoe.routing.rules import rule_of_export
 from flexmoe.shards import (
     Cut,
     RaggedNames,
@@ -33,6 +33,8 @@ from flexmoe.shards import (
     ragged,
     ragged_names,
     same_names,
+    verify,
+    with_constants,
     write,
 )
 from flexmoe.storage import activation_function
@@ -118,7 +120,8 @@ def export(
     do not apply), ``ragged`` (the plan's widths, loads where flexmoe is installed) or ``masked``
     (stock shapes, pruned channels zero). Of a plan of whole experts ``uniform`` takes those that go
     out of the router too, which must be said: ``router`` is ``remove`` then (None: what the plan
-    says, see `routing.rules`). ``base`` says where the base model of a plan alone is.
+    says, see `routing.rules`); constants stand in a ``ragged`` one. ``base`` says where the base
+    model of a plan alone is.
     ``out`` appears complete or not at all; a `FlexmoeError` says what stands in the way.
     """
     if layout not in LAYOUTS:
@@ -133,7 +136,7 @@ def export(
     source = Source.open(folder if ranked else resolve(base or plan.recipe.base_model), plan)
     if not ranked:
         check_weights(plan, source.checkpoint, source.layers)
-    rule = _rule(plan, layout, router)
+    rule = rule_of_export(plan.recipe, layout, router, bool(plan.constant))
     if rule == "remove":
         removal = Removal(source, plan, pruned)
         entries = removal.shards
@@ -141,6 +144,9 @@ def export(
         cuts, config = _cuts(source, plan, ranked, pruned, layout)
         names = ragged_names(source) if layout == "ragged" else None
         entries = ragged(source, cuts, names) if names else same_names(source, cuts)
+        if rule == "constant" and config is not None:
+            entries = with_constants(source, entries, plan.constant)
+            config["quantization_config"]["format"] = WITH_CONSTANTS
 
     needed = sum(entry.bytes for shard in entries.values() for entry in shard)
     refuse_full(out, needed, "the export")
@@ -154,35 +160,16 @@ def export(
                 _write_config(source.checkpoint, partial, config)
             write(source, partial, entries, track)
             routed, checked, difference = _compare(source, cuts, partial, names, track)
+            if rule == "constant":
+                verify(
+                    partial, {"": [e for s in entries.values() for e in s if CONSTANT in e.name]}
+                )
         achieved = 1 - routed / plan.routed_parameters
         _describe(partial, layout, pruned, achieved, rule, plan.recipe, manifest.tensors_sha256)
         write_card(partial, family=folder, track=track)
         size = Checkpoint(partial).bytes
     read = source.checkpoint.bytes_read
     return ExportReport(out, layout, achieved, routed, size, checked, difference, read)
-
-
-def _rule(plan: Plan, layout: str, router: str | None) -> str:
-    """The router rule of an export; `FlexmoeError` where the layout cannot have it."""
-    rule = router or plan.recipe.router
-    check_rule(rule, plan.recipe.unit, bool(plan.constant))
-    if rule == "constant":
-        raise FlexmoeError(
-            "no layout holds the constants of the router rule 'constant' yet: open the family with "
-            "flexmoe.load, or export with --router keep"
-        )
-    if layout == "uniform" and plan.recipe.unit == "expert" and rule == "keep":
-        raise FlexmoeError(
-            "layout uniform of whole experts takes them out of the router, which gives other "
-            "outputs than --router keep: add --router remove (and measure it: flexmoe eval FAMILY "
-            "--router remove), or use the layouts ragged or masked"
-        )
-    if layout != "uniform" and rule == "remove":
-        raise FlexmoeError(
-            f"layout {layout} keeps the router as it is: use --layout uniform with --router "
-            "remove, or add --router keep"
-        )
-    return rule
 
 
 def _cuts(

@@ -20,8 +20,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers
+from flexmoe.routing.edits import EDITED, Work
 
 FORMAT = 1  # of quantization_config in the config.json of a ragged export
+WITH_CONSTANTS = 2  # of one whose experts that are gone add a constant
+CONSTANT = "flexmoe_constant_EH"  # their buffer in an experts module
 # Names of single experts' sides where the hub has one tensor for all experts, below the experts
 # module and the expert's number.
 LEAVES = {
@@ -43,7 +46,8 @@ SIDES_OF = {
 @register_quantization_config("flexmoe")
 class FlexmoeConfig(QuantizationConfigMixin):
     """``quantization_config`` of a ragged export: ``widths`` maps the number of a decoder layer
-    to the channels of each of its experts. Raises `FlexmoeError` if it cannot be used."""
+    to the channels of each of its experts; in format 2 those without channels add what the tensor
+    `CONSTANT` of their layer says. Raises `FlexmoeError` if it cannot be used."""
 
     def __init__(
         self,
@@ -54,10 +58,10 @@ class FlexmoeConfig(QuantizationConfigMixin):
         pruned: float = 0.0,
         **unknown: Any,
     ):
-        if format != FORMAT:
+        if format not in (FORMAT, WITH_CONSTANTS):
             raise FlexmoeError(
-                f"the ragged export has format {format}, this flexmoe reads format {FORMAT}: "
-                "update flexmoe or export again"
+                f"the ragged export has format {format}, this flexmoe reads format {FORMAT} and "
+                f"{WITH_CONSTANTS}: update flexmoe or export again"
             )
         if unknown or not isinstance(widths, dict) or not all(map(_are_widths, widths.values())):
             raise FlexmoeError(
@@ -93,7 +97,14 @@ class FlexmoeQuantizer(HfQuantizer):
         self.parameters = [f"{layer.name}.{p}" for layer in layers for p in layer.parameters]
         for layer in layers:
             make_ragged(layer, widths[str(layer.index)])
-        model.set_experts_implementation("flexmoe")
+        constant = self.quantization_config.format == WITH_CONSTANTS
+        if constant:
+            for layer in layers:
+                constant_EH = torch.empty(layer.E, layer.H, dtype=torch.float32, device="meta")
+                layer.module.register_buffer(CONSTANT, constant_EH)
+                layer.module.flexmoe_work = Work(layer.I)
+            model._keep_in_fp32_modules_strict.add(CONSTANT)
+        model.set_experts_implementation(EDITED if constant else "flexmoe")
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel

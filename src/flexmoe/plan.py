@@ -139,22 +139,25 @@ class Plan:
     ) -> Member:
         """The figures of widths [E] of every layer that were asked for as ``pruned``, under the
         plan's router rule or another one."""
-        routed, active = 0, 0.0
+        routed, active, rule = 0, 0.0, router or self.recipe.router
         for i, layer in self.layers.items():
             among = layer.experts
-            if (router or self.recipe.router) == "remove":  # of those gone nothing is left
+            if rule == "remove":  # of those gone nothing is left
                 among = int((width[i] > 0).sum())
             here = int(width[i].sum()) * layer.channel_parameters
             here += among * layer.fixed_parameters
             routed += here
             active += here * min(layer.experts_per_token, among) / max(among, 1)
         removed = self.routed_parameters - routed
+        size = self.bytes_full - removed * self.bytes_per_parameter
+        if rule == "constant" and removed:
+            size += sum(constant.nbytes for constant in self.constant.values())
         return Member(
             pruned=pruned,
             achieved=removed / self.routed_parameters,
             routed_parameters=routed,
             active_parameters=round(active),
-            bytes=self.bytes_full - removed * self.bytes_per_parameter,
+            bytes=size,
         )
 
     def widths(self, pruned: float) -> dict[int, Tensor]:

@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from flexmoe.checkpoint import DTYPES, INDEX_NAME, Checkpoint, TensorInfo, meta_model
 from flexmoe.errors import FlexmoeError
-from flexmoe.hf import LEAVES, SIDES_OF
+from flexmoe.hf import CONSTANT, LEAVES, SIDES_OF
 from flexmoe.plan import Plan
 from flexmoe.progress import Track, silent
 from flexmoe.trace import Piece, TracedLayer, parameter_names, trace
@@ -278,6 +278,21 @@ def ragged(source: Source, cuts: dict[int, Cut], names: RaggedNames) -> Shards:
                     entry = Entry(piece.name, info.dtype, (0,), dtype.itemsize, make)
                     shards[info.file].append(entry)
     return shards
+
+
+def with_constants(source: Source, shards: Shards, constant: dict[int, Tensor]) -> Shards:
+    """The shards with what experts that are gone add, float32 [E, H] of every layer, beside its
+    experts."""
+    paths = {f"{traced.layer.name}.{CONSTANT}": i for i, traced in source.layers.items()}
+    # transformers renames parents of the module for the hub: each name carries its layer
+    renamed = revert_weight_conversion(source.model, {p: torch.tensor(i) for p, i in paths.items()})
+    more: Shards = {file: list(entries) for file, entries in shards.items()}
+    for name, i in renamed.items():
+        tensor = constant[int(i)].float()
+        file = source.checkpoint.tensors[source.layers[int(i)].stored[0].name].file
+        entry = Entry(name, "F32", tuple(tensor.shape), 4, partial(torch.clone, tensor))
+        more[file].append(entry)
+    return more
 
 
 def _best(checkpoint: Checkpoint, piece: Piece, cut: Cut, e: int, side: str) -> Tensor:

@@ -16,6 +16,8 @@ EXAMPLES = """\
 
   flexmoe serve families/qwen3 --budgets 0,20,40 --policy slo --ttft-ms 500 --tpot-ms 50
 
+  flexmoe serve ./Qwen3-30B-A3B --engine transformers --patterns patterns --keep 0.5   a task is one
+
   flexmoe serve families/qwen3 --engine vllm -- --tensor-parallel-size 2 --max-model-len 8192
 """
 
@@ -61,13 +63,20 @@ def serve(
         int | None,
         typer.Option(help="transformers: tokens the KV cache holds; default: CPU 16384, GPU all"),
     ] = None,
+    patterns: Annotated[
+        str | None,
+        typer.Option(help="store of flexmoe profile: its tasks are model ids too (transformers)"),
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="share of the experts that each of these tasks keeps")
+    ] = None,
     base: Base = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
 ) -> None:
     """Serve all budgets of one resident model, OpenAI-compatible; each is a model id."""
     from flexmoe.errors import FlexmoeError
-    from flexmoe.serve.prepare import make_settings, pick_engine
+    from flexmoe.serve.prepare import check_vllm, make_settings, pick_engine
 
     quiet()
     chosen = pick_engine(engine)
@@ -78,6 +87,8 @@ def serve(
             "--kv-tokens is for --engine transformers: vLLM has --gpu-memory-utilization and "
             "others, after --"
         )
+    if chosen == "vllm" and patterns is not None:
+        raise FlexmoeError("--patterns is for --engine transformers")
     settings = make_settings(
         family,
         budgets=budgets,
@@ -93,10 +104,14 @@ def serve(
         port=port,
         api_key=api_key,
         kv_tokens=kv_tokens,
+        patterns=patterns,
+        keep=keep,
         base=base,
         device=device,
         dtype=dtype,
     )
+    if chosen == "vllm":
+        check_vllm(family)
     typer.echo("\n".join(_lines(settings, chosen)))
     if chosen == "vllm":
         from flexmoe.serve.vllm.launch import launch as launch_vllm
@@ -117,6 +132,13 @@ def _lines(settings: Any, engine: str) -> list[str]:
         kept = "" if member.kept is None else f"  keeps {member.kept:.1%} of the likelihood"
         figures = f"{count(member.routed_parameters):>8} {size(member.bytes):>9}"
         lines.append(f"  {budgets.id(member.budget):<24} {figures}{kept}")
+    for task in settings.tasks:
+        figures = f"{count(task.routed_parameters):>8} {size(task.bytes):>9}"
+        lines.append(f"  {budgets.id(task.task):<24} {figures}  the experts of this task")
+    if settings.tasks:
+        lines.append(
+            f"  {budgets.id('auto'):<24} the task nearest to the prompt, or the full model"
+        )
     held = settings.members[0]
     lines.append(f"memory     {size(held.bytes)} of weights: those of the richest, shared by all")
     if len(budgets.ids) > 1:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from flexmoe.experts import ExpertLayer, expert_layers
 from flexmoe.routing.counts import Counts, builder, find_counts
 from flexmoe.routing.edits import Edit, Routed
 from flexmoe.statistics import Statistics
+
+if TYPE_CHECKING:
+    from flexmoe.plan import Recipe
 
 RULES = ("keep", "remove", "constant")
 MEAN = ("output_EH",)  # the statistic that `constant` needs beside the method's own
@@ -42,6 +45,30 @@ def check_rule(rule: str, unit: str, with_constants: bool = True) -> None:
             "the plan has no mean outputs of experts for the router rule 'constant': compress with "
             "--router constant"
         )
+
+
+def rule_of_export(recipe: Recipe, layout: str, router: str | None, with_constants: bool) -> str:
+    """The router rule of an export in a layout: ``router``, or what the plan's recipe says. A
+    `FlexmoeError` where the layout cannot have it."""
+    rule = router or recipe.router
+    check_rule(rule, recipe.unit, with_constants)
+    if rule == "constant" and layout != "ragged":
+        raise FlexmoeError(
+            f"layout {layout} is a stock checkpoint, which has no place for what experts that are "
+            "gone add by the router rule 'constant': use --layout ragged, or another --router"
+        )
+    if layout == "uniform" and recipe.unit == "expert" and rule == "keep":
+        raise FlexmoeError(
+            "layout uniform of whole experts takes them out of the router, which gives other "
+            "outputs than --router keep: add --router remove (and measure it: flexmoe eval FAMILY "
+            "--router remove), or use the layouts ragged or masked"
+        )
+    if layout != "uniform" and rule == "remove":
+        raise FlexmoeError(
+            f"layout {layout} keeps the router as it is: use --layout uniform with --router "
+            "remove, or add --router keep"
+        )
+    return rule
 
 
 def mean_outputs(statistics: Statistics) -> dict[int, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +61,21 @@ class Answer:
 
     Every ``"model": "INSIDE"`` becomes the id that was ``asked`` for. Replacing bytes is safe:
     inside a JSON string the quotes would be escaped. Of a stream whole lines go on at once and the
-    start of a line waits for its end; JSON is passed on whole, with its new length.
+    start of a line waits for its end; JSON is passed on whole, with its new length. ``more`` are
+    headers to add.
     """
 
-    def __init__(self, send: Send, ledger: Ledger, ticket: Ticket, *, inside: str, asked: str):
-        self.send, self.ledger, self.ticket = send, ledger, ticket
+    def __init__(
+        self,
+        send: Send,
+        ledger: Ledger,
+        ticket: Ticket,
+        *,
+        inside: str,
+        asked: str,
+        more: Sequence[tuple[bytes, bytes]] = (),
+    ):
+        self.send, self.ledger, self.ticket, self.more = send, ledger, ticket, more
         self.names = {
             f'"model":{gap}{json.dumps(inside, ensure_ascii=False)}'.encode(): (
                 f'"model":{gap}{json.dumps(asked, ensure_ascii=False)}'.encode()
@@ -100,7 +111,7 @@ class Answer:
         headers: Headers = list(message.get("headers", []))
         kinds = [value for key, value in headers if key.lower() == b"content-type"]
         self.kind = kinds[0].split(b";")[0].strip() if kinds else b""
-        headers.append((b"x-flexmoe-budget", self.ticket.budget.encode()))
+        headers += [(b"x-flexmoe-budget", self.ticket.budget.encode()), *self.more]
         self.start = {**message, "headers": headers}
         if self.kind != b"application/json":
             await self.send(self.start)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import BaseModel, ConfigDict
 
 from flexmoe.serve.ids import Budgets, label
+
+if TYPE_CHECKING:
+    from flexmoe.premoe import Match
 
 
 class _Record(BaseModel):
@@ -27,6 +32,15 @@ class ServedMember(_Record):
         return label(self.pruned)
 
 
+class ServedTask(_Record):
+    """A task of a pattern store: what the model with its experts alone comes to."""
+
+    task: str
+    pruned: float
+    routed_parameters: int
+    bytes: int
+
+
 class Slo(_Record):
     """What the policy holds: 95 % of requests within ``ttft_ms`` to the first token and ``tpot_ms``
     for each further one, by moving the default between the budgets ``richest`` and ``poorest``
@@ -46,7 +60,8 @@ class ServeSettings(_Record):
     ``name``: the model id; ``members``: the budgets to serve, rich to poor; ``default``: label of
     the budget of requests that name none; ``max_body``: bytes a request may have;
     ``strict_timeout``: seconds a strict switch waits for requests at other budgets; ``kv_tokens``:
-    tokens the KV cache has room for (None: the engine decides).
+    tokens the KV cache has room for (None: the engine decides); ``patterns``: folder of a pattern
+    store, whose ``tasks`` keep the share ``keep`` of the experts.
     """
 
     model: str
@@ -63,11 +78,15 @@ class ServeSettings(_Record):
     device: str = "auto"
     dtype: str = "auto"
     kv_tokens: int | None = None
+    patterns: str | None = None
+    keep: float = 1.0
+    tasks: tuple[ServedTask, ...] = ()
 
     @property
     def budgets(self) -> Budgets:
-        """Ids and labels of the members."""
-        return Budgets(self.name, tuple(member.pruned for member in self.members))
+        """Ids and labels of the members and tasks."""
+        shares = tuple(member.pruned for member in self.members)
+        return Budgets(self.name, shares, tuple(task.task for task in self.tasks))
 
     def to_json(self) -> str:
         """Every setting, the API key too."""
@@ -91,8 +110,12 @@ class Engine:
     has_metrics: bool = False
 
     def mark(self, body: dict, budget: str) -> dict:
-        """The JSON body of a request with its ``budget`` (a label) put where the engine reads it,
-        whatever a client had put there."""
+        """The JSON body of a request with its ``budget`` (a label, or a task) put where the engine
+        reads it, whatever a client had put there."""
+        raise NotImplementedError
+
+    async def retrieve(self, body: dict) -> Match:
+        """The task that a request's prompt needs, of an engine that serves tasks."""
         raise NotImplementedError
 
     async def on_switch(self, budget: str) -> None:

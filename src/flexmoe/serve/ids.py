@@ -1,4 +1,5 @@
-"""Model ids of budgets: ``NAME`` is the default budget, ``NAME:40`` the one pruned by 40 %."""
+"""Model ids: ``NAME`` is the default budget, ``NAME:40`` the one pruned by 40 %, ``NAME:math`` the
+model with the experts that a task needs, ``NAME:auto`` with those of the task that is found."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexmoe.errors import FlexmoeError, did_you_mean
+
+AUTO = "auto"
 
 
 def label(share: float) -> str:
@@ -15,13 +18,15 @@ def label(share: float) -> str:
 
 @dataclass(frozen=True)
 class Budgets:
-    """The budgets that are served under ``name``: their pruned ``shares``, rich to poor.
+    """The budgets that are served under ``name``: their pruned ``shares``, rich to poor; and the
+    ``tasks`` beside them.
 
     A model that is not pruned at all has one id, its name.
     """
 
     name: str
     shares: tuple[float, ...]
+    tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # a name goes into JSON and URLs as it is, and is looked for there
@@ -32,29 +37,41 @@ class Budgets:
             )
         if not self.shares or list(self.shares) != sorted(set(self.shares)):
             raise FlexmoeError(f"budgets must rise, found {list(self.shares)}")
+        for task in self.tasks:
+            if task in (*self.labels, AUTO) or not task.isascii():
+                raise FlexmoeError(
+                    f"task '{task}' cannot be served under its name: it must not be '{AUTO}' or a "
+                    "budget, and of ASCII letters"
+                )
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Labels of the shares, rich to poor."""
         return tuple(label(share) for share in self.shares)
 
-    def id(self, budget: str) -> str:
-        """The model id of a label."""
-        return self.name if self.shares == (0.0,) else f"{self.name}:{budget}"
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """What a request can run at: labels of budgets, then tasks."""
+        return self.labels + self.tasks
+
+    def id(self, row: str) -> str:
+        """The model id of a label or task."""
+        return self.name if self.shares == (0.0,) and row in self.labels else f"{self.name}:{row}"
 
     @property
     def ids(self) -> tuple[str, ...]:
         """Every model id, the one of the default first."""
-        return tuple(dict.fromkeys((self.name, *map(self.id, self.labels))))
+        auto = (AUTO,) if self.tasks else ()
+        return tuple(dict.fromkeys((self.name, *map(self.id, self.rows + auto))))
 
-    def find(self, model_id: str) -> float | None:
-        """The share that ``model_id`` names, None for the default; a `FlexmoeError` lists the ids
-        where it is none of them."""
+    def find(self, model_id: str) -> str | None:
+        """The label or task that ``model_id`` names, or `AUTO`; None for the default. A
+        `FlexmoeError` lists the ids where it is none of them."""
         if model_id == self.name:
             return None
         if model_id not in self.ids:
             raise did_you_mean(model_id, self.ids, "model")
-        return self.shares[self.ids.index(model_id) - 1]
+        return model_id.removeprefix(f"{self.name}:")
 
     def share(self, budget: str) -> float:
         """The share of a label; a `FlexmoeError` lists the labels where it is none of them."""

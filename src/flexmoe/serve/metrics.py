@@ -13,6 +13,7 @@ TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30, 120)
 SWITCH_BUCKETS = (0.00001, 0.0001, 0.001, 0.01, 0.1, 1, 10)
 NO_BUDGET = "none"  # of requests that were refused before they had one
+NO_TASK = "none"  # of prompts that are near to no task
 
 
 class Metrics:
@@ -72,7 +73,15 @@ class Metrics:
             registry=registry,
             buckets=TPOT_BUCKETS,
         )
-        self._show_zeros(budgets.labels)
+        self.retrieved = Counter(
+            "flexmoe_retrieved",
+            "Prompts whose task was looked for, by the task that was found",
+            ["task"],
+            registry=registry,
+        )
+        self._show_zeros(budgets.rows)
+        for task in (*budgets.tasks, NO_TASK) if budgets.tasks else ():
+            self.retrieved.labels(task)
 
     def _show_zeros(self, labels: Iterable[str]) -> None:
         for budget in labels:  # a series that is absent cannot be told from one that is broken

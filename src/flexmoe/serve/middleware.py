@@ -5,13 +5,14 @@ from __future__ import annotations
 import hmac
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.serve import routes
 from flexmoe.serve.answers import Answer
 from flexmoe.serve.http import (
     App,
+    Headers,
     Message,
     Receive,
     Refused,
@@ -23,9 +24,12 @@ from flexmoe.serve.http import (
     send_json,
     without,
 )
-from flexmoe.serve.ids import label
-from flexmoe.serve.metrics import NO_BUDGET
+from flexmoe.serve.ids import AUTO, label
+from flexmoe.serve.metrics import NO_BUDGET, NO_TASK
 from flexmoe.serve.state import ServeState
+
+if TYPE_CHECKING:
+    from flexmoe.premoe import Match
 
 # The routes that generate, whose bodies are JSON with a field ``model``.
 GENERATING = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"})
@@ -35,9 +39,9 @@ SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 class ServeMiddleware:
     """Serves budgets on top of ``app``, an engine's application with OpenAI's routes.
 
-    Model ids become budgets (see `flexmoe.serve.ids`), requests that name none are pinned to the
-    default when they arrive, and ``/flexmoe/*`` reads and turns the dial. With an API key, ``/v1``
-    and whatever else is not a plain reading request needs it.
+    Model ids become budgets and tasks (see `flexmoe.serve.ids`), requests that name none are pinned
+    to the default when they arrive, and ``/flexmoe/*`` reads and turns the dial. With an API key,
+    ``/v1`` and whatever else is not a plain reading request needs it.
     """
 
     def __init__(self, app: App, state: ServeState):
@@ -104,12 +108,16 @@ class ServeMiddleware:
         body = parse_object(raw)
         asked, budget, follows = self._budget(body)
         try:
+            found: Headers = []
+            if budget == AUTO:
+                budget, found = self._found(await state.engine.retrieve(body))
             marked = state.engine.mark({**body, "model": state.engine.model}, budget)
         except FlexmoeError as error:
             raise Refused(400, str(error)) from None
         request = _Request(json.dumps(marked).encode(), receive)
         ticket = state.ledger.open(budget, follows=follows, streamed=body.get("stream") is True)
-        answer = Answer(send, state.ledger, ticket, inside=state.engine.model, asked=asked)
+        names = {"inside": state.engine.model, "asked": asked}
+        answer = Answer(send, state.ledger, ticket, more=found, **names)
         try:
             await self.app(request.scope(scope), request.receive, answer)
         finally:
@@ -117,17 +125,31 @@ class ServeMiddleware:
             state.ledger.close(ticket, answer.status or unfinished)
 
     def _budget(self, body: Mapping[str, Any]) -> tuple[str, str, bool]:
-        """The id that was asked for, its budget, and whether that is the default of this moment."""
+        """The id that was asked for, its budget, task or `AUTO`, and whether that is the default of
+        this moment."""
         asked = body.get("model")
         if asked is None:
             asked = self.state.budgets.name
         if not isinstance(asked, str):
             raise Refused(400, f"model must be a string, found {type(asked).__name__}", "model")
         try:
-            share = self.state.budgets.find(asked)
+            row = self.state.budgets.find(asked)
         except FlexmoeError as error:
             raise Refused(404, str(error), "model") from None
-        return asked, self.state.dial.budget if share is None else label(share), share is None
+        return asked, self.state.dial.budget if row is None else row, row is None
+
+    def _found(self, match: Match) -> tuple[str, Headers]:
+        """What a request runs at whose task was looked for, the full model where none is near, and
+        headers that say how near."""
+        self.state.ledger.metrics.retrieved.labels(match.task or NO_TASK).inc()
+        say = {
+            "task": match.task or NO_TASK,
+            "nearest": match.nearest,
+            "distance": f"{match.distance:.4g}",
+            "reach": f"{match.reach:.4g}",
+        }
+        headers = [(f"x-flexmoe-{name}".encode(), value.encode()) for name, value in say.items()]
+        return match.task or label(0.0), headers
 
 
 class _Request:

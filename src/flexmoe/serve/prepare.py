@@ -88,6 +88,16 @@ def _single(folder: Path) -> ServedMember:
     )
 
 
+def check_vllm(model: str) -> None:
+    """`FlexmoeError` for an export that vLLM has no place for."""
+    about = find_folder(model) / EXPORT_NAME
+    if about.is_file() and read_json(about).get("router") == "constant":
+        raise FlexmoeError(
+            f"'{model}' has constants in the place of experts, which --engine vllm cannot add: use "
+            "--engine transformers"
+        )
+
+
 def _quality(folder: Path) -> dict[float, dict[str, float]]:
     """Loss and share of likelihood kept by budget, where a curve of this plan is saved. (That the
     weights are those it was measured with is not checked: that takes reading them all.)"""
@@ -145,11 +155,14 @@ def make_settings(
     richest: str | None = None,
     poorest: str | None = None,
     max_body_mb: float = 8.0,
+    patterns: str | None = None,
+    keep: float | None = None,
     **others: Any,
 ) -> ServeSettings:
     """Settings to serve ``family`` with, checked; ``others`` are fields of `ServeSettings`.
 
-    ``default`` is by default the richest budget, ``name`` the folder's name or the hub id.
+    ``default`` is by default the richest budget, ``name`` the folder's name or the hub id;
+    ``patterns`` a pattern store, whose tasks ``keep`` that share of the experts.
     """
     check_port(others["host"], others["port"])
     if others["dtype"] not in DTYPES:
@@ -160,7 +173,19 @@ def make_settings(
         raise FlexmoeError(f"--kv-tokens {others['kv_tokens']}: expected a number from 1 on")
     if others["api_key"] == "":
         raise FlexmoeError("--api-key is empty: give a key, or leave it out")
+    if (patterns is None) != (keep is None):
+        raise FlexmoeError(
+            "--patterns STORE and --keep SHARE go together: tasks keep that share of the experts"
+        )
     members = served_members(family, budgets)
+    if patterns is not None and keep is not None:
+        from flexmoe.serve.tasks import served_tasks
+
+        others |= {
+            "patterns": str(Path(patterns).expanduser().absolute()),
+            "keep": keep,
+            "tasks": served_tasks(family, patterns, keep, members),
+        }
     local = Path(family).expanduser()
     settings = ServeSettings(
         model=str(local.absolute() if local.is_dir() else family),

@@ -22,6 +22,7 @@ from flexmoe.serve.http import (
     send_bytes,
     send_json,
 )
+from flexmoe.serve.ids import AUTO
 from flexmoe.serve.state import ServeState
 
 OWN = "/flexmoe/"
@@ -115,15 +116,16 @@ async def models(
 
 
 def _entries(state: ServeState, entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """The engine's entry under the name served, and one for each budget, listed as adapters are:
-    ``root`` and ``parent`` are the model they belong to."""
-    budgets = state.budgets
-    figures = {
-        budgets.id(member.budget): member.model_dump(
-            include={"pruned", "routed_parameters", "bytes"}
-        )
+    """The engine's entry under the name served, and one for each budget and task, listed as
+    adapters are: ``root`` and ``parent`` are the model they belong to."""
+    budgets, shown = state.budgets, {"pruned", "routed_parameters", "bytes"}
+    figures: dict[str, dict[str, Any]] = {
+        budgets.id(member.budget): member.model_dump(include=shown)
         for member in state.settings.members
     }
+    for task in state.settings.tasks:
+        figures[budgets.id(task.task)] = task.model_dump(include={"task", *shown})
+    figures[budgets.id(AUTO)] = {"tasks": list(budgets.tasks)}
     default = {**entry, "id": budgets.name, "flexmoe": {"default": state.dial.budget}}
     keep = {key: entry[key] for key in ("object", "created", "owned_by") if key in entry}
     return [default] + [

@@ -26,7 +26,7 @@ class ServeState:
         self, settings: ServeSettings, engine: Engine, registry: CollectorRegistry = REGISTRY
     ):
         self.settings, self.engine, self.budgets = settings, engine, settings.budgets
-        self.ledger = Ledger(self.budgets.labels, Metrics(self.budgets, registry))
+        self.ledger = Ledger(self.budgets.rows, Metrics(self.budgets, registry))
         self.dial = Dial(self.budgets, settings.default, engine, self.ledger)
         self.policy = Policy(settings.slo, self.dial, self.ledger) if settings.slo else None
         self._task: asyncio.Task[None] | None = None
@@ -67,11 +67,22 @@ class ServeState:
             }
             for member in self.settings.members
         ]
+        tasks = [
+            {
+                "id": self.budgets.id(task.task),
+                **task.model_dump(),
+                "running": running[task.task],
+                "tokens_per_second": rate[task.task],
+                "requests": dict(self.ledger.ended[task.task]),
+            }
+            for task in self.settings.tasks
+        ]
         history = [vars(switch) for switch in self.dial.history]
         return {
             "name": self.settings.name,
             **self.dial_status(),
             "budgets": budgets,
+            "tasks": tasks,
             "history": history,
         }
 

@@ -31,7 +31,8 @@ TESTED = "5.23"
 
 @dataclass(frozen=True)
 class Wish:
-    """What one request asks for: ``budget``, its row in the width tables; ``temperature``, 0 for
+    """What one request asks for: ``budget``, its row in the width tables (a
+    budget's or a task's); ``temperature``, 0 for
     the likeliest token; ``top_p``, the share of probability to draw from."""
 
     budget: int

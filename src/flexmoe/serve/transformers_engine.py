@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,11 +35,13 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.family import find_folder, load
 from flexmoe.plan import JSON_NAME, read_manifest
+from flexmoe.premoe import Match, Pattern
 from flexmoe.serve import transformers_batch as batching
 from flexmoe.serve.engine import Engine, ServeSettings
 from flexmoe.serve.http import App, Receive, Scope, Send, error_body, without
 from flexmoe.serve.middleware import ServeMiddleware
 from flexmoe.serve.state import ServeState
+from flexmoe.serve.tasks import TaskFinder, load_patterns, widths_of
 from flexmoe.serve.transformers_chat import ChatHandler
 
 MODEL = "flexmoe@main"  # in transformers' own form: it adds the revision where there is none
@@ -61,8 +63,14 @@ class TransformersEngine(Engine):
 
     model = MODEL
 
-    def __init__(self, budgets: tuple[str, ...], generation: GenerationConfig, chats: bool):
-        self.budgets, self.chats = budgets, chats
+    def __init__(
+        self,
+        rows: tuple[str, ...],
+        generation: GenerationConfig,
+        chats: bool,
+        finder: TaskFinder | None = None,
+    ):
+        self.rows, self.chats, self.finder = rows, chats, finder
         sampled = bool(generation.do_sample)
         self.temperature = (generation.temperature or 1.0) if sampled else 0.0
         self.top_p = (generation.top_p or 1.0) if sampled else 1.0
@@ -82,12 +90,16 @@ class TransformersEngine(Engine):
         temperature = _number(body, "temperature", self.temperature, 0, 2)
         batching.WISH.set(
             batching.Wish(
-                budget=self.budgets.index(budget),
+                budget=self.rows.index(budget),
                 temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
                 top_p=_number(body, "top_p", self.top_p, 0, 1),
             )
         )
         return body
+
+    async def retrieve(self, body: dict) -> Match:
+        assert self.finder is not None, "a server without tasks has no id that asks for one"
+        return await self.finder.find(body)
 
 
 def _number(body: dict, name: str, default: float, low: float, high: float) -> float:
@@ -99,8 +111,11 @@ def _number(body: dict, name: str, default: float, low: float, high: float) -> f
     return float(found)
 
 
-def open_model(settings: ServeSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, with the widths of all budgets beside its experts modules, and its tokenizer."""
+def open_model(
+    settings: ServeSettings, patterns: Sequence[Pattern]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, with the widths of all budgets and tasks beside its experts modules, and its
+    tokenizer."""
     folder = find_folder(settings.model)
     shares = [member.pruned for member in settings.members]
     single = len(shares) == 1
@@ -112,9 +127,16 @@ def open_model(settings: ServeSettings) -> tuple[PreTrainedModel, PreTrainedToke
         device=settings.device,
         dtype=dtype,
     )
-    if not single:
-        widths = [model.flexmoe_plan.widths(share) for share in shares]
-        for layer in expert_layers(model):
+    if not single or patterns:
+        layers = expert_layers(model)
+        widths = [
+            {x.index: torch.full((x.E,), x.I) for x in layers}
+            if not share
+            else model.flexmoe_plan.widths(share)
+            for share in shares
+        ]
+        widths += [widths_of(pattern, settings.keep) for pattern in patterns]
+        for layer in layers:
             layer.module.flexmoe_width_BE = [width[layer.index].tolist() for width in widths]
         model.set_experts_implementation("flexmoe")
     source: Any = folder
@@ -139,7 +161,8 @@ def start_batching(model: PreTrainedModel, settings: ServeSettings) -> tuple[Gen
         eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=model.generation_config.pad_token_id,
     )
-    experts = [layer.module for layer in expert_layers(model)] if len(settings.members) > 1 else []
+    several = len(settings.budgets.rows) > 1
+    experts = [layer.module for layer in expert_layers(model)] if several else []
     try:
         return batching.start(model, MODEL, ends, config, experts)
     except (ValueError, MemoryError, AttributeError, NotImplementedError) as error:
@@ -207,10 +230,12 @@ def assemble(
     """The loaded server as an ASGI application, what it generates with (to be shut down), and the
     tokens its KV cache holds."""
     batching.check()
-    model, tokenizer = open_model(settings)
+    patterns = load_patterns(settings)
+    model, tokenizer = open_model(settings, patterns)
+    finder = TaskFinder(model, tokenizer, patterns) if patterns else None
     generation, room = start_batching(model, settings)
     chats = tokenizer.chat_template is not None
-    engine = TransformersEngine(settings.budgets.labels, model.generation_config, chats)
+    engine = TransformersEngine(settings.budgets.rows, model.generation_config, chats, finder)
     app = own_request_ids(build(model, tokenizer, generation))
     return ServeMiddleware(app, ServeState(settings, engine, registry)), generation, room
 
