@@ -79,7 +79,8 @@ def worker(job: str, root: Path) -> None:
     from flexmoe.exporter import export
     from flexmoe.learn import LearnConfig
     from flexmoe.pipeline import CompressConfig, compress
-    from flexmoe.recover import RecoverConfig, recover
+    from flexmoe.recover import recover
+    from flexmoe.recover_config import RecoverConfig
 
     torch.set_num_threads(1)
     base, family, out = root / "base", root / "family", root / job

@@ -39,7 +39,8 @@ from flexmoe.pipeline import CompressConfig, Ranked, attach_plan, make_plan, ran
 from flexmoe.plan import Plan
 from flexmoe.progress import bar
 from flexmoe.rco import RcoConfig, Units, learn_mask
-from flexmoe.recover import default_rate, trained_parameters
+from flexmoe.recover import trained_parameters
+from flexmoe.recover_config import default_rate
 from flexmoe.refit import refit
 from flexmoe.reports.report import merge_rows
 from rivals import progressive

@@ -12,7 +12,7 @@ from flexmoe.exporter import export, write_family
 from flexmoe.learn import LearnConfig
 from flexmoe.pipeline import CompressConfig
 from flexmoe.plan import Plan, Recipe
-from flexmoe.recover import RecoverConfig
+from flexmoe.recover_config import RecoverConfig
 from flexmoe.reports.card import refresh_card, write_card
 from flexmoe.reports.provenance import Record, commands, given, record_in, record_of
 from helpers import made_curve, random_plan

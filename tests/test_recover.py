@@ -16,7 +16,8 @@ from flexmoe.family import load, set_budget
 from flexmoe.lora import lora_experts
 from flexmoe.pipeline import CompressConfig, compress
 from flexmoe.plan import Plan
-from flexmoe.recover import RecoverConfig, prepare, recover
+from flexmoe.recover import prepare, recover
+from flexmoe.recover_config import RecoverConfig
 from flexmoe.resume import Work, work_folder
 from zoo import tiny_model
 

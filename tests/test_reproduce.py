@@ -13,7 +13,8 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.exporter import export
 from flexmoe.pipeline import CompressConfig, compress
 from flexmoe.plan import read_manifest
-from flexmoe.recover import RecoverConfig, recover
+from flexmoe.recover import recover
+from flexmoe.recover_config import RecoverConfig
 from flexmoe.reports.provenance import record_of
 from flexmoe.reports.reproduce import compare, read_record, rerun
 from flexmoe.reweigh import reweigh

@@ -31,8 +31,8 @@ from flexmoe.data import (
     pick_batch_size,
     pick_seq_len,
 )
-from flexmoe.distil import SCHEMES, Schedule, Swapped, distil, whole
-from flexmoe.errors import FlexmoeError, did_you_mean
+from flexmoe.distil import Schedule, Swapped, distil, whole
+from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.curve import hardware, versions
 from flexmoe.evidence import FILE_NAME as EVIDENCE_NAME
 from flexmoe.experts import expert_layers
@@ -42,88 +42,16 @@ from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_be
 from flexmoe.lora import lora_experts
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.progress import Track, silent
+from flexmoe.recover_config import TOKENS, RecoverConfig, check_recovery, default_rate
 from flexmoe.refit import refit
 from flexmoe.reports.card import write_card
 from flexmoe.reports.provenance import given
 from flexmoe.resume import Work
-from flexmoe.sharding import check_processes, shard_model
+from flexmoe.sharding import shard_model
 from flexmoe.shards import Shards, Source, replaced, verify, write
 from flexmoe.streamed.layer_loader import LayerLoader
 from flexmoe.streamed.refit import refit_within, refitted
 from flexmoe.training import by_first, part_of, processes
-
-MODES = ("closed-form", "router", "lora", "full")
-# Learning rates measured on models of hidden size 128, and how they fall with the hidden size: as
-# for Adam on whole matrices (1/H), more gently where little changes. Rules of thumb beyond that.
-RATES = {"full": 1e-3, "lora": 1e-3, "router": 1e-3}
-MEASURED_HIDDEN = 128
-TOKENS = {"closed-form": 131_072, "router": 600_000, "lora": 1_200_000, "full": 1_200_000}
-
-
-@dataclass(frozen=True)
-class RecoverConfig:
-    """What `recover` can be told; None means the default of the mode (docs/log.md says why).
-
-    ``scheme`` is ``family`` (all budgets in every step), ``sp`` (one budget, ``at``, the paper's;
-    the default when ``at`` is given) or ``cp`` (the paper's sandwich). ``tokens`` of text are read
-    once, more are drawn again.
-    ``shard`` splits the model over all processes, see `sharding`. With ``memory`` (bytes) the
-    closed form goes layer by layer and no more is held.
-    """
-
-    mode: str = "full"
-    scheme: str | None = None
-    at: float | None = None
-    data: str = "tiny"
-    tokens: int | None = None
-    seq_len: int | None = None
-    batch_size: int | None = None
-    micro_batch: int | None = None
-    lr: float | None = None
-    rank: int | None = None
-    checkpointing: bool = False
-    seed: int = 0
-    device: str = "auto"
-    shard: bool = False
-    memory: int | None = None
-
-
-def check_recovery(config: RecoverConfig) -> None:
-    """Refuse what cannot work, or would have no effect, before anything slow starts."""
-    if config.mode not in MODES:
-        raise did_you_mean(config.mode, MODES, "mode")
-    if config.scheme is not None and config.scheme not in SCHEMES:
-        raise did_you_mean(config.scheme, SCHEMES, "scheme")
-    unread = {
-        "at": config.mode != "closed-form" and config.scheme in (None, "sp"),
-        "scheme": config.mode != "closed-form",
-        "lr": config.mode != "closed-form",
-        "micro_batch": config.mode != "closed-form",
-        "checkpointing": config.mode != "closed-form",
-        "rank": config.mode == "lora",
-        "shard": config.mode in ("full", "router"),
-        "memory": config.mode == "closed-form",
-    }
-    for name, read in unread.items():
-        if getattr(config, name) not in (None, False) and not read:
-            hint = " (it belongs to scheme 'sp')" if name == "at" else ""
-            raise FlexmoeError(
-                f"{name} has no effect with mode '{config.mode}'{hint}: leave it out"
-            )
-    if config.at is not None and not 0 < config.at < 1:
-        raise FlexmoeError(f"at must lie between 0 and 1, found {config.at:g}: 0.4 means 40 %")
-    for name in ("tokens", "micro_batch", "rank"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise FlexmoeError(f"{name} must be at least 1, found {value}")
-    if config.lr is not None and not 0 < config.lr < 1:
-        raise FlexmoeError(f"lr must lie between 0 and 1, found {config.lr:g}")
-    pick_batch_size(config.batch_size, 1)
-    pick_device(config.device)
-    if config.shard:
-        check_processes()
-    if config.memory is not None and processes()[1] > 1:
-        raise FlexmoeError("a limit of memory works with one process: leave out torchrun")
 
 
 @dataclass(frozen=True)
@@ -190,12 +118,6 @@ def prepare(family: str | Path, config: RecoverConfig, base: str | Path | None =
     )
     trained = sum(p.numel() for p in trained_parameters(source.model, config.mode).values())
     return Prepared(config, folder, base, plan, source, ids, windows.sha256, schedule, trained)
-
-
-def default_rate(mode: str, hidden: int) -> float:
-    """The learning rate of a mode for a model of this hidden size; 0 where nothing is trained."""
-    falls = MEASURED_HIDDEN / hidden
-    return RATES.get(mode, 0.0) * (falls if mode == "full" else falls**0.5)
 
 
 def trained_parameters(model: nn.Module, mode: str) -> dict[str, nn.Parameter]:

@@ -65,8 +65,9 @@ def recover(
     from flexmoe.family import pick_device
     from flexmoe.memory import MostHeld, gib
     from flexmoe.progress import bar, silent
-    from flexmoe.recover import Prepared, RecoverConfig
+    from flexmoe.recover import Prepared
     from flexmoe.recover import recover as run
+    from flexmoe.recover_config import RecoverConfig
     from flexmoe.reports.report import count, size
     from flexmoe.training import process_group, processes
 

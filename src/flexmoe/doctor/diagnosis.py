@@ -38,7 +38,7 @@ from flexmoe.files import free_disk, refuse_existing
 from flexmoe.learn import check_halves
 from flexmoe.methods import find_method
 from flexmoe.plan import JSON_NAME, Plan
-from flexmoe.recover import MODES, RecoverConfig
+from flexmoe.recover_config import MODES, RecoverConfig
 from flexmoe.trace import TracedLayer, missing_parameters, trace
 from flexmoe.uniform import nearest_width, uniform_config
 

@@ -31,7 +31,8 @@ from flexmoe.experts import expert_layers, routed_parameters
 from flexmoe.family import pick_device
 from flexmoe.learn import CHECKED, MIXES, LearnConfig
 from flexmoe.methods import Method, check_shape, find_method, score_layer
-from flexmoe.recover import TOKENS, RecoverConfig, trained_parameters
+from flexmoe.recover import trained_parameters
+from flexmoe.recover_config import TOKENS, RecoverConfig
 from flexmoe.reference import ROUTER
 from flexmoe.statistics import LayerStatistics, find_statistics
 from flexmoe.trace import CODED_HIDDEN, TracedLayer, trace

@@ -19,7 +19,8 @@ from flexmoe.files import refuse_existing
 from flexmoe.pipeline import SETTINGS_OF, CompressConfig, compress
 from flexmoe.plan import JSON_NAME, Plan, Recipe
 from flexmoe.progress import Track, silent
-from flexmoe.recover import RecoverConfig, recover
+from flexmoe.recover import recover
+from flexmoe.recover_config import RecoverConfig
 from flexmoe.reports.provenance import CARD_NAME, Record, commands, record_in, record_of
 
 RECORD_NAME = "record.json"  # in the folder of a rerun: what it is a rerun of
