@@ -217,7 +217,7 @@ def test_the_same_bits_with_any_number_of_threads():
 def test_experts_of_many_tokens_go_to_torch(monkeypatch):
     if cpu._library()[0] is None:
         pytest.skip("no compiler or no AVX2")
-    monkeypatch.setitem(cpu.MANY, torch.float32, 6)
+    monkeypatch.setitem(cpu.MANY[cpu._target()], torch.float32, 6)
     seen = []
     loop = cpu.torch_loop.experts
     monkeypatch.setattr(cpu.torch_loop, "experts", lambda *a: seen.append(a[1]) or loop(*a))

@@ -188,7 +188,7 @@ void rows(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
 template <class T>
 void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
              const Activations<T>& all, int j0, int j1) {
-  const int cols = j1 - j0, ld = (cols + 2 * W - 1) / (2 * W) * (2 * W);
+  const int cols = j1 - j0, ld = (cols + 2 * W - 1) / (2 * W) * (2 * W) + 2 * W;
   int most = 0;  // no larger than needed: memory asked for anew costs a short call a tenth
   for (const Group& g : groups) most = std::max(most, g.padded());
   std::vector<float> y(most * ld), packed(most > FEW ? PACKED * ld : 0);

@@ -34,9 +34,16 @@ TARGETS = {  # by what torch calls the instruction set
     "AVX512": ("-march=x86-64-v4", "-mavx512bf16"),
     "AMX": ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
-# Tokens of an expert from which torch is faster, measured with AVX2: in bfloat16 never, as torch
-# has no fast product there.
-MANY = {torch.float32: 64, torch.bfloat16: 1 << 30}
+# Tokens of an expert from which torch is faster, by instruction set and dtype, measured on a
+# Sapphire Rapids (AVX2 on an AMD EPYC). In bfloat16 never: torch puts weights in an order of its own
+# first, and has no fast product at all with AVX2.
+NEVER = 1 << 30
+MANY = {
+    "AVX2": {torch.float32: 64, torch.bfloat16: NEVER},
+    "AVX512": {torch.float32: 48, torch.bfloat16: NEVER},
+    "AMX": {torch.float32: 48, torch.bfloat16: NEVER},
+}
+DTYPES = (torch.float32, torch.bfloat16)
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +65,9 @@ def can_run(weights: Weights, x_TH: Tensor) -> str | None:
     tensors = weights.tensors
     if any(tensor.device.type != "cpu" for tensor in (x_TH, *tensors)):
         return f"tensors are on '{weights.up.device}', not on the CPU"
-    if weights.up.dtype not in MANY or len({tensor.dtype for tensor in tensors}) > 1:
+    if weights.up.dtype not in DTYPES or len({tensor.dtype for tensor in tensors}) > 1:
         return f"weights are {weights.up.dtype}, not all float32 or all bfloat16"
-    if x_TH.dtype not in MANY:
+    if x_TH.dtype not in DTYPES:
         return f"tokens are {x_TH.dtype}, not float32 or bfloat16"
     if weights.activation not in ACTIVATIONS:
         return f"activation '{weights.activation}' is not one of {', '.join(ACTIVATIONS)}"
@@ -79,11 +86,11 @@ def experts(
     budget: int = 0,
 ) -> Tensor:
     """See `flexmoe.kernels.interface.experts`. Sums are float32."""
-    E = width_BE.shape[1]
-    if x_TH.shape[0] * index_TK.shape[1] < MANY[weights.up.dtype]:
+    E, many = width_BE.shape[1], MANY[_target()][weights.up.dtype]
+    if x_TH.shape[0] * index_TK.shape[1] < many:
         return _compiled(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T, budget)
     load_E = torch.bincount(index_TK.clamp(-1, E).add(1).flatten(), minlength=E + 2)[1 : E + 1]
-    many_E = torch.cat([load_E >= MANY[weights.up.dtype], load_E.new_zeros(1, dtype=torch.bool)])
+    many_E = torch.cat([load_E >= many, load_E.new_zeros(1, dtype=torch.bool)])
     many_TK = many_E[torch.where((index_TK < 0) | (index_TK > E), E, index_TK)]
     rest = (weights, width_BE, token_budget_T, budget)
     out_TH = torch_loop.experts(x_TH, index_TK.where(many_TK, -1), weight_TK, *rest)
@@ -157,7 +164,9 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
+@cache
 def _target() -> str:
+    """Of `TARGETS` the best that runs here."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
         # Linux gives a process tiles when it asks for them, which this does

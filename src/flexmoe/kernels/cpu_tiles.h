@@ -14,6 +14,7 @@ constexpr int TILES_FROM = 4;  // tokens of a group; measured
 constexpr int TILE = 16;  // rows of a tile
 constexpr int PAIRS = 32;  // values of a row of it
 constexpr int DEEP = 256;  // channels of down put in pairs at a time: they stay in the L2 cache
+constexpr int PANEL = DEEP * PAIRS + 64;  // no power of two, or panels would meet in the L1 cache
 
 inline int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -128,7 +129,7 @@ inline void pair_channels(const float* h, int ld, bf16* to) {
   }
 }
 
-// Rows c0 to c0 + count of down, `cols` columns, to panels of 32 columns: [DEEP / 2, 32, 2] each
+// Rows c0 to c0 + count of down, `cols` columns, to panels of 32 columns: [c / 2, 32, 2] each
 inline void pair_rows(const bf16* down, int64_t stride, int count, int cols, bf16* to) {
   alignas(64) uint16_t order[2][32];
   for (int i = 0; i < 16; i++)
@@ -142,7 +143,7 @@ inline void pair_rows(const bf16* down, int64_t stride, int count, int cols, bf1
         return _mm512_maskz_loadu_epi16(r < count ? there : 0, down + r * stride + j);
       };
       __m512i even = row(c), odd = row(c + 1);
-      bf16* at = to + j * DEEP + c * PAIRS;
+      bf16* at = to + j / PAIRS * PANEL + c * PAIRS;
       _mm512_storeu_si512(at, _mm512_permutex2var_epi16(even, low, odd));
       _mm512_storeu_si512(at + PAIRS, _mm512_permutex2var_epi16(even, high, odd));
     }
@@ -181,14 +182,14 @@ void meet_panel(const bf16* h, int64_t h_row, int deep, const bf16* panel, float
 // y[m][j] += sum over channels of h * down, for n tokens (rows of h: a multiple of 16) and columns
 inline void tile_columns(const bf16* down, int64_t stride, int width, const bf16* h, int64_t h_row,
                          int n, int cols, std::vector<float>& buffer, float* y, int ld) {
-  buffer.resize(std::max<size_t>(buffer.size(), DEEP / 2 * up_to(cols, PAIRS)));
+  buffer.resize(std::max<size_t>(buffer.size(), up_to(cols, PAIRS) / PAIRS * PANEL / 2));
   bf16* panels = (bf16*)buffer.data();
   for (int c0 = 0; c0 < width; c0 += DEEP) {
     const int count = std::min(DEEP, width - c0), deep = up_to(count, PAIRS);
     pair_rows(down + c0 * stride, stride, count, cols, panels);
     for (int j = 0; j < cols; j += PAIRS)
       for (int m = 0; m < n; m += 2 * TILE) {
-        const bf16 *own = h + m * h_row + c0, *panel = panels + j * DEEP;
+        const bf16 *own = h + m * h_row + c0, *panel = panels + j / PAIRS * PANEL;
         if (n - m > TILE) meet_panel<true>(own, h_row, deep, panel, y + m * ld + j, ld);
         else meet_panel<false>(own, h_row, deep, panel, y + m * ld + j, ld);
       }

@@ -190,11 +190,13 @@ def _vllm(stock: Any) -> Callable[..., Call] | None:
         from vllm.platforms import current_platform
 
         current_platform.import_kernels()
-        packed = [ops.cpu_prepack_moe_weight(p.data, "vec") for p in stock.parameters()]
+        bfloat16 = stock.down_proj.dtype is torch.bfloat16
+        isa = "amx" if bfloat16 and torch.cpu._init_amx() else "vec"  # as vLLM chooses
+        packed = [ops.cpu_prepack_moe_weight(p.data, isa) for p in stock.parameters()]
 
         def prepared(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Call:
             out_TH, index_TK = torch.empty_like(x_TH), index_TK.int()
-            rest = (*packed, None, None, weight_TK, index_TK, "silu", "vec")
+            rest = (*packed, None, None, weight_TK, index_TK, "silu", isa)
             return lambda: ops.cpu_fused_moe(out_TH, x_TH, *rest) or out_TH
 
         return prepared
