@@ -11,9 +11,12 @@ from flexmoe.experts import expert_layers
 from flexmoe.grouping import STAYS, absorbed
 from flexmoe.methods import all_methods, score_layers
 from flexmoe.methods.moe_slimming import activity, attribution, layer_loss
+from flexmoe.routing.edits import choose_function
+from flexmoe.routing.rules import reroute
+from flexmoe.sequential import score_sequential
 from flexmoe.statistics import STATISTICS, observe, statistic
 from golden_data import golden, golden_logits, relative, scores
-from helpers import ids_of
+from helpers import ids_of, logits
 from zoo import tiny_model
 
 EXACT = 1e-5  # relative: sums of float32 values; seen 7e-7
@@ -422,6 +425,32 @@ def test_naee_equals_official_code():
         assert cost(chain) == pytest.approx(best) and score.sort().values.tolist() == [
             0, 1, 2, 3, 6, 6,
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [4, 3])
+def test_progressive_naee_equals_official_code(size):
+    """Layers before are pruned with their router's rows; the target is the unpruned model's. The
+    losses of all subsets, the best ones and the logits; the model is as before afterwards."""
+    model, ids, want = golden("mixtral", "naee")
+    before = logits(model, ids[:2])
+    method, share = all_methods()["naee"], 1 - size / 6 + 1e-9
+    got, statistics = score_sequential(model, ids, method, share, router="remove", batch_size=8)
+    subsets, width = want[f"subsets.r{size}"], {}
+    for layer in expert_layers(model):
+        i = layer.index
+        ours = statistics[i]["subset_loss_C"][(1 << subsets).sum(1)]
+        assert relative(ours, want[f"layer.{i}.progressive.loss.r{size}"]) < EXACT
+        kept = got[i].topk(size).indices.sort().values
+        assert torch.equal(kept, want[f"layer.{i}.progressive.keep.r{size}"].sort().values)
+        width[i] = torch.zeros(6, dtype=torch.long).index_fill(0, kept, layer.I)
+    assert torch.equal(logits(model, ids[:2]), before)
+    if size == 3:
+        for layer in expert_layers(model):
+            layer.module.flexmoe_width_E = width[layer.index].tolist()
+        reroute(model, "remove", width, {})
+        choose_function(model)
+        official = golden_logits("naee.progressive.keep3.mixtral")
+        assert float((logits(model, ids) - official).abs().max()) < 1e-5
 
 
 def test_naee_refuses_what_it_cannot_try():

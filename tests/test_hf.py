@@ -158,7 +158,7 @@ def test_a_loaded_export_learns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(format=2), "format 2, this flexmoe reads format 1"),
+        (dict(format=3), "format 3, this flexmoe reads format 1 and 2"),
         (dict(widths=None), "'widths' must map"),
         (dict(widths={"0": [1, -2]}), "'widths' must map"),
         (dict(colour="red"), "colour"),

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from flexmoe.allocate import order_of
-from flexmoe.around import router_weights
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers, experts_function
 from flexmoe.methods import METHODS, Method, all_methods, find_method, score_layers
@@ -12,18 +11,11 @@ from flexmoe.methods.camera import energy
 from flexmoe.sequential import score_sequential
 from flexmoe.statistics import (
     THIN,
-    beside,
-    empty_statistics,
     observe,
-    passes,
     thin_experts,
-    watched,
 )
 from golden_data import golden, golden_logits, relative, scores
 
-RANDOM = ("random", "random-experts")  # scores of places, not of what stands there
-# those for few experts, or with a second checkpoint, have tests of their own
-METHOD_NAMES = sorted(all_methods().keys() - {"naee", "router-change"})
 TOLERANCE = 1e-4  # relative, as recommended for scores from gradients or float32 squares
 
 
@@ -122,29 +114,6 @@ def test_fisher_is_the_squared_derivative_by_a_mask():
         assert torch.allclose(got[i]["fisher_EI"][once], want, rtol=1e-4, atol=1e-12)
 
 
-def test_halves_of_a_pass_merge_to_the_whole():
-    """Of every statistic of every method; those that come after others in a second pass."""
-    model, ids, _ = golden("qwen3moe", "heapr")
-    needs = sorted({name for m in METHOD_NAMES for name in all_methods()[m].needs})
-    whole = observe(model, ids, needs, batch_size=4)
-    found = {}
-    for wanted in passes(needs):
-        first, second = (empty_statistics(expert_layers(model), wanted) for _ in range(2))
-        with watched(model, wanted, found) as look:
-            for batch in ids[:8].split(4):
-                look(batch, first)
-            for batch in ids[8:].split(4):
-                look(batch, second)
-        for i, stats in second.items():
-            first[i].merge(stats)
-        found = beside(found, first)
-    for i, stats in found.items():
-        assert stats.values.keys() == whole[i].values.keys()
-        for name, value in whole[i].values.items():
-            assert torch.allclose(stats[name], value, rtol=1e-6), name
-        assert stats.tokens == whole[i].tokens and stats.batches == whole[i].batches
-
-
 def test_a_token_counts_the_same_in_any_batch():
     model, ids, _ = golden("olmoe", "flexmoe_rank")
     needs = ["fisher_EI", "activation2_EI", "energy_max_EI"]
@@ -152,44 +121,6 @@ def test_a_token_counts_the_same_in_any_batch():
     for i in one:
         for name in needs:
             assert torch.allclose(one[i][name], four[i][name], rtol=1e-4, atol=1e-9), name
-
-
-@pytest.mark.parametrize("name", METHOD_NAMES)
-def test_contract_shape_finite_deterministic_also_without_tokens(name):
-    model, ids, _ = golden("qwen3moe_cold", "heapr")
-    first, statistics = scores(model, ids, name)
-    again, _ = scores(model, ids, name)
-    shape = (16, 16) if all_methods()[name].unit == "channel" else (16,)
-    for i, score in first.items():
-        assert score.shape == shape and score.dtype == torch.float64 and score.device.type == "cpu"
-        assert torch.isfinite(score).all() and torch.equal(score, again[i])
-        assert len(score.unique()) > 6  # it tells experts apart
-    # the model has experts without a token: no NaN, no exception
-    assert any((stats["count_E"] == 0).any() for stats in statistics.values())
-
-
-@pytest.mark.parametrize("name", [name for name in METHOD_NAMES if name not in RANDOM])
-def test_contract_scores_follow_what_they_score(name):
-    """Permuting the channels of all experts, or the experts (and their router's rows), permutes
-    the scores and changes nothing else."""
-    model, ids, _ = golden("qwen3moe_cold", "heapr")
-    first, _ = scores(model, ids, name)
-    reverse = torch.arange(15, -1, -1)
-    for layer in expert_layers(model):
-        layer.permute_(reverse.expand(16, 16))
-    permuted, _ = scores(model, ids, name)
-    for i, score in first.items():
-        want = score.flip(1) if score.dim() == 2 else score
-        assert torch.allclose(permuted[i], want, rtol=1e-3, atol=float(score.abs().max()) * 1e-6)
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for layer in expert_layers(model):
-            for weight in (*layer.parameters.values(), *router_weights(layer).values()):
-                weight.copy_(weight[order])
-    moved, _ = scores(model, ids, name)
-    for i, score in permuted.items():
-        scale = float(score.abs().max())
-        assert torch.allclose(moved[i], score[order], rtol=1e-3, atol=scale * 1e-6)
 
 
 def test_thin_experts_are_named():

@@ -53,10 +53,12 @@ def router_rows(layer: ExpertLayer) -> Tensor:
 
 @dataclass
 class Around:
-    """Remembers, while a decoder layer runs, what its router and its norms gave last."""
+    """Remembers, while a decoder layer runs, what its router and its norms gave last; ``target_TH``
+    is what its experts give in the unpruned model, where that is another one."""
 
     layer: ExpertLayer
     ids: Tensor | None = None
+    target_TH: Tensor | None = None
     logits: Tensor | None = None
     normed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -155,6 +157,13 @@ class Pairs:
         """The router's raw output for every token (of statistics that read ``router``)."""
         assert self.around is not None
         return self.around.logits_TE(self.all.x_TH.shape[0])
+
+    @property
+    def target_TH(self) -> Tensor:
+        """What the experts give for these tokens in the unpruned model (for those that read
+        ``target``): where that is the model that runs, what they gave."""
+        assert self.around is not None
+        return self.all.out_TH if self.around.target_TH is None else self.around.target_TH
 
     @property
     def ids_T(self) -> Tensor:

@@ -20,7 +20,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers
-from flexmoe.routing.edits import EDITED, Work
 
 FORMAT = 1  # of quantization_config in the config.json of a ragged export
 WITH_CONSTANTS = 2  # of one whose experts that are gone add a constant
@@ -99,12 +98,17 @@ class FlexmoeQuantizer(HfQuantizer):
             make_ragged(layer, widths[str(layer.index)])
         constant = self.quantization_config.format == WITH_CONSTANTS
         if constant:
+            # not above: transformers may load this plug-in while that file imports transformers
+            from flexmoe.routing.edits import EDITED, Work
+
             for layer in layers:
                 constant_EH = torch.empty(layer.E, layer.H, dtype=torch.float32, device="meta")
                 layer.module.register_buffer(CONSTANT, constant_EH)
                 layer.module.flexmoe_work = Work(layer.I)
             model._keep_in_fp32_modules_strict.add(CONSTANT)
-        model.set_experts_implementation(EDITED if constant else "flexmoe")
+            model.set_experts_implementation(EDITED)
+        else:
+            model.set_experts_implementation("flexmoe")
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel

@@ -91,6 +91,7 @@ def _observe_whole(ready: Prepared, track: Track, saved: Saved | None) -> Seen:
             windows.ids,
             method,
             config.sequential,
+            router=config.router,
             batch_size=ready.batch_size,
             seed=config.seed,
             track=track,

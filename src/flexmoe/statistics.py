@@ -24,7 +24,7 @@ from flexmoe.progress import Track, silent
 from flexmoe.sharding import is_sharded
 
 MOST = 10  # experts of which all subsets are tried
-READABLE = {"router", "residual", "ids"}  # around the experts
+READABLE = {"router", "residual", "ids", "target"}  # around the experts
 THIN = 100  # fewer tokens than this are thin evidence for an expert
 
 
@@ -36,9 +36,9 @@ class Statistic:
     ``when``: ``forward`` and ``backward`` functions map `Pairs` to a row for each pair ([S], [S, I]
     or [S, H]), which the pass adds up per expert; ``batch`` ones map `Pairs` to the sums
     themselves; ``weights`` ones map (weight, gradient of the batch-mean loss), both [E, I, ...], to
-    [E, I] once a batch. ``merge``: ``sum`` or ``max``. ``reads``: ``router``, ``residual`` and
-    ``ids``, if the function looks at them. ``after``: statistics that must be known before; the
-    function gets the `LayerStatistics` of an earlier pass as second argument.
+    [E, I] once a batch. ``merge``: ``sum`` or ``max``. ``reads``: ``router``, ``residual``, ``ids``
+    and ``target``, if the function looks at them. ``after``: statistics that must be known before;
+    the function gets the `LayerStatistics` of an earlier pass as second argument.
     """
 
     name: str

@@ -117,7 +117,9 @@ def compress(
     reference: Reference = None,
     sequential: Annotated[
         float | None,
-        typer.Option(help="score each layer with those before it pruned at this share (CAMERA-P)"),
+        typer.Option(
+            help="score each layer with those before it pruned at this share (CAMERA-P, NAEE)"
+        ),
     ] = None,
     router: Annotated[
         str,

@@ -141,7 +141,7 @@ def _lines(settings: Any, engine: str) -> list[str]:
         )
     held = settings.members[0]
     lines.append(f"memory     {size(held.bytes)} of weights: those of the richest, shared by all")
-    if len(budgets.ids) > 1:
+    if budgets.id(settings.default) != budgets.name:
         lines.append(f"default    {budgets.name} is {budgets.id(settings.default)} now")
     if settings.slo:
         lines.append(

@@ -5,7 +5,10 @@ choose from the subset only; as in the authors' code it is a norm for each batch
 the batch size matters a little (and, where memory is short, the parts that a batch goes in). They
 take the best subset of one size. Members of a family must be nested, so here it is the chain of
 subsets, one expert fewer each time, whose losses over those of the best of their size add up to the
-least. Their progressive form is not covered.
+least.
+
+Their progressive form is `--sequential SHARE` with `--router remove`: layers before are pruned at
+the share, and the distance is to what the layer gives in the unpruned model.
 """
 
 import torch
@@ -19,7 +22,7 @@ from flexmoe.statistics import LayerStatistics, Pairs, statistic
 SAME = 1e-3  # relative: the router as it is rebuilt here against the model's own, also in bf16
 
 
-@statistic("subset_loss_C", when="batch", reads=("router",))
+@statistic("subset_loss_C", when="batch", reads=("router", "target"))
 def subset_loss(pairs: Pairs) -> Tensor:
     """Norm of the change of the layer's output for every subset (bit e: expert e is kept); infinite
     for those with too few experts to choose from [C]."""
@@ -37,29 +40,29 @@ def subset_loss(pairs: Pairs) -> Tensor:
     )
     sums_to_one = torch.allclose(seen.weight_TK.float().sum(1), torch.ones(()).to(one_T1.device))
     token_T1 = torch.arange(T, device=one_T1.device)[:, None]
-    out_TH = seen.out_TH.double()
+    out_TH, target_TH = seen.out_TH.double(), pairs.target_TH.double()
 
-    def change(subset: int) -> float:
+    def change(subset: int, from_TH: Tensor) -> float:
         gone_E = torch.tensor([not subset >> e & 1 for e in range(E)], device=one_T1.device)
         share_TE = pairs.logits_TE.masked_fill(gone_E, -torch.inf).softmax(1)
         weight_TK, index_TK = share_TE.topk(K)
         if sums_to_one:
             weight_TK = weight_TK / weight_TK.sum(1, keepdim=True)
         new_TH = (weight_TK[:, :, None] * y_ETH[index_TK, token_T1]).sum(1)
-        return float((out_TH - new_TH.double()).norm())
+        return float((from_TH - new_TH.double()).norm())
 
-    if not change(2**E - 1) <= SAME * float(out_TH.norm()):
+    if not change(2**E - 1, out_TH) <= SAME * float(out_TH.norm()):
         raise FlexmoeError(
             f"layer {layer.index}: naee routes anew among fewer experts, which it knows how to do "
             "for routers that take the largest of a softmax; this model's is another one"
         )
-    losses = [change(c) if c.bit_count() >= K else torch.inf for c in range(2**E)]
+    losses = [change(c, target_TH) if c.bit_count() >= K else torch.inf for c in range(2**E)]
     return torch.tensor(losses, dtype=torch.float64, device=one_T1.device)
 
 
 @method(
     "naee",
-    paper="NAEE, arXiv:2402.14800 (one pass)",
+    paper="NAEE, arXiv:2402.14800",
     needs=("subset_loss_C",),
     unit="expert",
     router="remove",
