@@ -67,14 +67,38 @@ def test_reap_prunes_to_the_official_logits():
     assert float((logits - golden_logits("reap.r50.qwen3moe")).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("model_name", ["qwen3moe_cold", "mixtral", "olmoe"])
-def test_reap_equals_llm_compressor_in_the_first_layer(model_name):
-    """That code takes the weights the model multiplies by: OLMoE does not renormalise them. It
-    prunes layer by layer, so that only the first one sees the unpruned model."""
+@pytest.mark.parametrize("share", [25, 50])
+@pytest.mark.parametrize("model_name", ["qwen3moe", "qwen3moe_cold", "mixtral", "olmoe"])
+def test_reap_layer_by_layer_equals_llm_compressor(model_name, share):
+    """Also the kept sets, and the logits where they are given. That code takes the weights the
+    model multiplies by: OLMoE does not renormalise them."""
     model, ids, want = golden(model_name, "reap_llmc")
-    got, statistics = scores(model, ids, "reap")
-    assert relative(got[0], want["layer.0.score.r50"]) < EXACT
-    assert torch.equal(statistics[0]["count_E"], want["layer.0.count.r50"])
+    method = all_methods()["reap"]
+    got, statistics = score_sequential(
+        model, ids, method, share / 100, router="remove", batch_size=4
+    )
+    width = {}
+    for layer in expert_layers(model):
+        score, official = got[layer.index], f"layer.{layer.index}.{{}}.r{share}"
+        assert relative(score, want[official.format("score")]) < EXACT
+        count = statistics[layer.index]["count_E"]
+        assert torch.equal(count, want[official.format("count")])
+        goes = score.argsort(stable=True)[: int(layer.E * share / 100)]
+        width[layer.index] = torch.full((layer.E,), layer.I).index_fill(0, goes, 0)
+        kept = (width[layer.index] > 0).nonzero()[:, 0]
+        assert torch.equal(kept, want[official.format("keep")])
+    if (model_name, share) == ("qwen3moe", 50):
+        removed(model, width)
+        official = golden_logits("reap_llmc.r50.qwen3moe")
+        assert float((logits(model, ids) - official).abs().max()) < 1e-5
+
+
+def removed(model, width):
+    """The model without the experts of width 0."""
+    for layer in expert_layers(model):
+        layer.module.flexmoe_width_E = width[layer.index].tolist()
+    reroute(model, "remove", width, {})
+    choose_function(model)
 
 
 @pytest.mark.parametrize("model_name", ["qwen3moe", "olmoe"])
@@ -445,10 +469,7 @@ def test_progressive_naee_equals_official_code(size):
         width[i] = torch.zeros(6, dtype=torch.long).index_fill(0, kept, layer.I)
     assert torch.equal(logits(model, ids[:2]), before)
     if size == 3:
-        for layer in expert_layers(model):
-            layer.module.flexmoe_width_E = width[layer.index].tolist()
-        reroute(model, "remove", width, {})
-        choose_function(model)
+        removed(model, width)
         official = golden_logits("naee.progressive.keep3.mixtral")
         assert float((logits(model, ids) - official).abs().max()) < 1e-5
 
