@@ -11,6 +11,7 @@ from flexmoe.experts import expert_layers
 from flexmoe.grouping import STAYS, absorbed
 from flexmoe.methods import all_methods, score_layers
 from flexmoe.methods.moe_slimming import activity, attribution, layer_loss
+from flexmoe.methods.moe_slimming_saliency import saliency
 from flexmoe.routing.edits import choose_function
 from flexmoe.routing.rules import reroute
 from flexmoe.sequential import score_sequential
@@ -327,6 +328,34 @@ def test_moe_slimming_equals_official_code():
         assert loss == pytest.approx(float(want["layer_loss"][i]), rel=EXACT)
 
 
+def test_moe_slimmings_saliency_equals_official_code():
+    """As above; also its criterion of gradients alone."""
+    model, ids, want = golden("qwen3moe", "moe_slimming")
+    name, ends = "moe-slimming-saliency", ("_EI", "_up_EI", "_gate_EI")
+    batches = [scores(model, batch, name)[1] for batch in ids.split(4)]
+    for layer in expert_layers(model):
+        i = layer.index
+        average = {kind: torch.zeros(16, 24, dtype=torch.float64) for kind in ("saliency", "grad")}
+        seen = torch.zeros(16, 1, dtype=torch.bool)
+        for statistics in batches:
+            stats = statistics[i]
+            routed = stats["count_E"][:, None] > 0
+            norms = [stats[f"slope2{end}"].sqrt() for end in ends]
+            sizes = [stats[f"flow{end}"] / stats["count_E"].clamp_min(1)[:, None] for end in ends]
+            here = {
+                "saliency": sum(a * b for a, b in zip(sizes, norms, strict=True)) / 3,
+                "grad": sum(norms) / 3,
+            }
+            mean = here["saliency"] / here["saliency"].mean()
+            assert torch.allclose(saliency(layer, stats), mean)
+            for kind, value in here.items():
+                later = torch.where(seen, 0.9 * average[kind] + 0.1 * value, value)
+                average[kind] = torch.where(routed, later, average[kind])
+            seen = seen | routed
+        for kind, value in average.items():
+            assert relative(value / value.mean(), want[f"layer.{i}.{kind}"].double()) < 1e-4
+
+
 def test_moe_slimmings_attribution_equals_official_code():
     """What a token adds to our sums is what it adds to the official mean, which clips each hidden
     dimension at its 99 % quantile and averages batches on the move."""
@@ -493,7 +522,15 @@ def test_statistics_need_a_shape_and_a_router():
         scores(model, torch.ones(1, 8, dtype=torch.long), "peu")
 
 
-EVERYTHING = ("norm_E", "output_EH", "projection_EI", "gate2_EI", "up2_EI", "turned_norm_E")
+EVERYTHING = (
+    "norm_E",
+    "output_EH",
+    "projection_EI",
+    "gate2_EI",
+    "up2_EI",
+    "turned_norm_E",
+    "slope2_gate_EI",
+)
 # biases, sigmoid routers, norms behind experts, no gate, a router in a module of its own, parallel
 # attention, transposed and interleaved weights
 VARIED = (
