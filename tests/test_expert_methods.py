@@ -11,6 +11,7 @@ from flexmoe.experts import expert_layers
 from flexmoe.grouping import STAYS, absorbed
 from flexmoe.methods import all_methods, score_layers
 from flexmoe.methods.moe_slimming import activity, attribution, layer_loss
+from flexmoe.methods.moe_slimming_saliency import saliency
 from flexmoe.routing.edits import choose_function
 from flexmoe.routing.rules import reroute
 from flexmoe.sequential import score_sequential
@@ -67,14 +68,38 @@ def test_reap_prunes_to_the_official_logits():
     assert float((logits - golden_logits("reap.r50.qwen3moe")).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("model_name", ["qwen3moe_cold", "mixtral", "olmoe"])
-def test_reap_equals_llm_compressor_in_the_first_layer(model_name):
-    """That code takes the weights the model multiplies by: OLMoE does not renormalise them. It
-    prunes layer by layer, so that only the first one sees the unpruned model."""
+@pytest.mark.parametrize("share", [25, 50])
+@pytest.mark.parametrize("model_name", ["qwen3moe", "qwen3moe_cold", "mixtral", "olmoe"])
+def test_reap_layer_by_layer_equals_llm_compressor(model_name, share):
+    """Also the kept sets, and the logits where they are given. That code takes the weights the
+    model multiplies by: OLMoE does not renormalise them."""
     model, ids, want = golden(model_name, "reap_llmc")
-    got, statistics = scores(model, ids, "reap")
-    assert relative(got[0], want["layer.0.score.r50"]) < EXACT
-    assert torch.equal(statistics[0]["count_E"], want["layer.0.count.r50"])
+    method = all_methods()["reap"]
+    got, statistics = score_sequential(
+        model, ids, method, share / 100, router="remove", batch_size=4
+    )
+    width = {}
+    for layer in expert_layers(model):
+        score, official = got[layer.index], f"layer.{layer.index}.{{}}.r{share}"
+        assert relative(score, want[official.format("score")]) < EXACT
+        count = statistics[layer.index]["count_E"]
+        assert torch.equal(count, want[official.format("count")])
+        goes = score.argsort(stable=True)[: int(layer.E * share / 100)]
+        width[layer.index] = torch.full((layer.E,), layer.I).index_fill(0, goes, 0)
+        kept = (width[layer.index] > 0).nonzero()[:, 0]
+        assert torch.equal(kept, want[official.format("keep")])
+    if (model_name, share) == ("qwen3moe", 50):
+        removed(model, width)
+        official = golden_logits("reap_llmc.r50.qwen3moe")
+        assert float((logits(model, ids) - official).abs().max()) < 1e-5
+
+
+def removed(model, width):
+    """The model without the experts of width 0."""
+    for layer in expert_layers(model):
+        layer.module.flexmoe_width_E = width[layer.index].tolist()
+    reroute(model, "remove", width, {})
+    choose_function(model)
 
 
 @pytest.mark.parametrize("model_name", ["qwen3moe", "olmoe"])
@@ -303,6 +328,34 @@ def test_moe_slimming_equals_official_code():
         assert loss == pytest.approx(float(want["layer_loss"][i]), rel=EXACT)
 
 
+def test_moe_slimmings_saliency_equals_official_code():
+    """As above; also its criterion of gradients alone."""
+    model, ids, want = golden("qwen3moe", "moe_slimming")
+    name, ends = "moe-slimming-saliency", ("_EI", "_up_EI", "_gate_EI")
+    batches = [scores(model, batch, name)[1] for batch in ids.split(4)]
+    for layer in expert_layers(model):
+        i = layer.index
+        average = {kind: torch.zeros(16, 24, dtype=torch.float64) for kind in ("saliency", "grad")}
+        seen = torch.zeros(16, 1, dtype=torch.bool)
+        for statistics in batches:
+            stats = statistics[i]
+            routed = stats["count_E"][:, None] > 0
+            norms = [stats[f"slope2{end}"].sqrt() for end in ends]
+            sizes = [stats[f"flow{end}"] / stats["count_E"].clamp_min(1)[:, None] for end in ends]
+            here = {
+                "saliency": sum(a * b for a, b in zip(sizes, norms, strict=True)) / 3,
+                "grad": sum(norms) / 3,
+            }
+            mean = here["saliency"] / here["saliency"].mean()
+            assert torch.allclose(saliency(layer, stats), mean)
+            for kind, value in here.items():
+                later = torch.where(seen, 0.9 * average[kind] + 0.1 * value, value)
+                average[kind] = torch.where(routed, later, average[kind])
+            seen = seen | routed
+        for kind, value in average.items():
+            assert relative(value / value.mean(), want[f"layer.{i}.{kind}"].double()) < 1e-4
+
+
 def test_moe_slimmings_attribution_equals_official_code():
     """What a token adds to our sums is what it adds to the official mean, which clips each hidden
     dimension at its 99 % quantile and averages batches on the move."""
@@ -445,10 +498,7 @@ def test_progressive_naee_equals_official_code(size):
         width[i] = torch.zeros(6, dtype=torch.long).index_fill(0, kept, layer.I)
     assert torch.equal(logits(model, ids[:2]), before)
     if size == 3:
-        for layer in expert_layers(model):
-            layer.module.flexmoe_width_E = width[layer.index].tolist()
-        reroute(model, "remove", width, {})
-        choose_function(model)
+        removed(model, width)
         official = golden_logits("naee.progressive.keep3.mixtral")
         assert float((logits(model, ids) - official).abs().max()) < 1e-5
 
@@ -472,7 +522,15 @@ def test_statistics_need_a_shape_and_a_router():
         scores(model, torch.ones(1, 8, dtype=torch.long), "peu")
 
 
-EVERYTHING = ("norm_E", "output_EH", "projection_EI", "gate2_EI", "up2_EI", "turned_norm_E")
+EVERYTHING = (
+    "norm_E",
+    "output_EH",
+    "projection_EI",
+    "gate2_EI",
+    "up2_EI",
+    "turned_norm_E",
+    "slope2_gate_EI",
+)
 # biases, sigmoid routers, norms behind experts, no gate, a router in a module of its own, parallel
 # attention, transposed and interleaved weights
 VARIED = (

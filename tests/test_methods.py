@@ -52,13 +52,14 @@ def test_heapr_equals_official_code(name):
         assert torch.equal(best, kept.flatten())
 
 
-def test_heapr_prunes_to_the_official_logits():
-    model, ids, want = golden("qwen3moe", "heapr")
+@pytest.mark.parametrize("name", ["qwen3moe", "qwen3moe_cold"])
+def test_heapr_prunes_to_the_official_logits(name):
+    model, ids, want = golden(name, "heapr")
     for layer in expert_layers(model):
         layer.module.flexmoe_mask_EI = want[f"layer.{layer.index}.keep.r50"].float()
     with experts_function(model, "flexmoe_mask"), torch.no_grad():
         logits = model(ids).logits
-    assert float((logits - golden_logits("heapr.r50.qwen3moe")).abs().max()) < 1e-5
+    assert float((logits - golden_logits(f"heapr.r50.{name}")).abs().max()) < 1e-5
 
 
 def test_camera_equals_official_code():

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import flexmoe
 from flexmoe import FlexmoeError
+from flexmoe.around import router_weights
 from flexmoe.cli import app
 from flexmoe.evaluation.inputs import EvaluateConfig
 from flexmoe.experts import expert_layers
@@ -41,6 +42,44 @@ def test_halving_keeps_the_best_and_the_weights_of_all():
     gone, weight = skipped("halve", 2)
     assert gone == [[0, 0, 1], [0, 0, 1], [0, 1, 0]]
     assert torch.equal(weight, WEIGHT * (1 - torch.tensor(gone)))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "mixtral"])
+def test_halving_over_another_set(kind):
+    """Weights over more experts than are used: p of those computed over the p of the largest."""
+    model, ids = tiny_model(kind), ids_of(tiny_model(kind))
+    K, E = fewer_of(model)
+    plain, wide = Fitted(*parse("halve:1"), ids), Fitted(*parse(f"halve:1/{E}"), ids)
+    plain.use(model)
+    halved = logits(model, ids)
+    Fitted(*parse(f"halve:1/{K}"), ids).use(model)
+    assert difference(logits(model, ids), halved) < LOGIT_TOLERANCE  # the default's own set
+    layer, seen = expert_layers(model)[0], []
+    wide.use(model)
+    edit = layer.module.flexmoe_policy
+    layer.module.flexmoe_policy = lambda routed: seen.append((routed, edit(routed))) or seen[-1][1]
+    router = router_weights(layer)
+    name = next(iter(router)).rpartition(".")[0]
+    said = []
+    model.get_submodule(name).register_forward_hook(lambda m, a, out: said.append(out[0]))
+    assert difference(logits(model, ids), halved) > 1e-3
+    (before, after), score = seen[0], said[0].reshape(-1, E).float()
+    score = score.sigmoid() if kind == "deepseek_v3" else score.softmax(1)
+    mass = score.gather(1, before.index_TK).sum(1, keepdim=True) / score.sum(1, keepdim=True)
+    assert torch.allclose(after.weight_TK, before.weight_TK * mass, rtol=1e-4)
+    assert int((after.index_TK < E).sum()) == len(score)
+    stop(model)
+    with pytest.raises(FlexmoeError, match=f"more than the experts of a layer, {E}"):
+        Fitted(*parse(f"halve:1/{E + 1}"), ids).use(model)
+    for text in ("pesf:0.3/2", "halve:1/x", "halve:1/0"):
+        with pytest.raises(FlexmoeError, match=r"takes one number|the second is how many"):
+            parse(text)
+
+
+def fewer_of(model):
+    """Experts of a token, and of a layer."""
+    K = routing_weights(model, ids_of(model))[expert_layers(model)[0].index].shape[1]
+    return K, expert_layers(model)[0].E
 
 
 def test_top_any_keeps_a_share_of_the_weight():
@@ -193,7 +232,7 @@ def test_a_policy_leaves_nothing_behind():
     logits(model, ids)
     assert first.batch.sequences == 2 and second.batch.sequences == 1  # the one that is on is told
     stop(model)
-    assert len(model._forward_pre_hooks) == before and not hasattr(model, "flexmoe_policy_hook")
+    assert len(model._forward_pre_hooks) == before and not hasattr(model, "flexmoe_policy_hooks")
 
 
 def test_a_policy_on_a_ragged_export_is_refused(tmp_path):

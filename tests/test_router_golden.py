@@ -30,6 +30,7 @@ def without(model, kept, rule, constant):
     ("model_name", "scored", "kept", "pruned"),
     [
         ("qwen3moe", "reap", "keep.reap.r50", "reap.r50.qwen3moe"),
+        ("qwen3moe_cold", "reap", "keep.reap.r50", "reap.r50.qwen3moe_cold"),
         ("mixtral", "naee", "layerwise.keep.r3", "naee.layerwise.keep3.mixtral"),
     ],
 )

@@ -185,6 +185,13 @@ class Reader(Protocol):
     def reads(self) -> tuple[str, ...]: ...
 
 
+@dataclass(frozen=True)
+class Reads:
+    """A `Reader` that is no statistic."""
+
+    reads: tuple[str, ...]
+
+
 @contextmanager
 def around_experts(
     layers: Sequence[ExpertLayer], wanted: Iterable[Reader]

@@ -73,7 +73,8 @@ def policies() -> None:
         table.add_column(name, overflow="fold")
     for found in sorted(all_policies().values(), key=lambda p: p.name):
         name = found.name + ("" if found.default is None else f"[:{found.default:g}]")
-        table.add_row(name, found.summary, found.argument, found.paper)
+        means = found.argument + ("" if found.second is None else f"; /NUMBER: {found.second}")
+        table.add_row(name, found.summary, means, found.paper)
     say(table)
 
 

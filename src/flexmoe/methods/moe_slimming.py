@@ -61,6 +61,14 @@ def attribution(stats: LayerStatistics) -> Tensor:
     return 2 * ALPHA * (1 - ALPHA) * mean_E * usage_E
 
 
+def shared_out(channel_EI: Tensor, stats: LayerStatistics) -> Tensor:
+    """What channels are worth among those of their expert, as scores [E, I] that add up to the
+    expert's weight, and those of all to the layer's loss."""
+    weight_E = attribution(stats).clamp_min(0).sqrt()
+    weight_E = layer_loss(stats) * weight_E / weight_E.sum().clamp_min(1e-30)
+    return weight_E[:, None] * channel_EI / channel_EI.sum(1, keepdim=True).clamp_min(1e-30)
+
+
 @method(
     "moe-slimming",
     paper="MoE-Slimming, arXiv:2606.18304",
@@ -69,7 +77,4 @@ def attribution(stats: LayerStatistics) -> Tensor:
 )
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Loss of the layer's local problem x expert's share of it x channel's share of activations."""
-    activity_EI = activity(layer, stats)
-    weight_E = attribution(stats).clamp_min(0).sqrt()
-    weight_E = layer_loss(stats) * weight_E / weight_E.sum().clamp_min(1e-30)
-    return weight_E[:, None] * activity_EI / activity_EI.sum(1, keepdim=True).clamp_min(1e-30)
+    return shared_out(activity(layer, stats), stats)

@@ -1,7 +1,8 @@
 """Run-time policies: fewer experts for some tokens, without new weights.
 
 A policy is one decorated pure function, a file each: what the router said of a batch and what is
-known of the layer in, what to compute out. It is on for a model by name, ``NAME[:NUMBER]``.
+known of the layer in, what to compute out. It is on for a model by name, ``NAME[:NUMBER]``; some
+take two numbers, ``NAME:NUMBER/NUMBER``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flexmoe.around import Around, Reads, around_experts
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.experts import ExpertLayer, Seen, expert_layers, experts_function
 from flexmoe.routing.edits import Edit, Routed, choose_function
@@ -35,11 +38,14 @@ class Batch:
 @dataclass(frozen=True)
 class LayerFacts:
     """What a policy knows of a layer: its experts, the routing weights [N, K] of calibration
-    tokens, largest first, and the batch that runs now."""
+    tokens, largest first, and the batch that runs now; the second number that was given, if any,
+    and then what the router says of all experts."""
 
     layer: ExpertLayer
     weight_NK: Tensor
     batch: Batch
+    second: float | None = None
+    around: Around | None = None
 
     @property
     def K(self) -> int:
@@ -76,7 +82,8 @@ Fit = Callable[[Sequence[LayerFacts], float], list[float]]
 class Policy:
     """``rule`` is the function, ``argument`` what its number means, from ``least`` to ``most``
     (both exclusive, None: the experts of a token), and ``default`` its value (None: must be
-    given). ``fit`` gives every layer a number of its own."""
+    given). ``fit`` gives every layer a number of its own. ``second`` is what a second number means,
+    None where there is none, and ``other`` its value, where it was given."""
 
     name: str
     paper: str
@@ -86,6 +93,8 @@ class Policy:
     least: float
     most: float | None
     fit: Fit | None
+    second: str | None = None
+    other: float | None = None
 
     @property
     def summary(self) -> str:
@@ -105,11 +114,12 @@ def policy(
     least: float = 0.0,
     most: float | None = 1.0,
     fit: Fit | None = None,
+    second: str | None = None,
 ) -> Callable[[Rule], Rule]:
     """Declare a policy; see any file in this folder."""
 
     def register(rule: Rule) -> Rule:
-        POLICIES[name] = Policy(name, paper, argument, rule, default, least, most, fit)
+        POLICIES[name] = Policy(name, paper, argument, rule, default, least, most, fit, second)
         return rule
 
     return register
@@ -123,8 +133,9 @@ def all_policies() -> dict[str, Policy]:
 
 
 def parse(text: str) -> tuple[Policy, float]:
-    """``NAME[:NUMBER]``; a `FlexmoeError` for what is no policy or no number for it."""
-    name, colon, number = text.partition(":")
+    """``NAME[:NUMBER[/NUMBER]]``; a `FlexmoeError` for what is no policy or no number for it."""
+    name, colon, numbers = text.partition(":")
+    number, slash, other = numbers.partition("/")
     known = all_policies()
     if name not in known:
         raise did_you_mean(name, known, "policy")
@@ -141,7 +152,12 @@ def parse(text: str) -> tuple[Policy, float]:
             f"policy '{text}': expected a number between {found.least:g} and {most}, "
             f"{found.argument}"
         )
-    return found, value
+    if not slash:
+        return found, value
+    if found.second is None or not other.isdigit() or not int(other):
+        second = "takes one number" if found.second is None else f"the second is {found.second}"
+        raise FlexmoeError(f"policy '{text}': {second}")
+    return replace(found, other=float(other)), value
 
 
 @dataclass
@@ -161,17 +177,28 @@ class Fitted:
         stop(model)
         if not self.facts:
             self._fit(model)
-        for layer in expert_layers(model):
-            i = layer.index
-            layer.module.flexmoe_policy = _edit(self.policy.rule, self.facts[i], self.numbers[i])
+        layers, hooks = expert_layers(model), ExitStack()
+        reads = Reads(() if self.policy.other is None else ("router",))
+        around = hooks.enter_context(around_experts(layers, [reads]))
         note = partial(_note_batch, self.batch)
-        model.flexmoe_policy_hook = model.register_forward_pre_hook(note, with_kwargs=True)
+        hooks.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
+        model.flexmoe_policy_hooks = hooks
+        for layer in layers:
+            i = layer.index
+            facts = replace(self.facts[i], around=around[i])
+            layer.module.flexmoe_policy = _edit(self.policy.rule, facts, self.numbers[i])
         choose_function(model)
 
     def _fit(self, model: PreTrainedModel) -> None:
         layers = expert_layers(model)
         weight = routing_weights(model, self.ids)
-        facts = [LayerFacts(layer, weight[layer.index], self.batch) for layer in layers]
+        second = self.policy.other
+        facts = [LayerFacts(layer, weight[layer.index], self.batch, second) for layer in layers]
+        if second is not None and second > min(layer.E for layer in layers):
+            raise FlexmoeError(
+                f"policy '{self.policy.name}': {second:g} is more than the experts of a layer, "
+                f"{min(layer.E for layer in layers)}"
+            )
         K = min(f.K for f in facts)
         if self.policy.most is None and not self.value < K:
             raise FlexmoeError(
@@ -195,9 +222,9 @@ def _note_batch(batch: Batch, model: nn.Module, args: Any, kwargs: Mapping[str, 
 
 def stop(model: PreTrainedModel) -> None:
     """Experts compute all that the router asks for."""
-    hook = model.__dict__.pop("flexmoe_policy_hook", None)
-    if hook is not None:
-        hook.remove()
+    hooks = model.__dict__.pop("flexmoe_policy_hooks", None)
+    if hooks is not None:
+        hooks.close()
     for layer in expert_layers(model):
         layer.module.__dict__.pop("flexmoe_policy", None)
     choose_function(model)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexmoe.around import around_experts
+from flexmoe.around import Reads, around_experts
 from flexmoe.experts import expert_layers
 from flexmoe.premoe.nearness import distances, spread
 from flexmoe.premoe.pattern import Reach
@@ -27,11 +26,6 @@ from flexmoe.streamed.layer_loader import LayerLoader
 
 WITHIN = 0.95  # share of a task's own text that is to be known again
 SHORTEST = 16  # tokens of the shortest prompts whose reach is measured
-
-
-@dataclass(frozen=True)
-class _Reader:
-    reads: tuple[str, ...] = ("router",)
 
 
 class _Reached(Exception):
@@ -49,7 +43,7 @@ def router_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     def stop(module: nn.Module, args: Any) -> None:
         raise _Reached
 
-    with around_experts([layer], [_Reader()]) as around, torch.no_grad():
+    with around_experts([layer], [Reads(("router",))]) as around, torch.no_grad():
         handle = layer.module.register_forward_pre_hook(stop)
         try:
             model(input_ids=ids.to(model.device), use_cache=False)
