@@ -10,10 +10,11 @@ experts are as there; batches are not combined by a moving average.
 import torch
 from torch import Tensor
 
-from flexmoe.experts import ExpertLayer, activation_function
+from flexmoe.experts import ExpertLayer
 from flexmoe.methods import method
 from flexmoe.methods.moe_slimming import ALPHA, TINY, shared_out
 from flexmoe.statistics import LayerStatistics, Pairs, statistic
+from flexmoe.storage import activation_function
 
 
 def slopes(pairs: Pairs) -> list[Tensor]:
