@@ -93,6 +93,7 @@ WRONG = [
     ({"max_body_mb": 0.0}, "--max-body-mb 0"),
     ({"kv_tokens": 0}, "--kv-tokens 0"),
     ({"api_key": ""}, "--api-key is empty"),
+    ({"name": ""}, "--name is empty"),
     ({"dtype": "fp32"}, "unknown dtype 'fp32'"),
     ({"port": 0}, "--port 0: expected"),
     ({"host": "no.such.host.invalid"}, "cannot listen on no.such.host.invalid"),

@@ -188,6 +188,7 @@ BAD = [
     ({"prompt": "a", "max_tokens": 5000, "stream": True}, "do not fit into the KV cache"),
     ({"prompt": "word " * 3000, "max_tokens": 1}, "do not fit into the KV cache"),
     ({"prompt": ["a"]}, "prompt must be a string"),
+    ({}, "prompt"),
     ({"prompt": "a", "temperature": -1}, "temperature must be a number from 0 to 2, found -1"),
     ({"prompt": "a", "temperature": True}, "temperature must be a number"),
     ({"prompt": "a", "top_p": 1.5}, "top_p must be a number from 0 to 1"),

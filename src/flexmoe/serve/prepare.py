@@ -171,6 +171,8 @@ def make_settings(
         raise FlexmoeError(f"--max-body-mb {max_body_mb:g}: expected a number above 0")
     if others["kv_tokens"] is not None and others["kv_tokens"] < 1:
         raise FlexmoeError(f"--kv-tokens {others['kv_tokens']}: expected a number from 1 on")
+    if name == "":
+        raise FlexmoeError("--name is empty: give a model id, or leave it out")
     if others["api_key"] == "":
         raise FlexmoeError("--api-key is empty: give a key, or leave it out")
     if (patterns is None) != (keep is None):

@@ -85,7 +85,7 @@ class TransformersEngine(Engine):
             limit = body.get(name)
             if limit is not None and (type(limit) is not int or limit < 1):
                 raise FlexmoeError(f"{name} must be a whole number from 1 on, found {limit!r}")
-        if not self.chats and "prompt" not in body:
+        if not self.chats and ("messages" in body or "input" in body):
             raise FlexmoeError("this model's tokenizer has no chat template: use /v1/completions")
         temperature = _number(body, "temperature", self.temperature, 0, 2)
         batching.WISH.set(
