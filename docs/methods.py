@@ -15,7 +15,8 @@ Written by `python docs/methods.py` from the code, where each method is one file
 `flexmoe compress --method NAME` uses one, `flexmoe score` writes its raw numbers.
 
 *passes*: how often it goes through the calibration text; one pass serves all methods of
-`flexmoe score` together. *cost*: what a pass takes; backward includes forward. *rule*: how it
+`flexmoe score` together. *cost*: what a pass takes; backward includes forward, training is many of
+them. *rule*: how it
 allocates unless `--allocate` says otherwise, as in its paper or as near as an allocator comes.
 *router*: what the paper does with it (`compress --router`, `compare`; [rules](compare.md)).
 """

@@ -49,12 +49,12 @@ def test_entries_are_read_and_baselines_added():
 def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     pairs = write_pairs(folder / "pairs.jsonl", made_pairs(12))
-    methods = ("heapr", "camera", "reap", "reap+keep", "mone", "aimer")
+    methods = ("heapr", "camera", "reap", "reap+keep", "mone", "aimer", "diep")
     config = CompareConfig(methods=methods, pruned=(0.25, 0.5), pairs=pairs, **SMALL)
     return compare("tiny", folder / "all.jsonl", config), config
 
 
-@pytest.mark.parametrize("name", ["heapr", "reap", "reap+keep", "mone", "camera"])
+@pytest.mark.parametrize("name", ["heapr", "reap", "reap+keep", "mone", "camera", "diep"])
 def test_a_row_is_what_compress_and_eval_give(name, compared, tmp_path):
     """The same plan, though others were made on the same model before; the same losses."""
     results, config = compared
@@ -86,6 +86,8 @@ def test_the_random_ones_are_there_and_costs_are_told(compared):
     assert rows["random", 0.5]["calibration"]["seconds"] == 0
     assert rows["reap", 0.5]["calibration"]["shared_by"] == 4  # camera, reap twice, mone
     assert rows["heapr", 0.5]["calibration"]["cost"] == "backward"
+    assert rows["diep", 0.5]["calibration"]["cost"] == "training"
+    assert rows["diep", 0.5]["plan_seconds"] > rows["heapr", 0.5]["plan_seconds"]
     assert rows["reap", 0.5]["active_parameters"] > rows["reap+keep", 0.5]["active_parameters"]
     for row in results.rows:
         assert row["calibration"]["most_held"] > 1e7 and len(row["windows"]["math.valid"]) == 3

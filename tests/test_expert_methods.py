@@ -1,7 +1,5 @@
 """Scores of whole experts equal those of the official code, or the paper's formula in a loop."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -9,15 +7,9 @@ from flexmoe.around import router_weights
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.grouping import STAYS, absorbed
-from flexmoe.methods import all_methods, score_layers
-from flexmoe.methods.moe_slimming import activity, attribution, layer_loss
-from flexmoe.methods.moe_slimming_saliency import saliency
-from flexmoe.routing.edits import choose_function
-from flexmoe.routing.rules import reroute
-from flexmoe.sequential import score_sequential
 from flexmoe.statistics import STATISTICS, observe, statistic
 from golden_data import golden, golden_logits, relative, scores
-from helpers import ids_of, logits
+from helpers import ids_of
 from zoo import tiny_model
 
 EXACT = 1e-5  # relative: sums of float32 values; seen 7e-7
@@ -66,40 +58,6 @@ def test_reap_prunes_to_the_official_logits():
     with torch.no_grad():
         logits = model(ids).logits
     assert float((logits - golden_logits("reap.r50.qwen3moe")).abs().max()) < 1e-5
-
-
-@pytest.mark.parametrize("share", [25, 50])
-@pytest.mark.parametrize("model_name", ["qwen3moe", "qwen3moe_cold", "mixtral", "olmoe"])
-def test_reap_layer_by_layer_equals_llm_compressor(model_name, share):
-    """Also the kept sets, and the logits where they are given. That code takes the weights the
-    model multiplies by: OLMoE does not renormalise them."""
-    model, ids, want = golden(model_name, "reap_llmc")
-    method = all_methods()["reap"]
-    got, statistics = score_sequential(
-        model, ids, method, share / 100, router="remove", batch_size=4
-    )
-    width = {}
-    for layer in expert_layers(model):
-        score, official = got[layer.index], f"layer.{layer.index}.{{}}.r{share}"
-        assert relative(score, want[official.format("score")]) < EXACT
-        count = statistics[layer.index]["count_E"]
-        assert torch.equal(count, want[official.format("count")])
-        goes = score.argsort(stable=True)[: int(layer.E * share / 100)]
-        width[layer.index] = torch.full((layer.E,), layer.I).index_fill(0, goes, 0)
-        kept = (width[layer.index] > 0).nonzero()[:, 0]
-        assert torch.equal(kept, want[official.format("keep")])
-    if (model_name, share) == ("qwen3moe", 50):
-        removed(model, width)
-        official = golden_logits("reap_llmc.r50.qwen3moe")
-        assert float((logits(model, ids) - official).abs().max()) < 1e-5
-
-
-def removed(model, width):
-    """The model without the experts of width 0."""
-    for layer in expert_layers(model):
-        layer.module.flexmoe_width_E = width[layer.index].tolist()
-    reroute(model, "remove", width, {})
-    choose_function(model)
 
 
 @pytest.mark.parametrize("model_name", ["qwen3moe", "olmoe"])
@@ -307,100 +265,6 @@ def test_mc_suites_criteria_of_tokens_equal_the_papers_formulas(tokens):
             assert float(got["overlap"][i][e]) == pytest.approx(want)
 
 
-def test_moe_slimming_equals_official_code():
-    """The official code takes a moving average over batches: it follows from ours of each batch."""
-    model, ids, want = golden("qwen3moe", "moe_slimming")
-    batches = [scores(model, batch, "moe-slimming") for batch in ids.split(4)]
-    whole, layers = scores(model, ids, "moe-slimming")[1], expert_layers(model)
-    for layer in layers:
-        i, average = layer.index, torch.zeros(16, 24, dtype=torch.float64)
-        seen = torch.zeros(16, 1, dtype=torch.bool)
-        for _, statistics in batches:
-            stats = statistics[i]
-            here = sum(stats[f"{n}2_EI"].sqrt() for n in ("activation", "up", "gate")) / 3
-            assert torch.allclose(activity(layer, stats), here / here.mean())
-            routed = stats["count_E"][:, None] > 0
-            later = torch.where(seen, 0.9 * average + 0.1 * here, here)
-            average, seen = torch.where(routed, later, average), seen | routed
-        official = want[f"layer.{i}.activation"].double()
-        assert relative(average / average.mean(), official) < 1e-4
-        loss = float(layer_loss(whole[i])) / 16  # the official one is per sample
-        assert loss == pytest.approx(float(want["layer_loss"][i]), rel=EXACT)
-
-
-def test_moe_slimmings_saliency_equals_official_code():
-    """As above; also its criterion of gradients alone."""
-    model, ids, want = golden("qwen3moe", "moe_slimming")
-    name, ends = "moe-slimming-saliency", ("_EI", "_up_EI", "_gate_EI")
-    batches = [scores(model, batch, name)[1] for batch in ids.split(4)]
-    for layer in expert_layers(model):
-        i = layer.index
-        average = {kind: torch.zeros(16, 24, dtype=torch.float64) for kind in ("saliency", "grad")}
-        seen = torch.zeros(16, 1, dtype=torch.bool)
-        for statistics in batches:
-            stats = statistics[i]
-            routed = stats["count_E"][:, None] > 0
-            norms = [stats[f"slope2{end}"].sqrt() for end in ends]
-            sizes = [stats[f"flow{end}"] / stats["count_E"].clamp_min(1)[:, None] for end in ends]
-            here = {
-                "saliency": sum(a * b for a, b in zip(sizes, norms, strict=True)) / 3,
-                "grad": sum(norms) / 3,
-            }
-            mean = here["saliency"] / here["saliency"].mean()
-            assert torch.allclose(saliency(layer, stats), mean)
-            for kind, value in here.items():
-                later = torch.where(seen, 0.9 * average[kind] + 0.1 * value, value)
-                average[kind] = torch.where(routed, later, average[kind])
-            seen = seen | routed
-        for kind, value in average.items():
-            assert relative(value / value.mean(), want[f"layer.{i}.{kind}"].double()) < 1e-4
-
-
-def test_moe_slimmings_attribution_equals_official_code():
-    """What a token adds to our sums is what it adds to the official mean, which clips each hidden
-    dimension at its 99 % quantile and averages batches on the move."""
-    model, ids, want = golden("qwen3moe", "moe_slimming")
-    average = {layer.index: [None] * 16 for layer in expert_layers(model)}
-    ours = {layer.index: torch.zeros(16) for layer in expert_layers(model)}
-
-    def look(pairs):
-        i, out, T = pairs.layer.index, pairs.all.out_TH, len(pairs.all.out_TH)
-        behind = (pairs.residual_TH + out).square().sum(1, keepdim=True) + 1e-6
-        slope = (-2 * (1 - 0.9) * out / behind)[pairs.token_S] * pairs.weight_S[:, None]
-        for e, a, b in pairs.all.routing.segments:
-            adds = 0.9 * pairs.y_SH[a:b] * slope[a:b]
-            ours[i][e] -= float(adds.sum())
-            most = adds.abs().quantile(0.99, dim=0)
-            here = float(adds.clamp(-most, most).mean(0).sum()) * (b - a) / T
-            old = average[i][e]
-            average[i][e] = here if old is None else 0.9 * old + 0.1 * here
-        return pairs.weight_S
-
-    statistic("look_E", when="forward", reads=("residual",))(look)
-    try:
-        found = observe(model, ids, ("look_E", "part_E"), batch_size=4)
-    finally:
-        STATISTICS.pop("look_E")
-    for i, stats in found.items():
-        official = want[f"layer.{i}.expert_out_token_contrib"]
-        assert relative(torch.tensor(average[i]), official) < EXACT
-        assert relative(attribution(stats) * stats.tokens, ours[i].double()) < EXACT
-
-
-def test_moe_slimmings_scores_add_up_to_the_weights_of_experts_and_layers():
-    model, ids, _ = golden("qwen3moe_cold", "reap")
-    got, statistics = scores(model, ids, "moe-slimming")
-    for layer in expert_layers(model):
-        score, stats = got[layer.index], statistics[layer.index]
-        assert float(score.sum()) == pytest.approx(float(layer_loss(stats)))
-        weight = attribution(stats).clamp_min(0).sqrt()
-        assert torch.allclose(score.sum(1) / score.sum(), weight / weight.sum())
-        assert (
-            torch.equal(score.argsort(1), activity(layer, stats).argsort(1))
-            or (stats["count_E"] == 0).any()
-        )
-
-
 def test_groups_are_merged_in_the_order_of_their_distance():
     """Five points on a line: 0 and 1 first, then 3 and 4 (at 10, 12), then 2 joins the nearer."""
     at = torch.tensor([0.0, 1.0, 5.0, 10.0, 12.0], dtype=torch.float64)
@@ -446,70 +310,6 @@ def test_uncurl_keeps_the_most_used_of_those_that_go_together(tokens):
         goes = a if count[a] < count[b] else b
         assert float(got[i].min()) == pytest.approx(first, rel=1e-5)
         assert count[int(got[i].argmin())] == count[goes]
-
-
-def test_naee_equals_official_code():
-    """Losses of all subsets of four and of three, and the best ones, layer by layer of the unpruned
-    model. Those best ones need not be nested: the score is the best of all chains."""
-    model, ids, want = golden("mixtral", "naee")
-    method = all_methods()["naee"]
-    statistics = observe(model, ids, method.needs, batch_size=8)
-    got = score_layers(method, expert_layers(model), statistics)
-    for i, score in got.items():
-        loss = statistics[i]["subset_loss_C"]
-        assert torch.isinf(loss[[0, 1, 2, 4, 8]]).all() and float(loss[-1]) < 1e-3
-        for size in (4, 3):
-            subsets = want[f"subsets.r{size}"]
-            ours = loss[(1 << subsets).sum(1)]
-            assert relative(ours, want[f"layer.{i}.layerwise.loss.r{size}"]) < EXACT
-            kept = want[f"layer.{i}.layerwise.keep.r{size}"]
-            assert torch.equal(subsets[ours.argmin()].sort().values, kept.sort().values)
-
-        def cost(order, loss=loss):
-            kept, total = 63, 0.0
-            for e in order:
-                kept -= 1 << e
-                sizes = [loss[c] for c in range(64) if c.bit_count() == kept.bit_count()]
-                total += float(loss[kept] / min(sizes))
-            return total
-
-        chain = score.argsort()[:4].tolist()
-        best = min(cost(order) for order in itertools.permutations(range(6), 4))
-        assert cost(chain) == pytest.approx(best) and score.sort().values.tolist() == [
-            0, 1, 2, 3, 6, 6,
-        ]  # fmt: skip
-
-
-@pytest.mark.parametrize("size", [4, 3])
-def test_progressive_naee_equals_official_code(size):
-    """Layers before are pruned with their router's rows; the target is the unpruned model's. The
-    losses of all subsets, the best ones and the logits; the model is as before afterwards."""
-    model, ids, want = golden("mixtral", "naee")
-    before = logits(model, ids[:2])
-    method, share = all_methods()["naee"], 1 - size / 6 + 1e-9
-    got, statistics = score_sequential(model, ids, method, share, router="remove", batch_size=8)
-    subsets, width = want[f"subsets.r{size}"], {}
-    for layer in expert_layers(model):
-        i = layer.index
-        ours = statistics[i]["subset_loss_C"][(1 << subsets).sum(1)]
-        assert relative(ours, want[f"layer.{i}.progressive.loss.r{size}"]) < EXACT
-        kept = got[i].topk(size).indices.sort().values
-        assert torch.equal(kept, want[f"layer.{i}.progressive.keep.r{size}"].sort().values)
-        width[i] = torch.zeros(6, dtype=torch.long).index_fill(0, kept, layer.I)
-    assert torch.equal(logits(model, ids[:2]), before)
-    if size == 3:
-        removed(model, width)
-        official = golden_logits("naee.progressive.keep3.mixtral")
-        assert float((logits(model, ids) - official).abs().max()) < 1e-5
-
-
-def test_naee_refuses_what_it_cannot_try():
-    model, ids, _ = golden("olmoe", "mone")
-    with pytest.raises(FlexmoeError, match="16 experts: all their subsets"):
-        scores(model, ids, "naee")
-    sigmoid = tiny_model("deepseek_v3")
-    with pytest.raises(FlexmoeError, match="largest of a softmax"):
-        scores(sigmoid, ids % 60, "naee")
 
 
 def test_statistics_need_a_shape_and_a_router():

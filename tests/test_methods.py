@@ -8,7 +8,6 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers, experts_function
 from flexmoe.methods import METHODS, Method, all_methods, find_method, score_layers
 from flexmoe.methods.camera import energy
-from flexmoe.sequential import score_sequential
 from flexmoe.statistics import (
     THIN,
     observe,
@@ -70,29 +69,6 @@ def test_camera_equals_official_code():
             got = energy(layer, statistics[layer.index], alpha)
             official = want[f"layer.{layer.index}.score.{key}"].double()
             assert relative(got, official) < TOLERANCE
-
-
-@pytest.mark.parametrize(("share", "key"), [(0.25, "r25"), (0.5, "r50")])
-def test_camera_layer_by_layer_equals_official_code(share, key):
-    """Scores, kept sets, and at 50 % the logits of the pruned model."""
-    model, ids, want = golden("qwen3moe_top8", "camera")
-    method = all_methods()["camera"]
-    got, statistics = score_sequential(model, ids, method, share, batch_size=4)
-    for layer in expert_layers(model):
-        official = want[f"layer.{layer.index}.seq_score.a90.{key}"].double()
-        assert relative(got[layer.index], official) < TOLERANCE
-        kept = torch.zeros(16 * 16)
-        kept[got[layer.index].flatten().argsort()[int(16 * 16 * share) :]] = 1
-        assert torch.equal(
-            kept.view(16, 16).bool(), want[f"layer.{layer.index}.seq_keep.a90.{key}"]
-        )
-        layer.module.flexmoe_mask_EI = kept.view(16, 16)
-        assert statistics[layer.index].tokens == ids.numel()
-    if share == 0.5:
-        with experts_function(model, "flexmoe_mask"), torch.no_grad():
-            logits = model(ids).logits
-        official = golden_logits("camera.a90.r50.qwen3moe_top8")
-        assert float((logits - official).abs().max()) < 1e-5
 
 
 def test_fisher_is_the_squared_derivative_by_a_mask():
