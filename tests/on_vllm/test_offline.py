@@ -108,6 +108,18 @@ def test_tokens_equal_the_masked_model(case: Case, folder: Path, tmp_path: Path)
             assert tokens[n] == wanted[budget or label(case.shares[0])][n], (budget, n)
 
 
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v2"])
+def test_bfloat16_is_served_too(name: str, folder: Path, tmp_path: Path) -> None:
+    """With kernels of its own, where the processor has them. Of tokens only the first can be
+    compared: roundings add up."""
+    wanted = json.loads((folder / name / "tokens.json").read_text())
+    labels = [LABELS[n % len(LABELS)] for n in range(PROMPTS)]
+    asked = {"llm": {"quantization": "flexmoe", "dtype": "bfloat16"}, "runs": [labels]}
+    (found,) = generate(folder / name / "family", asked, tmp_path)
+    equal = [found[n][0] == wanted[label][n][0] for n, label in enumerate(labels)]
+    assert sum(equal) >= 0.7 * PROMPTS, equal
+
+
 def test_stock_vllm_serves_a_uniform_export(folder: Path, tmp_path: Path) -> None:
     """Without any of our plug-ins."""
     export = folder / "olmoe" / "uniform"

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+import torch
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.serve.vllm import batch
@@ -46,6 +47,12 @@ def check_run(run: Any) -> None:
         )
     if run.parallel_config.use_ubatching:
         raise FlexmoeError("micro-batches (--enable-dbo) split a batch: leave that option out")
+
+
+def ask_for_amx() -> None:
+    """Ask Linux for the matrix registers of processors with AMX. vLLM uses them for bfloat16 and
+    does not ask, and a process that did not ends with an illegal instruction."""
+    torch.cpu._init_amx()
 
 
 def mend_rotary_on_cpu() -> None:
