@@ -161,6 +161,18 @@ def test_what_cannot_be_served_is_refused(folder: Path, tmp_path: Path) -> None:
     messages = json.loads(out.read_text())
     for name, (_, words) in bad.items():
         assert words in messages[name], (name, messages[name])
+    make("gpt_oss", tmp_path)
+    llm = {"model": str(tmp_path / "gpt_oss" / "family"), "quantization": "flexmoe"}
+    for implementation, words in (
+        ("vllm", "experts with biases and the activation 'swigluoai': not supported on vLLM yet"),
+        ("transformers", "outside of its own MoE layers, where budgets do not reach them"),
+    ):
+        how.write_text(json.dumps({"gpt_oss": {**llm, "model_impl": implementation}}))
+        done = subprocess.run(
+            [sys.executable, str(script), str(out), str(how)], capture_output=True, text=True
+        )
+        assert json.loads(out.read_text())["gpt_oss"] != "opened"
+        assert words in done.stdout + done.stderr  # a worker says it
     without = {**os.environ, "VLLM_PLUGINS": ""}
     how.write_text(json.dumps({"ragged": {"model": str(folder / "olmoe" / "ragged")}}))
     subprocess.run([sys.executable, str(script), str(out), str(how)], env=without, check=True)
