@@ -20,11 +20,10 @@ def main(model: str, out: str, settings: str) -> None:
     asked = json.loads(Path(settings).read_text())
     llm = LLM(
         model=model,
-        dtype="float32",
         max_model_len=256,
         max_num_seqs=16,
         seed=0,
-        **{"enforce_eager": True, **asked["llm"]},
+        **{"dtype": "float32", "enforce_eager": True, **asked["llm"]},
     )
     found = []
     for budgets in asked["runs"]:

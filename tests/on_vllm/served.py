@@ -109,6 +109,12 @@ ARCHITECTURES: dict[str, Any] = {
         num_nextn_predict_layers=0,
     ),
 }
+# biased experts, an activation that is clamped, and a fused layout
+REFUSED: dict[str, Any] = {
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **COMMON, num_key_value_heads=2, head_dim=32, intermediate_size=64, num_local_experts=8
+    )
+}
 
 
 def prompts() -> list[list[int]]:
@@ -120,7 +126,7 @@ def prompts() -> list[list[int]]:
 def make(name: str, folder: Path) -> None:
     """All that is served of one architecture, and what must come out."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]()).float().eval()
+    model = AutoModelForCausalLM.from_config({**ARCHITECTURES, **REFUSED}[name]()).float().eval()
     with torch.no_grad():  # spread the logits, so that no two tokens are a rounding error apart
         model.lm_head.weight.normal_(0, 0.3)
         for parameter_name, parameter in model.named_parameters():

@@ -108,6 +108,18 @@ def test_tokens_equal_the_masked_model(case: Case, folder: Path, tmp_path: Path)
             assert tokens[n] == wanted[budget or label(case.shares[0])][n], (budget, n)
 
 
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v2"])
+def test_bfloat16_is_served_too(name: str, folder: Path, tmp_path: Path) -> None:
+    """With kernels of its own, where the processor has them. Of tokens only the first can be
+    compared: roundings add up."""
+    wanted = json.loads((folder / name / "tokens.json").read_text())
+    labels = [LABELS[n % len(LABELS)] for n in range(PROMPTS)]
+    asked = {"llm": {"quantization": "flexmoe", "dtype": "bfloat16"}, "runs": [labels]}
+    (found,) = generate(folder / name / "family", asked, tmp_path)
+    equal = [found[n][0] == wanted[label][n][0] for n, label in enumerate(labels)]
+    assert sum(equal) >= 0.7 * PROMPTS, equal
+
+
 def test_stock_vllm_serves_a_uniform_export(folder: Path, tmp_path: Path) -> None:
     """Without any of our plug-ins."""
     export = folder / "olmoe" / "uniform"
@@ -149,6 +161,18 @@ def test_what_cannot_be_served_is_refused(folder: Path, tmp_path: Path) -> None:
     messages = json.loads(out.read_text())
     for name, (_, words) in bad.items():
         assert words in messages[name], (name, messages[name])
+    make("gpt_oss", tmp_path)
+    llm = {"model": str(tmp_path / "gpt_oss" / "family"), "quantization": "flexmoe"}
+    for implementation, words in (
+        ("vllm", "experts with biases and the activation 'swigluoai': not supported on vLLM yet"),
+        ("transformers", "outside of its own MoE layers, where budgets do not reach them"),
+    ):
+        how.write_text(json.dumps({"gpt_oss": {**llm, "model_impl": implementation}}))
+        done = subprocess.run(
+            [sys.executable, str(script), str(out), str(how)], capture_output=True, text=True
+        )
+        assert json.loads(out.read_text())["gpt_oss"] != "opened"
+        assert words in done.stdout + done.stderr  # a worker says it
     without = {**os.environ, "VLLM_PLUGINS": ""}
     how.write_text(json.dumps({"ragged": {"model": str(folder / "olmoe" / "ragged")}}))
     subprocess.run([sys.executable, str(script), str(out), str(how)], env=without, check=True)

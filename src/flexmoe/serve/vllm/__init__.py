@@ -18,5 +18,6 @@ def register() -> None:
     from flexmoe.serve.vllm.requests import pin
 
     quantization.register_quantization_config("flexmoe")(FlexmoeConfig)
+    compat.ask_for_amx()
     compat.patch_runner()
     compat.patch_requests(pin)

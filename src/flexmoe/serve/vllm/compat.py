@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+import torch
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.serve.vllm import batch
@@ -48,6 +49,12 @@ def check_run(run: Any) -> None:
         raise FlexmoeError("micro-batches (--enable-dbo) split a batch: leave that option out")
 
 
+def ask_for_amx() -> None:
+    """Ask Linux for the matrix registers of processors with AMX. vLLM uses them for bfloat16 and
+    does not ask, and a process that did not ends with an illegal instruction."""
+    torch.cpu._init_amx()
+
+
 def mend_rotary_on_cpu() -> None:
     """Give vLLM's CPU kernel for rotary positions rows of tokens where it gets [tokens, heads,
     channels]. It takes the stride of the heads for that of the tokens, so DeepSeek's attention is
@@ -83,6 +90,12 @@ def patch_runner() -> None:
     def _model_forward(runner: Any, *args: Any, **kwargs: Any) -> Any:
         rows = getattr(runner.vllm_config.quant_config, "rows", None)
         if rows is not None:
+            if batch.token_budget_T is None:
+                raise FlexmoeError(
+                    "vLLM runs the experts of this model outside of its own MoE layers, where "
+                    "budgets do not reach them: serve it with --engine transformers, or export it "
+                    "uniform and serve that"
+                )
             inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
             tokens = len(next(x for x in inputs if x is not None))
             batch.fill(row_of_tokens(runner, rows, tokens))
