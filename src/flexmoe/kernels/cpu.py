@@ -35,7 +35,7 @@ TARGETS = {  # by what torch calls the instruction set
     "AMX": ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 # Tokens of an expert from which torch is faster, by instruction set and dtype, measured on a
-# Sapphire Rapids (AVX2 on an AMD EPYC). In bfloat16 never: torch puts weights in an order of its own
+# Sapphire Rapids (AVX2 on an AMD EPYC). In bfloat16 never: torch puts weights in its own order
 # first, and has no fast product at all with AVX2.
 NEVER = 1 << 30
 MANY = {
