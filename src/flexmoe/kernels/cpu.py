@@ -67,6 +67,8 @@ def can_run(weights: Weights, x_TH: Tensor) -> str | None:
         return f"tensors are on '{weights.up.device}', not on the CPU"
     if weights.up.dtype not in DTYPES or len({tensor.dtype for tensor in tensors}) > 1:
         return f"weights are {weights.up.dtype}, not all float32 or all bfloat16"
+    if weights.up_scale is not None or weights.down_scale is not None:
+        return "weights have scales"
     if x_TH.dtype not in DTYPES:
         return f"tokens are {x_TH.dtype}, not float32 or bfloat16"
     if weights.activation not in ACTIVATIONS:
