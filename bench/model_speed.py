@@ -1,6 +1,7 @@
 """Whole models at every budget against transformers on the unpruned model, end to end.
 
-python bench/model_speed.py      # writes results/model_speed.json, a quarter of an hour on one core
+python bench/model_speed.py                # writes results/model_speed.json, 10 minutes on one core
+python bench/model_speed.py --batch 1,8    # a quarter of the time
 
 The shipped model's family, and a family of a larger random model (speed does not depend on what it
 knows). "flexmoe, torch loop" is the same with FLEXMOE_KERNEL=torch, measured right after.
@@ -8,6 +9,7 @@ knows). "flexmoe, torch loop" is the same with FLEXMOE_KERNEL=torch, measured ri
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
@@ -18,8 +20,8 @@ from common import random_model, save
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-SHARES = (0.0, 0.2, 0.4, 0.6)
-BATCHES = (1, 8, 64)
+SHARES = (0.0, 0.4, 0.6)
+REPEATS = 2
 LARGE = "random Qwen3-MoE, 4 layers, E 32, H 1024, I 512, top-4"
 
 
@@ -43,26 +45,28 @@ def tiny_family(folder: Path) -> Path:
     return folder / "tiny"
 
 
-def rows(name: str, path: Path, dtype: str) -> list[dict[str, Any]]:
+def rows(name: str, path: Path, dtype: str, batches: tuple[int, ...]) -> list[dict[str, Any]]:
     from flexmoe.speed import SpeedConfig, measure
 
-    batches = BATCHES[:2] if (name, dtype) == (LARGE, "float32") else BATCHES
-    config = SpeedConfig(batches=batches, repeats=3, pruned=SHARES, device="cpu", dtype=dtype)
+    settings = {"repeats": REPEATS, "pruned": SHARES, "device": "cpu", "dtype": dtype}
     print(name, dtype, flush=True)
-    found = measure(str(path), config)
+    found = measure(str(path), SpeedConfig(batches=batches, **settings))["rows"]
     os.environ["FLEXMOE_KERNEL"] = "torch"
     try:
-        loop = measure(str(path), config)
+        loop = measure(str(path), SpeedConfig(batches=batches[:2], **settings))["rows"]
     finally:
         del os.environ["FLEXMOE_KERNEL"]
-    own = [row for row in loop["rows"] if row["engine"] == "flexmoe"]
-    found["rows"] += [{**row, "engine": "flexmoe, torch loop"} for row in own]
-    return [{"model": name, "dtype": dtype, **row} for row in found["rows"]]
+    own = [row for row in loop if row["engine"] == "flexmoe"]
+    found += [{**row, "engine": "flexmoe, torch loop"} for row in own]
+    return [{"model": name, "dtype": dtype, **row} for row in found]
 
 
 def main() -> None:
     import torch
 
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", default="1,8,64")
+    batches = tuple(map(int, parser.parse_args().batch.split(",")))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         models = {"tiny": tiny_family(Path(folder)), LARGE: large_family(Path(folder))}
@@ -70,9 +74,9 @@ def main() -> None:
             row
             for name, path in models.items()
             for dtype in ("float32", "bfloat16")
-            for row in rows(name, path, dtype)
+            for row in rows(name, path, dtype, batches)
         ]
-    about = {"clock": "CPU time of one thread", "prompt": 128, "new": 16, "repeats": 3}
+    about = {"clock": "CPU time of one thread", "prompt": 128, "new": 16, "repeats": REPEATS}
     save("model_speed", {**about, "rows": found})
 
 

@@ -106,7 +106,8 @@ def kernels() -> str:
     note = (
         f"Milliseconds, {found['clock']}, medians of interleaved rounds (once where a call takes "
         "longer than 2 s). 50 %: widths of 10 to 90 % of all channels, mean 50 %; x roofline: over "
-        "what the best measured arithmetic or reads of memory take for the work left "
+        "what the best measured arithmetic (products of square matrices) or reads of memory (of a "
+        "GiB, in products of a matrix and a vector) take for the work left "
         f"({rates}, {machine['bytes_per_s'] / 1e9:.1f} GB/s); mixed: one batch of three budgets "
         "over a batch for each. Switching 48 layers of 128 experts: "
         f"{found['switch_s'] * 1e3:.2f} ms. "

@@ -1,9 +1,12 @@
 """Cases of the Triton back end: on a GPU as it is, else (TRITON_INTERPRET=1) on the CPU. Run by
 test_kernels_triton.py in a process of its own, because Triton reads that variable on import."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from flexmoe.errors import FlexmoeError
 from flexmoe.kernels import experts, triton_gpu
 from test_kernels import ONE, make, naive, route, stock, tokens
 
@@ -78,6 +81,35 @@ def test_stock_storage_as_it_lies(gate, transposed):
     for concatenated in (True, False):
         lying = stock(weights, concatenated, transposed)
         check(*routed, lying, width_BE, torch.arange(19) % 2)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_float8_weights_are_scaled_row_by_row(full):
+    exact = make([37] * 4, 33, bias=True)
+
+    def rounded(tensor):
+        scale = tensor.abs().amax(-1) / 448  # the largest float8_e4m3fn
+        return (tensor / scale[..., None]).to(torch.float8_e4m3fn), scale
+
+    (up, up_scale), (down, down_scale) = rounded(exact.up), rounded(exact.down)
+    scaled = replace(exact, up=up, down=down, up_scale=up_scale, down_scale=down_scale)
+    same = replace(
+        exact,
+        up=up.float() * up_scale[..., None],
+        down=down.float() * down_scale[..., None],
+    )
+    if full:
+        stored = ("up", "down", "up_bias", "up_scale", "down_scale")
+        parts = {name: getattr(scaled, name).unflatten(0, (4, -1)) for name in stored}
+        scaled = replace(scaled, **parts, offset_E=None)
+    width_BE = torch.tensor([[37, 1, 0, 20], [5, 0, 36, 37]]).int()
+    routed = (tokens(19, 33), *route(19, 4, 2))
+    how = (width_BE, torch.arange(19) % 2)
+    want = naive(*routed, same, *how)
+    for found in (run(*routed, scaled, *how), experts(*routed, scaled, *how, backend="torch")):
+        assert (found.double() - want).abs().max() / want.abs().max() < 2e-6
+    with pytest.raises(FlexmoeError, match="float8_e4m3fn has scales"):
+        run(*routed, replace(scaled, up_scale=None), *how)
 
 
 def test_three_budgets_in_a_batch_and_one_by_number():

@@ -26,7 +26,7 @@ namespace {
 
 constexpr int CHANNELS = 32;   // of a piece of work in the first pass
 constexpr int TOKENS = 60;     // of one, in both passes: their rows of x stay in the L2 cache
-constexpr int TILED = 64;      // the same in tiles
+constexpr int TILED = 96;      // the same in tiles: more would rarely be there at once
 constexpr int COLUMNS = 2048;  // of one in the second pass: rows are read as they lie in memory
 constexpr int PACKED = 128;    // channels packed at a time
 constexpr int FEW = 8;         // tokens for which packing does not pay
@@ -92,8 +92,8 @@ void sort_pairs(const Layer& a, std::vector<int32_t>& pair, std::vector<Group>& 
 // padded with zeros, and rounded and arranged as x is
 template <class T>
 struct Activations {
-  std::vector<float> channels;
-  std::vector<typename Row<T>::X> tokens;
+  Buffer<float> channels;
+  Buffer<typename Row<T>::X> tokens;
 
   Activations(const Layer& a, std::vector<Group>& groups) {
     int64_t c = 0, t = 0;
@@ -101,6 +101,7 @@ struct Activations {
       int64_t& end = by_token(a, g) ? t : c;
       g.h = end;
       end += (by_token(a, g) ? row(g) : int64_t(g.width)) * g.padded();
+      end = (end + 31) / 32 * 32;
     }
     channels.resize(c);
     tokens.resize(t);
@@ -118,7 +119,7 @@ void channels(const Layer& a, const Group& g, const int32_t* pair, const typenam
   constexpr int N = Row<T>::N;
   const int n = g.n, ld = g.padded(), count = c1 - c0;
   const X* token[TILED];
-  float part[2 * CHANNELS * TILED];
+  alignas(64) float part[2 * CHANNELS * TILED];
   for (int m = 0; m < n; m++) token[m] = x + pair[g.start + m] / a.K * x_row;
   for (int side = 0; side < a.sides; side++) {
     float* sums = part + side * CHANNELS * ld;
@@ -164,7 +165,7 @@ void add_weighted(const Layer& a, const Group& g, const int32_t* pair, const flo
 template <class T>
 void rows(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
           const Activations<T>& h, int j0, int j1) {
-  float y[CHANNELS * TILED];
+  alignas(64) float y[CHANNELS * TILED];
   for (const Group& g : groups) {
     const int n = g.n, ld = g.padded();
     const typename Row<T>::X *own = h.tokens.data() + g.h, *token[TILED];
@@ -191,7 +192,7 @@ void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pa
   const int cols = j1 - j0, ld = (cols + 2 * W - 1) / (2 * W) * (2 * W) + 2 * W;
   int most = 0;  // no larger than needed: memory asked for anew costs a short call a tenth
   for (const Group& g : groups) most = std::max(most, g.padded());
-  std::vector<float> y(most * ld), packed(most > FEW ? PACKED * ld : 0);
+  Buffer<float> y(most * ld), packed(most > FEW ? PACKED * ld : 0);
   for (const Group& g : groups) {
     const T* down = a.of<T>(a.down, a.down_by, g.expert) + j0;
     const int64_t row = a.down_by.channel;
@@ -259,14 +260,14 @@ void experts(const Layer& a) {
   for (size_t g = 0; g < groups.size(); g++)
     for (int c = 0; c < groups[g].width; c += CHANNELS) pieces.push_back({int(g), c});
   const int64_t x_row = (a.H + N - 1) / N * N;
-  std::vector<X> x(a.T * x_row);
+  Buffer<X> x(a.T * x_row);
   Activations<T> h(a, groups);
   const int per_thread = ((a.H + a.threads - 1) / a.threads + 2 * W - 1) / (2 * W) * (2 * W);
   const int block = std::min(COLUMNS, per_thread);
 #pragma omp parallel num_threads(a.threads)
   {
     Tiles tiles;
-    std::vector<bf16> paired;
+    Buffer<bf16> paired;
     int is_paired = -1;
 #pragma omp for
     for (int t = 0; t < a.T; t++) {

@@ -35,8 +35,8 @@ TARGETS = {  # by what torch calls the instruction set
     "AMX": ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 # Tokens of an expert from which torch is faster, by instruction set and dtype, measured on a
-# Sapphire Rapids (AVX2 on an AMD EPYC). In bfloat16 never: torch puts weights in an order of its
-# own first, and has no fast product at all with AVX2.
+# Sapphire Rapids (AVX2 on an AMD EPYC). In bfloat16 never: torch puts weights in its own order
+# first, and has no fast product at all with AVX2.
 NEVER = 1 << 30
 MANY = {
     "AVX2": {torch.float32: 64, torch.bfloat16: NEVER},
@@ -67,6 +67,8 @@ def can_run(weights: Weights, x_TH: Tensor) -> str | None:
         return f"tensors are on '{weights.up.device}', not on the CPU"
     if weights.up.dtype not in DTYPES or len({tensor.dtype for tensor in tensors}) > 1:
         return f"weights are {weights.up.dtype}, not all float32 or all bfloat16"
+    if weights.up_scale is not None or weights.down_scale is not None:
+        return "weights have scales"
     if x_TH.dtype not in DTYPES:
         return f"tokens are {x_TH.dtype}, not float32 or bfloat16"
     if weights.activation not in ACTIVATIONS:

@@ -3,8 +3,6 @@
 
 #pragma once
 
-#include <vector>
-
 #include "cpu_vectors.h"
 
 namespace {
@@ -181,7 +179,7 @@ void meet_panel(const bf16* h, int64_t h_row, int deep, const bf16* panel, float
 
 // y[m][j] += sum over channels of h * down, for n tokens (rows of h: a multiple of 16) and columns
 inline void tile_columns(const bf16* down, int64_t stride, int width, const bf16* h, int64_t h_row,
-                         int n, int cols, std::vector<float>& buffer, float* y, int ld) {
+                         int n, int cols, Buffer<float>& buffer, float* y, int ld) {
   buffer.resize(std::max<size_t>(buffer.size(), up_to(cols, PAIRS) / PAIRS * PANEL / 2));
   bf16* panels = (bf16*)buffer.data();
   for (int c0 = 0; c0 < width; c0 += DEEP) {
@@ -204,7 +202,7 @@ inline void tile_products(const bf16*, int64_t, int, const bf16*, int, int, floa
 inline void pair_tokens(const bf16* const*, int, int, bf16*) {}
 inline void pair_channels(const float*, int, bf16*) {}
 inline void tile_columns(const bf16*, int64_t, int, const bf16*, int64_t, int, int,
-                         std::vector<float>&, float*, int) {}
+                         Buffer<float>&, float*, int) {}
 #endif
 
 }  // namespace

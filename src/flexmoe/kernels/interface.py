@@ -31,6 +31,8 @@ class Weights:
 
     ``up_bias`` ([R, C] or [E, I, C]) and ``down_bias_EH`` where the architecture has them; the down
     bias is of an expert, not of a channel, and is added at every width, 0 too.
+    ``up_scale`` ([R, C] or [E, I, C]) and ``down_scale`` ([R] or [E, I]), float32: what each row of
+    weights is multiplied by, a row of down being a channel. For float8_e4m3fn weights, else None.
     ``activate`` maps gate and up side by side [n, 2w] (or up alone [n, w]) to activations [n, w];
     ``activation`` is its name for compiled back ends, "" if only `activate` can say what it does.
     ``norm`` maps whole outputs of experts [n, H], bias included, to what the routing weight
@@ -45,12 +47,15 @@ class Weights:
     up_bias: Tensor | None = None
     down_bias_EH: Tensor | None = None
     norm: Callable[[Tensor], Tensor] | None = None
+    up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         """The parameters, without the table of offsets."""
         found = (self.up, self.down, self.up_bias, self.down_bias_EH)
-        return [tensor for tensor in found if tensor is not None]
+        scales = (self.up_scale, self.down_scale)
+        return [tensor for tensor in found + scales if tensor is not None]
 
 
 def experts(

@@ -91,11 +91,20 @@ def prefixes(weights: Weights) -> Callable[[int, int], Prefix]:
         return tensor.split(weights.offset_E.diff().tolist())
 
     up_E, down_E = experts_of(weights.up), experts_of(weights.down)
+    up_by_E, down_by_E = (
+        None if scale is None else experts_of(scale)
+        for scale in (weights.up_scale, weights.down_scale)
+    )
     bias_E = None if weights.up_bias is None else experts_of(weights.up_bias)
 
     def prefix(e: int, w: int) -> Prefix:
-        up = up_E[e][:w].unbind(1)
+        up, down_wH = up_E[e][:w], down_E[e][:w]
+        if up_by_E is not None:
+            up = up.float() * up_by_E[e][:w, :, None]
+        if down_by_E is not None:
+            down_wH = down_wH.float() * down_by_E[e][:w, None]
+        up = up.unbind(1)
         bias = [None] * len(up) if bias_E is None else bias_E[e][:w].unbind(1)
-        return Prefix(up, bias, down_E[e][:w])
+        return Prefix(up, bias, down_wH)
 
     return prefix

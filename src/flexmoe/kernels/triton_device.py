@@ -33,6 +33,7 @@ def _first(offset_E, expert, by_e, by_c, RAGGED: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, acc):
+    b = b.to(a.dtype)  # float8 weights
     if _WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -65,6 +66,13 @@ def gate_up(
     bias_by_e,
     bias_by_c,
     bias_by_side,
+    scale,
+    scale_by_e,
+    scale_by_c,
+    scale_by_side,
+    down_scale,
+    down_scale_by_e,
+    down_scale_by_c,
     h_SI,
     position_S,
     group_N,
@@ -80,6 +88,7 @@ def gate_up(
     C: tl.constexpr,
     RAGGED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -116,6 +125,11 @@ def gate_up(
         first = _dot(x, tl.load(source, mask=mask, other=0.0), first)
         if C == 2:
             second = _dot(x, tl.load(source + by_side, mask=mask, other=0.0), second)
+    if SCALED:
+        at = _first(offset_E, expert, scale_by_e, scale_by_c, RAGGED) + channel * scale_by_c
+        first *= tl.load(scale + at, mask=kept, other=0.0)[None, :]
+        if C == 2:
+            second *= tl.load(scale + at + scale_by_side, mask=kept, other=0.0)[None, :]
     if BIAS:
         at = _first(offset_E, expert, bias_by_e, bias_by_c, RAGGED) + channel * bias_by_c
         first += tl.load(bias + at, mask=kept, other=0.0).to(tl.float32)[None, :]
@@ -125,6 +139,10 @@ def gate_up(
     h = _activate(first, ACTIVATION)
     if C == 2:
         h *= second
+    if SCALED:  # a channel's row of down is scaled by scaling its activation
+        at = _first(offset_E, expert, down_scale_by_e, down_scale_by_c, RAGGED)
+        at += channel * down_scale_by_c
+        h *= tl.load(down_scale + at, mask=kept, other=0.0)[None, :]
     tl.store(
         h_SI + pair.to(tl.int64)[:, None] * I + channel[None, :],
         h.to(h_SI.dtype.element_ty),

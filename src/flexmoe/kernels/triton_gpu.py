@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flexmoe.kernels.interface import Weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SCALED = torch.float8_e4m3fn  # multiplied in the dtype of the tokens
 
 # offset_E -> (its version, channels of the largest expert)
 _largest: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -34,8 +35,11 @@ def can_run(weights: Weights, x_TH: Tensor) -> str | None:
         return "triton is not installed"
     if weights.activation not in ACTIVATIONS:
         return f"activation '{weights.activation}' is not one of {', '.join(ACTIVATIONS)}"
-    if weights.up.dtype not in DTYPES or weights.down.dtype != weights.up.dtype:
-        return f"weights are {weights.up.dtype}, it has float32, bfloat16 and float16"
+    if weights.up.dtype not in (*DTYPES, SCALED) or weights.down.dtype != weights.up.dtype:
+        return f"weights are {weights.up.dtype}, it has float32, bfloat16, float16, float8_e4m3fn"
+    scaled = [scale is not None for scale in (weights.up_scale, weights.down_scale)]
+    if any(found != (weights.up.dtype == SCALED) for found in scaled):
+        return f"weights are {weights.up.dtype}: float8_e4m3fn has scales, others have none"
     tensors = [*weights.tensors, weights.offset_E]
     if any(t is not None and t.device != x_TH.device for t in tensors):
         return f"weights are not all on {x_TH.device}, where the tokens are"
@@ -75,7 +79,8 @@ def experts(
 
     widest = max(1, weights.up.shape[1] if offset_E is None else largest(offset_E))
     bias, bias_EH = weights.up_bias, weights.down_bias_EH
-    dtype = weights.down.dtype
+    scale, down_scale = weights.up_scale, weights.down_scale
+    dtype = x_TH.dtype if weights.down.dtype == SCALED else weights.down.dtype
     h_SI = x_TH.new_empty(T * K, widest, dtype=dtype)
     device.gate_up[lambda tile: (N, -(-widest // tile["BLOCK_N"]))](
         x_TH.to(dtype).contiguous(),
@@ -83,6 +88,10 @@ def experts(
         *_strides(weights.up, offset_E),
         bias,
         *((0, 0, 0) if bias is None else _strides(bias, offset_E)),
+        scale,
+        *((0, 0, 0) if scale is None else _strides(scale, offset_E)),
+        down_scale,
+        *((0, 0) if down_scale is None else _strides(down_scale, offset_E)),
         h_SI,
         *table,
         K,
@@ -91,6 +100,7 @@ def experts(
         C=C,
         RAGGED=offset_E is not None,
         ACTIVATION=weights.activation,
+        SCALED=scale is not None,
         BIAS=bias is not None,
         BLOCK_M=block,
     )
