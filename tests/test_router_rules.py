@@ -152,6 +152,7 @@ def test_an_export_with_constants_is_what_was_evaluated(kind, tmp_path):
     """Loaded as any checkpoint, saved again, loaded again."""
     model = tiny_model(kind)
     source, ids = saved(model, tmp_path / "base"), ids_of(model)
+    torch.manual_seed(0)
     constant = {x.index: torch.randn(x.E, x.H) for x in expert_layers(model)}
     plan = expert_plan(model, source, router="constant", constant=constant)
     plan = dataclasses.replace(plan, bytes_full=Checkpoint(source).bytes)

@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import flexmoe
 from flexmoe.data import TINY
 from flexmoe.errors import FlexmoeError
+from flexmoe.experts import expert_layers
 from flexmoe.serve import transformers_batch as batching
 from flexmoe.serve.prepare import make_settings
 from flexmoe.serve.transformers_engine import assemble
 from helpers import masked_logits, random_plan
+from test_router_rules import expert_plan
 from zoo import tiny_model
 
 PROMPTS = ["def main(argv):", "Once upon a time there", "1 + 1 =", "the"]
@@ -178,6 +180,30 @@ def test_an_export_and_a_plain_checkpoint_are_one_member(made, expected):
             assert server.text(plain) == [expected[budget, PROMPTS[0]]]
         finally:
             server.generation.shutdown()
+
+
+def test_an_export_with_constants_is_served(made):
+    """The same text as the plan's own, evaluated before anything was written."""
+    root, _ = made
+    model = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32).eval()
+    torch.manual_seed(0)
+    constant = {x.index: torch.randn(x.E, x.H) for x in expert_layers(model)}
+    expert_plan(model, root / "base", router="constant", constant=constant).save(root / "mone")
+    out = root / "constants"
+    flexmoe.export(root / "mone", out, pruned=0.5, layout="ragged", base=root / "base")
+    opened = flexmoe.load(root / "mone", 0.5, base=root / "base", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(root / "base")
+    ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(NEW):
+            ids = torch.cat([ids, opened(input_ids=ids).logits[0, -1].argmax()[None, None]], 1)
+    server = Server(out)
+    try:
+        text = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+        assert server.text({"prompt": PROMPTS[0], "max_tokens": NEW, "temperature": 0}) == [text]
+    finally:
+        server.generation.shutdown()
 
 
 BAD = [
