@@ -92,21 +92,22 @@ def shuffled(plan: Plan, seed: int) -> dict[int, Tensor]:
 
 
 def uniform(plan: Plan) -> dict[int, Tensor]:
-    """Every expert of the model keeps the same share, as near as whole channels allow."""
+    """Every expert of the model keeps the same share, as near as whole blocks allow."""
     found = {}
     for i, width in plan.width.items():
         full = plan.layers[i].channels
         rows = [
-            spread(round((1 - pruned) * width.shape[1] * full), width.shape[1])
+            spread(round((1 - pruned) * width.shape[1] * full / plan.quantum), width.shape[1])
+            * plan.quantum
             for pruned in plan.budgets
         ]
         found[i] = torch.stack(rows).to(width.dtype)
     return found
 
 
-def spread(channels: int, experts: int) -> Tensor:
-    """So many channels over the experts, the first ones get those that are left over."""
-    each, rest = divmod(channels, experts)
+def spread(blocks: int, experts: int) -> Tensor:
+    """So many blocks over the experts, the first ones get those that are left over."""
+    each, rest = divmod(blocks, experts)
     return torch.tensor([each + (e < rest) for e in range(experts)])
 
 
