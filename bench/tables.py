@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from speed_tables import kernels, measured_on, serve, vllm
+from speed_tables import kernels, measured_on, serve, vllm, vllm_architectures
 
 HERE = Path(__file__).parent
 # of the frozen comparison, what README.md shows
@@ -323,7 +323,11 @@ PAGES = {
         "premoe-bytes": premoe_bytes,
     },
     HERE.parent / "docs" / "compare.md": {"methods": methods},
-    HERE.parent / "docs" / "serving.md": {"serve": serve, "vllm": vllm},
+    HERE.parent / "docs" / "serving.md": {
+        "serve": serve,
+        "vllm": vllm,
+        "vllm-architectures": vllm_architectures,
+    },
     HERE.parent / "docs" / "kernels.md": {"kernels": kernels},
 }
 

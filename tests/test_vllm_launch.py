@@ -79,6 +79,7 @@ def test_options_that_are_ours_are_refused(folder, option) -> None:
         ("--data_parallel_size=2 -ep", "without their budget"),
         ("-dp 2 --enable-expert-parallel", "without their budget"),
         ("--enable-dbo", "splits a batch"),
+        ("--api-server-count=2", "there is one server"),
         ("--max-model-len 64 --data-parallel-size", "expected one argument"),
     ],
 )

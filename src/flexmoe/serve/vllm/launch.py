@@ -72,6 +72,7 @@ def check_options(more: Sequence[str]) -> None:
     parser.add_argument("--data-parallel-size", "-dp", default="1")
     parser.add_argument("--enable-expert-parallel", "-ep", action="store_true")
     parser.add_argument("--enable-dbo", action="store_true")
+    parser.add_argument("--api-server-count", "-asc", default="1")
     try:
         asked, _ = parser.parse_known_args(spelled)
     except argparse.ArgumentError as error:
@@ -82,6 +83,8 @@ def check_options(more: Sequence[str]) -> None:
             "without their budget: leave one of them out (--tensor-parallel-size goes with "
             "experts on ranks of their own)"
         )
+    if asked.api_server_count != "1":
+        raise FlexmoeError("--api-server-count: there is one server, which has the dial")
     if asked.enable_dbo:
         raise FlexmoeError("--enable-dbo splits a batch into two without its budgets: leave it out")
 
