@@ -145,3 +145,33 @@ def model_speed() -> str:
         f"transformers' functions on the unpruned model; medians of {found['repeats']} rounds. "
     )
     return "\n".join([*lines, "", note + measured_on(found, "python bench/model_speed.py")])
+
+
+def vllm_architectures() -> str:
+    """Which architectures vLLM serves with flexmoe, and how."""
+    found = json.loads((RESULTS / "vllm_architectures.json").read_text())
+    prompts = found["prompts"]
+
+    def cell(of: dict) -> str:
+        if of["equal"] is None:
+            return {"no class of its own": "no class"}.get(of["said"], "no")
+        stock = f"; stock vLLM {of['stock']} of {prompts}" if "stock" in of else ""
+        return f"{of['equal']} of {prompts}{stock}"
+
+    lines = ["| model_type | in the file | vLLM's own class | `--model-impl transformers` |"]
+    lines.append("|---|---|---|---|")
+    neither = []
+    for name, row in found["rows"].items():
+        if not row["native"]["equal"] and not row["transformers"]["equal"]:
+            neither.append(name)
+            continue
+        layout = "fused" if row["fused"] else "each expert"
+        lines.append(f"| {name} | {layout} | {cell(row['native'])} | {cell(row['transformers'])} |")
+    note = (
+        f"Prompts of {prompts} whose {found['new_tokens']} greedy float32 tokens, four budgets in "
+        "one batch, equal those of transformers with the pruned channels masked; random models. "
+        "Where they do not, stock vLLM with the unpruned model against transformers. Neither way "
+        f"on this machine: {', '.join(neither)} (what was said is in the results). "
+    )
+    told = measured_on(found, "python bench/vllm_architectures.py")
+    return "\n".join([*lines, "", note + told])

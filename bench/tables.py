@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from speed_tables import kernels, measured_on, model_speed, serve, vllm
+from speed_tables import kernels, measured_on, model_speed, serve, vllm, vllm_architectures
 
 HERE = Path(__file__).parent
 # of the frozen comparison, what README.md shows
@@ -326,7 +326,11 @@ PAGES = {
         "premoe-bytes": premoe_bytes,
     },
     HERE.parent / "docs" / "compare.md": {"methods": methods},
-    HERE.parent / "docs" / "serving.md": {"serve": serve, "vllm": vllm},
+    HERE.parent / "docs" / "serving.md": {
+        "serve": serve,
+        "vllm": vllm,
+        "vllm-architectures": vllm_architectures,
+    },
     HERE.parent / "docs" / "kernels.md": {"kernels": kernels, "model_speed": model_speed},
 }
 

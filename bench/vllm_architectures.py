@@ -43,7 +43,9 @@ LARGER: dict[str, Any] = dict(
 HUB: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm4_moe": {"head_dim": 32},
-    "minimax_m2": {"rotary_dim": 32},
+    "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid"},
+    "afmoe": {"score_func": "sigmoid"},
+    "hy_v3": {"first_k_dense_replace": 0},
 }
 
 

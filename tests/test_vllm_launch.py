@@ -76,9 +76,10 @@ def test_options_that_are_ours_are_refused(folder, option) -> None:
     ("options", "words"),
     [
         ("--data-parallel-size 2 --enable-expert-parallel", "without their budget"),
-        ("--data_parallel_size=2 -ep", "without their budget"),
-        ("-dp 2 --enable-expert-parallel", "without their budget"),
+        ("--data_parallel_size=2", "without their budget"),
+        ("-dp 2", "without their budget"),
         ("--enable-dbo", "splits a batch"),
+        ("--api-server-count=2", "there is one server"),
         ("--max-model-len 64 --data-parallel-size", "expected one argument"),
     ],
 )
@@ -89,7 +90,7 @@ def test_options_that_would_lose_budgets_are_refused(folder, options, words) -> 
 
 @pytest.mark.parametrize(
     "options",
-    ["--data-parallel-size 2", "--tensor-parallel-size 2 --enable-expert-parallel", "-dp=1 -ep"],
+    ["--tensor-parallel-size 2", "--tensor-parallel-size 2 --enable-expert-parallel", "-dp=1 -ep"],
 )
 def test_options_that_keep_budgets_go_to_vllm(folder, options) -> None:
     found = arguments(settings(folder, "family"), options.split())

@@ -88,10 +88,12 @@ class FlexmoeExperts(FusedMoEMethodBase):
         if expert_id not in self.local:
             return False if return_success else None
         channels = loaded_weight if shard_id in SIDES else loaded_weight.t()
-        if len(channels) != (expected := int(self.table.in_file_E[expert_id])):
+        expected = (int(self.table.in_file_E[expert_id]), param.shape[-1])
+        if channels.shape != expected:
             raise FlexmoeError(
-                f"{weight_name} of expert {expert_id} has {len(channels)} channels, the plan says "
-                f"{expected}: these weights are not the plan's"
+                f"{weight_name} of expert {expert_id} comes as channels of shape "
+                f"{list(channels.shape)}, the plan says {list(expected)}: these weights are not "
+                "the plan's, or vLLM's class for this model reads them in another form"
             )
         at = self.local[expert_id]
         stored = int(self.table.stored_E[expert_id])
@@ -157,8 +159,9 @@ class FlexmoeExperts(FusedMoEMethodBase):
             "routing weights on the experts' input": layer.apply_router_weight_on_input,
             "a clamped activation": layer.swiglu_limit is not None,
             f"the activation '{activation}'": activation.removesuffix("_no_mul") not in ACTIVATIONS,
-            "tokens exchanged between ranks (data parallel with expert parallel, or sequence "
-            "parallel)": moe.moe_parallel_config.use_all2all_kernels,
+            "tokens exchanged between ranks (data parallel or sequence parallel)": (
+                moe.moe_parallel_config.dp_size > 1 or moe.moe_parallel_config.use_all2all_kernels
+            ),
         }
         if found := [reason for reason, is_so in reasons.items() if is_so]:
             raise FlexmoeError(

@@ -70,18 +70,19 @@ def check_options(more: Sequence[str]) -> None:
             raise FlexmoeError(f"{option} is set by flexmoe serve: use its own options")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--data-parallel-size", "-dp", default="1")
-    parser.add_argument("--enable-expert-parallel", "-ep", action="store_true")
     parser.add_argument("--enable-dbo", action="store_true")
+    parser.add_argument("--api-server-count", "-asc", default="1")
     try:
         asked, _ = parser.parse_known_args(spelled)
     except argparse.ArgumentError as error:
         raise FlexmoeError(f"an option of vLLM's: {error}") from None
-    if asked.data_parallel_size != "1" and asked.enable_expert_parallel:
+    if asked.data_parallel_size != "1":
         raise FlexmoeError(
-            "--data-parallel-size with --enable-expert-parallel sends tokens between ranks "
-            "without their budget: leave one of them out (--tensor-parallel-size goes with "
-            "experts on ranks of their own)"
+            "--data-parallel-size: vLLM's replicas of a MoE model share its experts, and tokens "
+            "reach those of other replicas without their budget. Start a server for each replica"
         )
+    if asked.api_server_count != "1":
+        raise FlexmoeError("--api-server-count: there is one server, which has the dial")
     if asked.enable_dbo:
         raise FlexmoeError("--enable-dbo splits a batch into two without its budgets: leave it out")
 
