@@ -138,13 +138,14 @@ def model_speed() -> str:
                 fastest = min(peer[b][key] for peer in peers)
                 cells.append(f"{rows[b][key] * 1e3:.1f} (x{rows[b][key] / fastest:.2f})")
         lines.append("| " + " | ".join(cells) + " |")
+    command = f"python bench/model_speed.py --batch {','.join(map(str, batches))}"
     note = (
         f"Milliseconds, {found['clock']}: TTFT for prompts of {found['prompt']} tokens and the "
         f"first token, TPOT for each of {found['new']} further ones, at batches of "
         f"{', '.join(map(str, batches))} sequences; in brackets against the fastest of "
         f"transformers' functions on the unpruned model; medians of {found['repeats']} rounds. "
     )
-    return "\n".join([*lines, "", note + measured_on(found, "python bench/model_speed.py")])
+    return "\n".join([*lines, "", note + measured_on(found, command)])
 
 
 def vllm_architectures() -> str:

@@ -6,11 +6,11 @@
 
 namespace {
 
-// Asking for the rows to come while these are computed. Measured with few tokens: bfloat16 gains a
-// tenth to a fifth, float32 nothing.
+// Asking for the rows to come while these are computed. Measured: bfloat16 gains a tenth to a fifth
+// with few tokens, float32 nothing on an AMD EPYC and 7 % at 8 tokens an expert on an Intel Xeon.
 template <class T>
 void ahead(const T* row) {
-  if constexpr (sizeof(T) == 2) __builtin_prefetch(row, 0, 2);
+  __builtin_prefetch(row, 0, 2);
 }
 
 // part[r][m] += row r . token m, from k0 to k1, for R rows and M tokens. LAST: of these rows
@@ -97,7 +97,8 @@ void products(const T* rows, int64_t stride, int count, const typename Row<T>::X
   (left == M ? dots<T, R, M, true>(row, stride, token + m, k0, k1, to, n)   \
              : dots<T, R, M>(row, stride, token + m, k0, k1, to, n)), m += M
         if (r == 4) {
-          if (left >= 3 && left != 4) DOTS(4, 3);
+          if (W == 16 && left >= 6) DOTS(4, 6);  // AVX512 has registers for it
+          else if (left >= 3 && left != 4) DOTS(4, 3);
           else if (left >= 2) DOTS(4, 2);
           else DOTS(4, 1);
         } else {
