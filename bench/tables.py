@@ -60,7 +60,10 @@ def methods(only: frozenset[str] | None = None) -> str:
     )
     notes = [note + measured_on(found, "python bench/compare.py")]
     for part in found.get("later", []):
-        notes.append(f"{', '.join(part['methods'])}: {measured_on(part, 'the same, later')}")
+        shown = [name for name in part["methods"] if only is None or name in only]
+        if shown:
+            where = measured_on(part, "python bench/compare.py")
+            notes.append(f"Added later, {', '.join(shown)}: {where}")
     return "\n".join([*lines, "", *notes])
 
 
