@@ -77,6 +77,9 @@ ARCHITECTURES: dict[str, Any] = {
     "mixtral": lambda: transformers.MixtralConfig(
         **COMMON, num_key_value_heads=2, intermediate_size=64, num_local_experts=8
     ),
+    "granitemoe": lambda: transformers.GraniteMoeConfig(
+        **COMMON, num_key_value_heads=2, intermediate_size=64, num_local_experts=8
+    ),
     "deepseek_v2": lambda: transformers.DeepseekV2Config(
         **COMMON,
         **LATENT,

@@ -45,6 +45,7 @@ CASES = [
     *(Case(name, llm=LATENT if name in COUPLED else {}) for name in ARCHITECTURES),
     Case("qwen2_moe", "ragged", shares=(RAGGED,)),
     Case("mixtral", "ragged", shares=(RAGGED,)),
+    Case("granitemoe", "ragged", shares=(RAGGED,)),  # the experts of a layer in one tensor
     Case("deepseek_v2", "ragged", LATENT, shares=(RAGGED,)),
     Case("deepseek_v2", "base", LATENT),
     Case("olmoe", "base"),

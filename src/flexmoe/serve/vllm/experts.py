@@ -85,8 +85,10 @@ class FlexmoeExperts(FusedMoEMethodBase):
         return_success: bool = False,
     ) -> bool | None:
         """Copy this rank's channels of one tensor of one expert; called by vLLM."""
-        if expert_id not in self.local:
-            return False if return_success else None
+        # in a ragged export an empty tensor stands for what is fused in the hub's layout
+        stand_in = loaded_weight.dim() == 1 and not len(loaded_weight)
+        if expert_id not in self.local or stand_in:
+            return stand_in if return_success else None
         channels = loaded_weight if shard_id in SIDES else loaded_weight.t()
         expected = (int(self.table.in_file_E[expert_id]), param.shape[-1])
         if channels.shape != expected:
