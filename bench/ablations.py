@@ -25,6 +25,7 @@ from transformers.utils import logging
 from common import RESULTS
 from family import SHARES, Bench, distilled, learned_plan, put_back
 from flexmoe.actions import ActionConfig
+from flexmoe.config import CompressConfig
 from flexmoe.pipeline import attach_plan, make_plan
 from flexmoe.plan import Plan
 from flexmoe.progress import bar
@@ -63,6 +64,9 @@ def measure(bench: Bench, recipe: str, **changes) -> None:
     """Rank, plan and evaluate with these settings, unless it was done before."""
     if bench.skips(recipe):
         return
+    asked = CompressConfig(method=changes.get("method", "fisher"), allocate=changes["allocate"])
+    if not asked.needs_data:  # weights only
+        changes |= dict.fromkeys(("data", "samples", "seq_len", "batch_size"))
     ranked = bench.rank(**changes)
     start = time.monotonic()
     plan = make_plan(ranked, changes["allocate"], bar)
