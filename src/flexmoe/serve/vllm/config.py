@@ -24,6 +24,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.family import check_base, find_folder
+from flexmoe.hf import FORMAT
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.serve.ids import label
 from flexmoe.serve.vllm import compat
@@ -51,6 +52,11 @@ class FlexmoeConfig(QuantizationConfig):
         self.folder: str | None = None
         self.shares: tuple[float, ...] = ()
         if "widths" in asked:  # a ragged export: one member
+            if asked.get("format") != FORMAT:
+                raise FlexmoeError(
+                    f"this export has format {asked.get('format')}, vLLM serves format {FORMAT}: "
+                    "where constants stand for experts, use --engine transformers"
+                )
             self.shares = (float(asked.get("pruned", 0.0)),)
 
     def get_name(self) -> str:
