@@ -90,19 +90,27 @@ def patch_runner() -> None:
     def _model_forward(runner: Any, *args: Any, **kwargs: Any) -> Any:
         rows = getattr(runner.vllm_config.quant_config, "rows", None)
         if rows is not None:
-            if batch.token_budget_T is None:
-                raise FlexmoeError(
-                    "vLLM runs the experts of this model outside of its own MoE layers, where "
-                    "budgets do not reach them: serve it with --engine transformers, or export it "
-                    "uniform and serve that"
-                )
             inputs = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
             tokens = len(next(x for x in inputs if x is not None))
             batch.fill(row_of_tokens(runner, rows, tokens))
         return original(runner, *args, **kwargs)
 
+    kv_cache_spec = GPUModelRunner.get_kv_cache_spec
+
+    def get_kv_cache_spec(runner: Any) -> Any:
+        """The first that a worker is asked for once its model is loaded."""
+        rows = getattr(runner.vllm_config.quant_config, "rows", None)
+        if rows is not None and batch.token_budget_T is None:
+            raise FlexmoeError(
+                "vLLM runs the experts of this model outside of its own MoE layers, where budgets "
+                "do not reach them: serve it with --engine transformers, or export it uniform and "
+                "serve that"
+            )
+        return kv_cache_spec(runner)
+
     _model_forward.flexmoe = True  # type: ignore[attr-defined]
     GPUModelRunner._model_forward = _model_forward
+    GPUModelRunner.get_kv_cache_spec = get_kv_cache_spec
 
 
 def row_of_tokens(runner: Any, rows: dict[str, int], tokens: int) -> np.ndarray:
