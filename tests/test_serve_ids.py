@@ -53,6 +53,13 @@ def test_unknown_budgets_name_the_nearest(found, nearest):
         Budgets("moe", (0.0, 0.2, 0.4)).share(found)
 
 
+def test_an_unknown_number_in_an_id_gets_the_nearest_one():
+    with pytest.raises(
+        FlexmoeError, match=r"unknown model 'moe:50'. Did you mean 'moe:40'\? Known"
+    ):
+        Budgets("moe", (0.0, 0.2, 0.4, 0.8)).find("moe:50")
+
+
 @pytest.mark.parametrize("name", ["", "two words", 'quote"', "back\\slash", "tab\t", "ümlaut"])
 def test_names_that_do_not_fit_into_ids_are_refused(name):
     with pytest.raises(FlexmoeError, match="model name"):

@@ -83,17 +83,26 @@ def methods() -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from flexmoe.methods import all_methods
+    from flexmoe.methods import UNITS, all_methods
 
     caption = (
-        "passes over the text, what one costs; rule: what --allocate is unless given; router: what "
-        "the paper does with it, see --router"
+        "passes over the text and what one costs; rule: what --allocate is unless given; router: "
+        "what the paper does with it, see --router"
     )
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
-    for name in ("method", "unit", "passes", "cost", "rule", "router"):
-        table.add_column(name, overflow="fold")
-    table.add_column("paper", overflow="fold", min_width=16)
-    for found in sorted(all_methods().values(), key=lambda m: (m.unit, m.name)):
-        how = (found.unit, str(found.passes), found.cost, found.allocate, found.router)
-        table.add_row(found.name, *how, found.paper)
-    say(table)
+    for unit in UNITS:
+        table = Table(
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            title=f"methods that score {unit}s",
+            title_justify="left",
+            caption=caption if unit == UNITS[-1] else None,
+            caption_justify="left",
+        )
+        for name in ("method", "passes", "rule", "router"):
+            table.add_column(name, no_wrap=True)
+        table.add_column("paper", overflow="fold")
+        for found in sorted(all_methods().values(), key=lambda method: method.name):
+            if found.unit == unit:
+                passes = f"{found.passes} {found.cost}" if found.passes else found.cost
+                table.add_row(found.name, passes, found.allocate, found.router, found.paper)
+        say(table)

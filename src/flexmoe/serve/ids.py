@@ -70,7 +70,14 @@ class Budgets:
         if model_id == self.name:
             return None
         if model_id not in self.ids:
-            raise did_you_mean(model_id, self.ids, "model")
+            name, _, budget = model_id.rpartition(":")
+            near = nearest(budget, self.labels) if name == self.name else None
+            if near is None:
+                raise did_you_mean(model_id, self.ids, "model")
+            raise FlexmoeError(
+                f"unknown model '{model_id}'. Did you mean '{self.id(near)}'? "
+                f"Known: {', '.join(sorted(self.ids))}"
+            )
         return model_id.removeprefix(f"{self.name}:")
 
     def share(self, budget: str) -> float:
@@ -81,14 +88,20 @@ class Budgets:
 
 
 def unknown_budget(found: str, labels: Sequence[str]) -> FlexmoeError:
-    """The error for a budget that is not served. Budgets are numbers: the nearest is the nearest
-    in value, and a share below 1 is taken for what it says."""
-    hint, known = "", ", ".join(labels)
+    """The error for a budget that is not served."""
+    near = nearest(found, labels)
+    hint = "" if near is None else f" Did you mean '{near}'?"
+    return FlexmoeError(
+        f"unknown budget '{found}' (percent pruned).{hint} Known: {', '.join(labels)}"
+    )
+
+
+def nearest(found: str, labels: Sequence[str]) -> str | None:
+    """Budgets are numbers: the label nearest in value, a share below 1 taken for what it says; None
+    for what is no number."""
     try:
         wanted = float(found)
     except ValueError:
-        pass
-    else:
-        percent = 100 * wanted if 0 < wanted < 1 else wanted
-        hint = f" Did you mean '{min(labels, key=lambda b: abs(float(b) - percent))}'?"
-    return FlexmoeError(f"unknown budget '{found}' (percent pruned).{hint} Known: {known}")
+        return None
+    percent = 100 * wanted if 0 < wanted < 1 else wanted
+    return min(labels, key=lambda b: abs(float(b) - percent))
