@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from quality_tables import ablations, pairs
 from speed_tables import kernels, measured_on, model_speed, serve, vllm, vllm_architectures
 
 HERE = Path(__file__).parent
@@ -321,7 +322,7 @@ PAGES = {
         "costs": costs,
         "trust": trust,
     },
-    HERE.parent / "docs" / "log.md": {"learned": learned},
+    HERE.parent / "docs" / "log.md": {"learned": learned, "pairs": pairs, "ablations": ablations},
     HERE.parent / "docs" / "premoe.md": {
         "premoe": premoe_loss,
         "premoe-retrieval": premoe_retrieval,
