@@ -27,7 +27,8 @@ from transformers.utils import logging
 
 from common import RESULTS, environment
 from flexmoe.actions import ActionConfig
-from flexmoe.data import calibration_windows, evaluation_windows
+from flexmoe.checkpoint import resolve
+from flexmoe.data import calibration_windows, evaluation_windows, load_tokenizer
 from flexmoe.distil import Schedule, Swapped, distil
 from flexmoe.evaluation.evaluate import budget_rows, evaluate, mean_nll
 from flexmoe.evaluation.members import budgets_of
@@ -71,9 +72,8 @@ class Bench:
         )
         ranked = rank_channels(self.model, dataclasses.replace(config, **changes), bar)
         if not self.windows:
-            self.windows = evaluation_windows(
-                "tiny", ranked.tokenizer, samples=HELD_OUT, seq_len=SEQ_LEN
-            )
+            tokenizer = load_tokenizer(resolve(self.model), ranked.model.config)
+            self.windows = evaluation_windows("tiny", tokenizer, samples=HELD_OUT, seq_len=SEQ_LEN)
             self.base = mean_nll(evaluate(ranked.model, self.windows))
         return ranked
 
