@@ -199,9 +199,8 @@ def compress(
     if limit is not None:
         say(f"at most {gib(most.bytes)} of memory were held, {gib(limit)} were allowed")
     share = 0.4 if 0.4 in plan.budgets else plan.budgets[-1]
-    say(
-        f"next: flexmoe eval {out}, or flexmoe export {out} --pruned {share:g} {_layout(plan, share)}"
-    )
+    export = f"flexmoe export {out} --pruned {share:g} {_layout(plan, share)}"
+    say(f"next: flexmoe eval {out}, or {export}")
 
 
 def _layout(plan: Any, share: float) -> str:
