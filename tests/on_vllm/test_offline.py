@@ -23,6 +23,8 @@ from served import ARCHITECTURES, BUDGETS, COUPLED, PROMPTS, RAGGED, make, stock
 from flexmoe.serve.ids import label
 
 LABELS = [label(share) for share in BUDGETS]
+# else vLLM asks for 92 % of the memory, which other work may hold
+LITTLE = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
@@ -89,7 +91,7 @@ def generate(model: Path, asked: dict[str, Any], tmp_path: Path, **env: str) -> 
     ranks = TWO_RANKS if "tensor_parallel_size" in asked["llm"] else {}
     done = subprocess.run(
         [sys.executable, str(script), str(model), str(out), str(how)],
-        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **ranks, **env},
+        env={**LITTLE, **ranks, **env},
         capture_output=True,
         text=True,
         timeout=600,
@@ -156,7 +158,10 @@ def test_what_cannot_be_served_is_refused(folder: Path, tmp_path: Path) -> None:
     how.write_text(json.dumps({name: llm for name, (llm, _) in bad.items()}))
     script = Path(__file__).with_name("run_refused.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(out), str(how)], capture_output=True, text=True
+        [sys.executable, str(script), str(out), str(how)],
+        capture_output=True,
+        text=True,
+        env=LITTLE,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     messages = json.loads(out.read_text())
@@ -170,11 +175,14 @@ def test_what_cannot_be_served_is_refused(folder: Path, tmp_path: Path) -> None:
     ):
         how.write_text(json.dumps({"gpt_oss": {**llm, "model_impl": implementation}}))
         done = subprocess.run(
-            [sys.executable, str(script), str(out), str(how)], capture_output=True, text=True
+            [sys.executable, str(script), str(out), str(how)],
+            capture_output=True,
+            text=True,
+            env=LITTLE,
         )
         assert json.loads(out.read_text())["gpt_oss"] != "opened"
         assert words in done.stdout + done.stderr  # a worker says it
-    without = {**os.environ, "VLLM_PLUGINS": ""}
+    without = {**LITTLE, "VLLM_PLUGINS": ""}
     how.write_text(json.dumps({"ragged": {"model": str(folder / "olmoe" / "ragged")}}))
     subprocess.run([sys.executable, str(script), str(out), str(how)], env=without, check=True)
     assert "Unknown quantization method: flexmoe" in json.loads(out.read_text())["ragged"]
