@@ -136,3 +136,15 @@ async def until(condition, seconds: float = 5.0) -> None:
             return
         await asyncio.sleep(0.002)
     raise AssertionError("it did not come to that")
+
+
+def ask_at_once(app, path: str, bodies) -> list[httpx2.Response]:
+    """The answers of an application in this process to several requests that wait together."""
+
+    async def go():
+        transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://x") as client:
+            asked = [client.post(path, json=body) for body in bodies]
+            return await asyncio.wait_for(asyncio.gather(*asked), 60)
+
+    return asyncio.run(go())

@@ -1,10 +1,8 @@
 """--engine transformers: chats through a template, at every budget, whole and as a stream."""
 
-import asyncio
 import json
 import shutil
 
-import httpx2
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
@@ -15,6 +13,7 @@ from flexmoe.data import TINY
 from flexmoe.serve.prepare import make_settings
 from flexmoe.serve.transformers_engine import assemble
 from helpers import random_plan
+from serving import ask_at_once
 from zoo import tiny_model
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
@@ -52,13 +51,7 @@ class Chats:
         self.app, self.generation, _ = assemble(settings, CollectorRegistry())
 
     def post(self, path, *bodies):
-        async def go():
-            transport = httpx2.ASGITransport(app=self.app, raise_app_exceptions=False)
-            async with httpx2.AsyncClient(transport=transport, base_url="http://x") as client:
-                asked = [client.post(path, json=body) for body in bodies]
-                return await asyncio.wait_for(asyncio.gather(*asked), 60)
-
-        return asyncio.run(go())
+        return ask_at_once(self.app, path, bodies)
 
     def expected(self, budget, **more):
         """What the completions route says after the rendered prompt."""

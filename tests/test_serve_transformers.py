@@ -17,6 +17,7 @@ from flexmoe.serve import transformers_batch as batching
 from flexmoe.serve.prepare import make_settings
 from flexmoe.serve.transformers_engine import assemble
 from helpers import masked_logits, random_plan
+from serving import ask_at_once
 from test_router_rules import expert_plan
 from zoo import tiny_model
 
@@ -56,13 +57,7 @@ class Server:
         self.app, self.generation, self.room = assemble(settings, self.registry)
 
     def ask(self, *bodies, path="/v1/completions"):
-        async def go():
-            transport = httpx2.ASGITransport(app=self.app, raise_app_exceptions=False)
-            async with httpx2.AsyncClient(transport=transport, base_url="http://x") as client:
-                asked = [client.post(path, json=body) for body in bodies]
-                return await asyncio.wait_for(asyncio.gather(*asked), 60)
-
-        return asyncio.run(go())
+        return ask_at_once(self.app, path, bodies)
 
     def text(self, *bodies):
         found = []

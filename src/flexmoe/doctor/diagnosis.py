@@ -287,7 +287,9 @@ def _estimate(
     for need in found.needs:
         # of several processes each needs less, and a limit of memory is kept by another way
         if not config.shard and config.memory is None:
-            problem, warnings = what_does_not_fit(need, found.memory_free, found.disk_free)
+            problem, warnings = what_does_not_fit(
+                need, found.device, found.memory_free, found.disk_free
+            )
             found.problems += problem
             found.warnings += warnings
 

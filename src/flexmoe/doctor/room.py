@@ -25,19 +25,23 @@ TRAINED = (
 )
 
 
-def what_does_not_fit(need: Need, memory: int, disk: int) -> tuple[list[str], list[str]]:
-    """Problems and warnings: `compress` that cannot hold the weights or write the family is a
-    problem, everything else may still go well elsewhere or with other settings."""
+def what_does_not_fit(
+    need: Need, device: str, memory: int, disk: int
+) -> tuple[list[str], list[str]]:
+    """Problems and warnings, for bytes that are free on a device and on the disk: `compress` that
+    cannot hold the weights or write the family is a problem, everything else may still go well
+    elsewhere or with other settings."""
+    where = "memory" if device == "cpu" else f"memory of {device}"
     hopeless: list[str] = []
     doubtful: list[str] = []
     compressing = need.job == "compress"
     too_heavy, too_large = HELP.get(need.job, TRAINED)
     weights, free = need.parts.get("weights", 0), f"{_gb(memory)} are free"
     if weights > memory:
-        text = f"{need.job}: the weights alone take {_gb(weights)} of memory, {free}: {too_heavy}"
+        text = f"{need.job}: the weights alone take {_gb(weights)} of {where}, {free}: {too_heavy}"
         (hopeless if compressing else doubtful).append(text)
     elif need.memory > memory:
-        text = f"{need.job} takes about {_gb(need.memory)} of memory, {free}: {too_large}"
+        text = f"{need.job} takes about {_gb(need.memory)} of {where}, {free}: {too_large}"
         doubtful.append(text)
     if need.disk + need.scratch > disk:
         text = f"{need.job} writes {_gb(need.disk + need.scratch)}, the disk has {_gb(disk)} free"
