@@ -293,9 +293,10 @@ def pairs(bench: Bench, file: Path, per_paradigm: int | None, tokens: int) -> No
 
     right = right_pairs(budgets_of(ranked.model, shares), encoded, track=bar)
     rows = {"plan alone": pair_rows(found, right)}
-    distilled(bench, ranked, plan, "full", "family", tokens)
-    again = right_pairs(budgets_of(ranked.model, shares[1:]), encoded, track=bar)
-    rows["recovered"] = pair_rows(found, {0.0: right[0.0], **again})
+    if tokens:
+        distilled(bench, ranked, plan, "full", "family", tokens)
+        again = right_pairs(budgets_of(ranked.model, shares[1:]), encoded, track=bar)
+        rows["recovered"] = pair_rows(found, {0.0: right[0.0], **again})
     path = RESULTS / f"pairs-{bench.name}.json"
     about = {"model": bench.name, "pairs": len(found), "recovery_tokens": tokens}
     result = {"environment": environment(), **about, "rows": rows}
@@ -310,7 +311,7 @@ def main() -> None:
     parser.add_argument("what", choices=("plans", "recovery", "pairs"))
     parser.add_argument("model", help="'tiny' or a folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=int, default=400_000, help="for recovery")
+    parser.add_argument("--tokens", type=int, default=400_000, help="for recovery (0: pairs without)")
     parser.add_argument("--only", nargs="+", default=(), help="recipes with one of these in them")
     parser.add_argument("--pairs", type=Path)
     parser.add_argument("--per-paradigm", type=int, default=None)
