@@ -76,7 +76,7 @@ def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     allocate="coverage",
 )
 def score_inputs(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
-    """As moe-slimming, with the channel's share of |weight| x norm of its input."""
+    """As moe-slimming, with the channel's share of size of weights x norm of their inputs."""
     return shared_out(size_times_input(layer, stats), stats)
 
 
@@ -87,5 +87,5 @@ def score_inputs(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     allocate="coverage",
 )
 def score_gradients(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
-    """As moe-slimming, with the channel's share of |weight x its gradient| in the local problem."""
+    """As moe-slimming, with the channel's share of the size of weights x their gradients."""
     return shared_out(stats["weight_slope_EI"], stats)
