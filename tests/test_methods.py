@@ -12,16 +12,35 @@ from flexmoe.statistics import (
     THIN,
     observe,
     thin_experts,
+    token_loss,
 )
-from golden_data import golden, golden_logits, relative, scores
+from golden_data import golden, golden_logits, golden_model, relative, scores
 
 TOLERANCE = 1e-4  # relative, as recommended for scores from gradients or float32 squares
 
 
+MODELS = ["qwen3moe", "qwen3moe_cold", "qwen3moe_top8", "mixtral", "olmoe"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_give_the_logits_that_official_code_started_from(name):
+    """Under our experts function, which computes what all statistics are taken from."""
+    model, ids = golden_model(name)
+    for layer in expert_layers(model):
+        layer.module.flexmoe_mask_EI = torch.ones(layer.E, layer.I)
+    with experts_function(model, "flexmoe_mask"), torch.no_grad():
+        logits = model(ids).logits
+    assert float((logits - golden_logits(f"unpruned.{name}")).abs().max()) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["qwen3moe", "mixtral", "olmoe"])
 def test_taylor_equals_flexmoe_ranking(name):
+    """And the loss of every batch, a mean over its 4 x 31 predicted tokens."""
     model, ids, want = golden(name, "flexmoe_rank")
     got, _ = scores(model, ids, "taylor")
+    with torch.no_grad():
+        losses = [token_loss(model(batch).logits, batch) / (4 * 31) for batch in ids.split(4)]
+    assert relative(torch.stack(losses).double(), want["batch_loss"]) < TOLERANCE
     for i, score in got.items():
         assert relative(score, want[f"layer.{i}.score"].double()) < TOLERANCE
         order = order_of(score).long()
