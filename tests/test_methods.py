@@ -90,6 +90,32 @@ def test_camera_equals_official_code():
             assert relative(got, official) < TOLERANCE
 
 
+def test_magnitude_is_the_sum_of_squares_of_a_channel():
+    """Worked out channel by channel."""
+    model, ids, _ = golden("mixtral", "flexmoe_rank")
+    got, _ = scores(model, ids, "magnitude")
+    for layer in expert_layers(model):
+        both, down = layer.module.gate_up_proj.detach(), layer.module.down_proj.detach()
+        for e in range(layer.E):
+            for j in range(layer.I):
+                parts = (both[e, j], both[e, layer.I + j], down[e, :, j])
+                want = sum(float(part.double().square().sum()) for part in parts)
+                assert float(got[layer.index][e, j]) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("name", ["random", "random-experts"])
+def test_random_follows_the_seed(name):
+    model, ids, _ = golden("mixtral", "flexmoe_rank")
+    layers, found = expert_layers(model), []
+    for seed in (0, 0, 1):
+        statistics = observe(model, ids[:1, :2], (), seed=seed)
+        found.append(score_layers(all_methods()[name], layers, statistics))
+    for i in found[0]:
+        assert torch.equal(found[0][i], found[1][i]) and not torch.equal(found[0][i], found[2][i])
+        assert float(found[0][i].min()) >= 0 and float(found[0][i].max()) <= 1
+    assert not torch.equal(found[0][0], found[0][1])  # nor are two layers alike
+
+
 def test_fisher_is_the_squared_derivative_by_a_mask():
     """For an expert with one token, Fisher's score is (d loss / d mask)^2 of a mask at 1."""
     model, ids, _ = golden("qwen3moe", "heapr")
