@@ -346,6 +346,9 @@ EVERYTHING = (
     "up2_EI",
     "turned_norm_E",
     "slope2_gate_EI",
+    "contribution_EI",
+    "weight_slope_EI",
+    "input2_EH",
 )
 # biases, sigmoid routers, norms behind experts, no gate, a router in a module of its own, parallel
 # attention, transposed and interleaved weights

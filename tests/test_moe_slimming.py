@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from flexmoe.around import Reads, around_experts
 from flexmoe.experts import expert_layers
 from flexmoe.methods.moe_slimming import activity, attribution, layer_loss
 from flexmoe.methods.moe_slimming_saliency import contributed, gradient, saliency, slopes
 from flexmoe.methods.moe_slimming_weights import size, size_times_input
 from flexmoe.statistics import STATISTICS, observe, statistic
 from golden_data import golden, relative, scores
+from helpers import ids_of
+from zoo import tiny_model
 
 EXACT = 1e-5  # relative: sums of float32 values; seen 2e-6
 
@@ -215,3 +218,39 @@ def test_moe_slimmings_scores_add_up_to_the_weights_of_experts_and_layers():
             torch.equal(score.argsort(1), activity(layer, stats).argsort(1))
             or (stats["count_E"] == 0).any()
         )
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h", "qwen3_moe"])
+def test_gradients_of_the_local_problem_are_those_of_autograd(kind):
+    """Of the weights, also transposed, interleaved, with biases, or without a gate."""
+    model = tiny_model(kind)
+    ids, layers = ids_of(model), expert_layers(model)
+    stats = observe(model, ids, ["weight_slope_EI"])[layers[0].index]
+    layer, seen = layers[0], {}
+
+    def look(module, args, out):
+        x_TH = args[0].flatten(0, -2)
+        seen["args"], seen["residual"] = args, around[layer.index].residual_TH(x_TH)
+
+    handle = layer.module.register_forward_hook(look)
+    with torch.no_grad(), around_experts(layers, [Reads(("residual",))]) as around:
+        model(ids, use_cache=False)
+    handle.remove()
+    for parameter in layer.module.parameters():
+        parameter.requires_grad_(True)
+    out_TH = layer.module(*seen["args"]).flatten(0, -2)
+    behind_TH = (seen["residual"] + out_TH).detach()
+    off_T = (seen["residual"] + 0.9 * out_TH - behind_TH).square().sum(1)
+    (off_T / (behind_TH.square().sum(1) + 1e-6)).sum().backward()
+    products = [
+        (weight * grad).abs().sum(2)
+        for name, parameter in layer.parameters.items()
+        if parameter.dim() == 3
+        for weight, grad in zip(
+            layer.channel_major(name, parameter),
+            layer.channel_major(name, parameter.grad),
+            strict=True,
+        )
+    ]
+    want_EI = torch.stack(products).mean(0).detach()
+    assert close_to_mean(stats["weight_slope_EI"], want_EI) < 1e-4
