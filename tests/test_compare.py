@@ -168,6 +168,15 @@ def test_who_cannot_be_told_from_the_best(compared):
     assert f"{rows[0]['method']}\\*" in text and "increase by file" in text
 
 
+@pytest.mark.parametrize("name", ["p.xyz", "p"])
+def test_a_plot_of_an_unknown_kind_is_refused_at_once(name, tmp_path):
+    out, plot = tmp_path / "r.jsonl", tmp_path / "new" / name
+    command = f"compare tiny --methods aimer --pruned 0.5 --json {out} --plot {plot}"
+    result = CliRunner().invoke(app, command.split())
+    assert isinstance(result.exception, FlexmoeError) and "such as p.png" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_on_the_command_line(tmp_path):
     out, plot, page = (tmp_path / name for name in ("r.jsonl", "p.png", "t.md"))
     command = (

@@ -434,6 +434,8 @@ PROFILE = "profile tiny --data math.train --samples 2 --seq-len 32 --store STORE
         ("patterns file", "'file' is a file"),
         (f"{PROFILE} --task books", "has a pattern of 'books' already"),
         (f"{PROFILE} --task a/b", "cannot be the name of a task"),
+        (f"{PROFILE} --task auto", "servers call so what they find"),
+        (f"{PROFILE} --task 40", "and their budgets"),
         (f"{PROFILE} --task new --method pue", "Did you mean 'peu'"),
         (f"{PROFILE} --task new --method fisher", "scores channels, not whole experts"),
         (f"{PROFILE} --task new --method aimer", "does not look at text"),

@@ -260,6 +260,23 @@ class DryRun:
             divergence(self._logits(windows, length), taught).backward()
         return teacher.then(found[0].times(draws))
 
+    def scale(self, windows: int, length: int) -> Cost:
+        """One part of a step of the method `diep`: a pass that keeps what all experts give, and
+        one with the experts scaled, its loss and gradients."""
+        self.model.requires_grad_(False)
+        teacher, _ = self._teacher(windows, length)
+        masks: list[Tensor] = []
+        with self._counted(lambda routing, h_SI: h_SI * masks[-1][routing.expert_S]) as found:
+            masks.append(self._mask().requires_grad_(True))
+            # of every layer before and after, and the difference
+            outputs = [
+                torch.empty(3, windows * length, layer.H, dtype=self.dtype) for layer in self.layers
+            ]
+            ids = torch.zeros(windows, length, dtype=torch.long)
+            token_loss(self._logits(windows, length), ids).backward()
+            del outputs
+        return teacher.then(found[0])
+
     def _teacher(self, windows: int, length: int) -> tuple[Cost, torch.Size]:
         """The cost of a teacher's logits, and their shape; tried once, most steps begin with it."""
         if (windows, length) not in self.taught:
