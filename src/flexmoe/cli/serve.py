@@ -110,17 +110,23 @@ def serve(
         device=device,
         dtype=dtype,
     )
+    said = "\n".join(_lines(settings, chosen))
     if chosen == "vllm":
+        from flexmoe.serve.vllm import compat
+        from flexmoe.serve.vllm import launch as vllm
+
+        compat.check_version()
         check_vllm(family)
-    typer.echo("\n".join(_lines(settings, chosen)))
-    if chosen == "vllm":
-        from flexmoe.serve.vllm.launch import launch as launch_vllm
-
-        launch_vllm(settings, more or [])
+        options = vllm.arguments(settings, more or [])
+        typer.echo(said)
+        vllm.launch(settings, options)
     else:
-        from flexmoe.serve.transformers_engine import launch
+        from flexmoe.family import pick_device
+        from flexmoe.serve import transformers_engine
 
-        launch(settings, typer.echo)
+        pick_device(device)
+        typer.echo(said)
+        transformers_engine.launch(settings, typer.echo)
 
 
 def _lines(settings: Any, engine: str) -> list[str]:

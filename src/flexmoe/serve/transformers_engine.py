@@ -33,8 +33,7 @@ from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
-from flexmoe.family import find_folder, load
-from flexmoe.plan import JSON_NAME, read_manifest
+from flexmoe.family import find_folder, find_weights, load
 from flexmoe.premoe import Match, Pattern
 from flexmoe.serve import transformers_batch as batching
 from flexmoe.serve.engine import Engine, ServeSettings
@@ -139,10 +138,7 @@ def open_model(
         for layer in layers:
             layer.module.flexmoe_width_BE = [width[layer.index].tolist() for width in widths]
         model.set_experts_implementation("flexmoe")
-    source: Any = folder
-    if (folder / JSON_NAME).is_file() and not read_manifest(folder).ranked:
-        source = find_folder(settings.base or read_manifest(folder).recipe.base_model)
-    return model, AutoTokenizer.from_pretrained(source)
+    return model, AutoTokenizer.from_pretrained(find_weights(folder, settings.base))
 
 
 def start_batching(model: PreTrainedModel, settings: ServeSettings) -> tuple[GenerationState, int]:
