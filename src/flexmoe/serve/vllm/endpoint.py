@@ -25,6 +25,10 @@ class VllmEngine(Engine):
     salts the prefix cache with it."""
 
     has_metrics = True
+    no_release = (
+        "--engine vllm cannot give memory back while it runs: start it with --budgets that leave "
+        "the richer ones out, or serve with --engine transformers"
+    )
 
     def __init__(self, model: str):
         self.model = model
