@@ -2,8 +2,8 @@
 
     python tests/on_vllm/served.py FOLDER ARCHITECTURE...
 
-Writes FOLDER/ARCHITECTURE/{base,family,plan,ragged,uniform} and the tokens that transformers
-generates, greedily and in float32, with the pruned channels of the base model masked.
+Writes FOLDER/ARCHITECTURE/{base,family,plan,ragged,uniform,patterns} and the tokens that
+transformers generates, greedily and in float32, with the pruned channels of the base model masked.
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.experts import expert_layers, experts_function
 from flexmoe.exporter import export, write_family
 from flexmoe.plan import Plan
+from flexmoe.premoe import compile_plan
+from flexmoe.premoe.pattern import Reach
+from flexmoe.premoe.signature import signatures
 from flexmoe.trace import fingerprint, trace
 from helpers import random_plan
+from patterns import made_pattern
 
 BUDGETS = (0.0, 0.2, 0.4, 0.6)
 RAGGED = 0.4
+TASKS, KEEP = ("code", "tale"), 0.5  # the first prompts are text of theirs
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, VOCABULARY = 16, 9, 32, 512
 # vLLM's attention on CPU wants heads of 32 channels or more
 COMMON: dict[str, Any] = dict(
@@ -154,6 +159,24 @@ def make(name: str, folder: Path) -> None:
         export(family, folder / name / "uniform", pruned=RAGGED, layout="uniform")
     tokens = {f"{share * 100:g}": masked_tokens(model, plan, share) for share in BUDGETS}
     (folder / name / "tokens.json").write_text(json.dumps(tokens))
+    tokens = make_patterns(model, base, folder / name / "patterns")
+    (folder / name / "of_tasks.json").write_text(json.dumps(tokens))
+
+
+def make_patterns(model: PreTrainedModel, base: Path, store: Path) -> dict[str, list[list[int]]]:
+    """A store of patterns with random scores, and what the model generates at each."""
+    store.mkdir()
+    found = {}
+    for seed, task in enumerate(TASKS):
+        signature_E = signatures(model, torch.tensor(prompts()[seed])[None])[0]
+        near = (Reach(tokens=16, prompts=20, distance=1e-3),)
+        pattern = made_pattern(task, base, seed)
+        spread = {16: pattern.spread[16]}
+        pattern = dataclasses.replace(pattern, signature_E=signature_E, reach=near, spread=spread)
+        pattern.save(store)
+        plan = compile_plan([pattern], KEEP)
+        found[task] = masked_tokens(model, plan, plan.budgets[-1])
+    return found
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -16,7 +16,7 @@ EXAMPLES = """\
 
   flexmoe serve families/qwen3 --budgets 0,20,40 --policy slo --ttft-ms 500 --tpot-ms 50
 
-  flexmoe serve ./Qwen3-30B-A3B --engine transformers --patterns patterns --keep 0.5   a task is one
+  flexmoe serve ./Qwen3-30B-A3B --patterns patterns --keep 0.5   every task is one
 
   flexmoe serve families/qwen3 --engine vllm -- --tensor-parallel-size 2 --max-model-len 8192
 """
@@ -65,7 +65,7 @@ def serve(
     ] = None,
     patterns: Annotated[
         str | None,
-        typer.Option(help="store of flexmoe profile: its tasks are model ids too (transformers)"),
+        typer.Option(help="store of flexmoe profile: its tasks are model ids too"),
     ] = None,
     keep: Annotated[
         float | None, typer.Option(help="share of the experts that each of these tasks keeps")
@@ -87,8 +87,6 @@ def serve(
             "--kv-tokens is for --engine transformers: vLLM has --gpu-memory-utilization and "
             "others, after --"
         )
-    if chosen == "vllm" and patterns is not None:
-        raise FlexmoeError("--patterns is for --engine transformers")
     settings = make_settings(
         family,
         budgets=budgets,

@@ -41,7 +41,7 @@ from flexmoe.serve.engine import Engine, ServeSettings
 from flexmoe.serve.http import App, Receive, Scope, Send, error_body, without
 from flexmoe.serve.middleware import ServeMiddleware
 from flexmoe.serve.state import ServeState
-from flexmoe.serve.tasks import TaskFinder, load_patterns, widths_of
+from flexmoe.serve.tasks import TaskFinder, beside, load_patterns, widths_of
 from flexmoe.serve.transformers_chat import ChatHandler
 from flexmoe.serve.transformers_memory import Memory
 
@@ -235,7 +235,7 @@ def assemble(
     batching.check()
     patterns = load_patterns(settings)
     model, tokenizer, memory = open_model(settings, patterns)
-    finder = TaskFinder(model, tokenizer, patterns) if patterns else None
+    finder = TaskFinder(beside(model), tokenizer, patterns) if patterns else None
     generation, room = start_batching(model, settings)
     chats = tokenizer.chat_template is not None
     rows, generates = settings.budgets.rows, model.generation_config

@@ -42,12 +42,15 @@ def arguments(settings: ServeSettings, more: Sequence[str] = ()) -> list[str]:
         raise FlexmoeError("vLLM chooses its device itself: leave --device out")
     folder = find_folder(settings.model)
     model, overrides = settings.model, {}
+    asked: dict[str, object] = {}
+    if settings.patterns is not None:
+        asked |= {"patterns": settings.patterns, "keep": settings.keep}
     if (folder / JSON_NAME).is_file():
-        asked: dict[str, object] = {"quant_method": "flexmoe"}
         asked["shares"] = [member.pruned for member in settings.members]
         if not read_manifest(folder).ranked:
             model, asked["plan"] = str(find_weights(folder, settings.base)), str(folder)
-        overrides = {"quantization_config": asked}
+    if asked:
+        overrides = {"quantization_config": {"quant_method": "flexmoe", **asked}}
     found = ["--model", model, "--served-model-name", settings.name]
     found += ["--host", settings.host, "--port", str(settings.port), "--dtype", settings.dtype]
     if overrides:
