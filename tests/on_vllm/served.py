@@ -52,7 +52,8 @@ COMMON: dict[str, Any] = dict(
     tie_word_embeddings=False,
     num_experts_per_tok=2,
 )
-COUPLED = ("deepseek_v2", "deepseek_v3")  # their width key sets the shared expert too
+# their width key sets the shared expert too
+COUPLED = ("deepseek_v2", "deepseek_v3", "ernie4_5_moe")
 # vLLM's latent attention on CPU has kernels for kv_lora_rank + qk_rope_head_dim = 576 only
 LATENT: dict[str, Any] = dict(
     q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=32, qk_rope_head_dim=64, v_head_dim=32
@@ -84,6 +85,15 @@ ARCHITECTURES: dict[str, Any] = {
     ),
     "granitemoe": lambda: transformers.GraniteMoeConfig(
         **COMMON, num_key_value_heads=2, intermediate_size=64, num_local_experts=8
+    ),
+    "ernie4_5_moe": lambda: transformers.Ernie4_5_MoeConfig(
+        **COMMON,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        moe_num_experts=8,
+        moe_num_shared_experts=1,
+        moe_layer_start_index=1,
     ),
     "deepseek_v2": lambda: transformers.DeepseekV2Config(
         **COMMON,
@@ -142,6 +152,8 @@ def make(name: str, folder: Path) -> None:
                 parameter.normal_(0, 0.15)
             elif parameter_name.endswith("gate.weight"):
                 parameter.normal_(0, 0.3)
+            elif parameter_name.endswith("e_score_correction_bias"):
+                parameter.normal_(0, 0.1)
     base = folder / name / "base"
     model.generation_config.eos_token_id = None
     model.save_pretrained(base)

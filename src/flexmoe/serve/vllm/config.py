@@ -163,6 +163,7 @@ class FlexmoeConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             compat.check_run(get_current_vllm_config())
             compat.mend_rotary_on_cpu()
+            compat.mend_router_on_cpu()
             index = extract_layer_index(prefix)
             table = self.layer(index)
             return table and FlexmoeExperts(layer.moe_config, table, prefix)
