@@ -80,7 +80,7 @@ class Server:
         self.log, self.url = log, f"http://127.0.0.1:{args.port}"
         self.process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
 
-    async def up(self, client: httpx2.AsyncClient, seconds: float = 300) -> None:
+    async def up(self, client: httpx2.AsyncClient, seconds: float = 1200) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             try:
