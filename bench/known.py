@@ -34,8 +34,9 @@ from flexmoe.doctor.dryrun import DryRun
 from flexmoe.doctor.glance import TABLE, pattern
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
+from flexmoe.names import Names
 from flexmoe.settings import Place, places
-from flexmoe.trace import _Names, trace
+from flexmoe.trace import trace
 from zoo import DECODERS, model_class, tiny_model
 
 LISTS: dict[str, list[Any]] = {  # layers of other kinds
@@ -123,7 +124,7 @@ def stored_names(network: PreTrainedModel) -> dict[str, tuple[str, str]]:
     tied = set(getattr(network, "all_tied_weights_keys", None) or {})
     layers = expert_layers(network)
     found = {}
-    for target, patterns in _Names(network).groups(stored).items():
+    for target, patterns in Names(network).groups(stored).items():
         kind = "tied" if target in tied else "tensors" if target in parameters else "buffers"
         if kind == "tensors" and any(is_shared(target, layer) for layer in layers):
             kind = "shared"
@@ -195,8 +196,8 @@ def describe(model_type: str, folder: Path) -> dict[str, Any] | str:
         lambda value: value - 1 if type(value) is int and value == number else None,
         lambda built: top_k(built) == number - 1,
     )
-    if per_token is None:
-        return "no single value of its config sets the experts a token"
+    if per_token is None:  # a constant of its router
+        per_token = {"places": [], "default": number}
     acts = setting_of(
         architecture,
         config,

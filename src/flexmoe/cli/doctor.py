@@ -44,6 +44,8 @@ def doctor(
     if first.layers:
         _describe(first)
     _say_problems(first.problems)
+    if not first.model_type:  # there is nothing to look at
+        raise typer.Exit(2)
     say("loading transformers, to try the model and count what the jobs need ...")
     told = [first]
 
@@ -62,7 +64,8 @@ def doctor(
         say(_needs(found))
     for line in found.warnings:
         say(f"warning: {line}", style="yellow")
-    _say_problems([line for line in found.problems if line not in first.problems])
+    said = first.problems if first.layers else []  # others stand far above by now
+    _say_problems([line for line in found.problems if line not in said])
     if found.problems:
         raise typer.Exit(2)
     say(f"next: flexmoe compress {model} -o FAMILY")

@@ -28,9 +28,10 @@ from flexmoe.files import free_disk, refuse_existing
 from flexmoe.headers import local_folder
 from flexmoe.learn import check_halves
 from flexmoe.methods import find_method
+from flexmoe.names import missing_parameters
 from flexmoe.plan import JSON_NAME, Plan
 from flexmoe.recover_config import MODES, RecoverConfig
-from flexmoe.trace import TracedLayer, missing_parameters, trace
+from flexmoe.trace import TracedLayer, trace
 from flexmoe.uniform import uniform_config
 from flexmoe.widths import LAYOUTS
 

@@ -25,9 +25,10 @@ from flexmoe.checkpoint import DTYPES, Checkpoint, meta_model
 from flexmoe.config import SAMPLES, CompressConfig
 from flexmoe.data import pick_batch_size, pick_seq_len
 from flexmoe.distil import STRATA
-from flexmoe.doctor.dryrun import Cost, DryRun
+from flexmoe.doctor.dryrun import DryRun
 from flexmoe.doctor.found import Need
 from flexmoe.doctor.machine import Rates, measure_rates
+from flexmoe.doctor.meter import Cost
 from flexmoe.experts import expert_layers, routed_parameters
 from flexmoe.family import pick_device
 from flexmoe.learn import CHECKED, MIXES, LearnConfig

@@ -34,12 +34,14 @@ from flexmoe.widths import LAYOUTS, coupled_reason
 TABLE = Path(__file__).parent / "known.json"
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
+DEPTH = [["num_hidden_layers"], ["text_config", "num_hidden_layers"]]
+
 Opened = TypeVar("Opened", bound=Headers)
 
 
 def glance(model: str | Path) -> Diagnosis:
     """What the files say: everything but needs, and what only the model's class can refuse. Without
-    ``layers`` where they say too little."""
+    ``layers`` where they say too little, without ``model_type`` where there is no config.json."""
     found = Diagnosis(str(model))
     folder = found.attempt(lambda: local_folder(model))
     if folder is None:
@@ -47,12 +49,14 @@ def glance(model: str | Path) -> Diagnosis:
     config = found.attempt(lambda: read_json(folder / "config.json"))
     if config is None:
         return found
+    found.model_type = str(config.get("model_type"))
     found.attempt(lambda: refuse_quantized(folder, config))
     headers = found.attempt(lambda: resolve(folder)) and open_headers(Headers, folder, found)
-    known = json.loads(TABLE.read_bytes())["architectures"].get(config.get("model_type"))
+    table = json.loads(TABLE.read_bytes())
+    known = table["architectures"].get(found.model_type)
     if headers and known and not config.get("quantization_config"):
         if known["class"] in (config.get("architectures") or []):
-            _describe(found, headers, known)
+            _describe(found, headers, known, table["activations"])
     return found
 
 
@@ -85,22 +89,32 @@ def config_value(config: dict[str, Any], known: dict[str, Any]) -> Any:
     return known["default"]
 
 
-def _describe(found: Diagnosis, headers: Headers, known: dict[str, Any]) -> None:
+def _describe(
+    found: Diagnosis, headers: Headers, known: dict[str, Any], activations: dict[str, str]
+) -> None:
     tied = known["tie"] is None or config_value(headers.config, known["tie"])
     counted = set(known["tensors"]) | set(known["experts"])
     left_out = set(known["buffers"])
     (left_out if tied else counted).update(known["tied"])
-    ignored = re.compile("|".join(known["ignored"]) or "$^")
-    total, present = 0, set[str]()
+    counted -= left_out
+    all_known = counted | left_out
+    ignored = re.compile("|".join(known["ignored"]) or "$^")  # where the model has no such thing
+    stack = next(iter(known["experts"])).partition("#")[0]  # as "model.layers."
+    depth = config_value(headers.config, {"places": DEPTH, "default": None})
+    total, present, numbers = 0, set[str](), set[int]()
     shared: dict[int, int] = defaultdict(int)
     routed: dict[int, dict[str, list[TensorInfo]]] = defaultdict(lambda: defaultdict(list))
     for name, info in headers.tensors.items():
-        kind = pattern(name)
-        if kind in left_out or ignored.search(name):
-            continue
-        if kind not in counted:
+        kind, number = pattern(name), _layer(name) if name.startswith(stack) else None
+        beyond = number is not None and depth is not None and number >= depth
+        if beyond or kind not in all_known:
+            if ignored.search(name):
+                continue
             return  # of another form than those that are known
+        if kind in left_out:
+            continue
         present.add(kind)
+        numbers |= {number} if number is not None else set()
         total += math.prod(info.shape)
         if kind in known["experts"]:
             routed[_layer(name)][kind].append(info)
@@ -108,8 +122,7 @@ def _describe(found: Diagnosis, headers: Headers, known: dict[str, Any]) -> None
             shared[_layer(name)] += math.prod(info.shape)
     activation = known["activation"]
     if isinstance(activation, dict):
-        name = config_value(headers.config, activation)
-        activation = json.loads(TABLE.read_bytes())["activations"].get(name)
+        activation = activations.get(config_value(headers.config, activation))
     layers = []
     for i, tensors in sorted(routed.items()):
         sizes = _sizes(tensors, known["experts"])
@@ -121,11 +134,13 @@ def _describe(found: Diagnosis, headers: Headers, known: dict[str, Any]) -> None
     width = config_value(headers.config, {"places": [known["width"]], "default": None})
     if width != narrowest or not isinstance(top_k, int):
         return
+    if top_k > min(layer.experts for layer in layers) or depth not in (None, len(numbers)):
+        return  # not as config.json says
     sizes_of = {i: _parameters(tensors) for i, tensors in routed.items()}
     idle = sum(sizes_of[layer.index] * (1 - top_k / layer.experts) for layer in layers)
     first = next(iter(next(iter(routed.values())).values()))[0]
     kinds = sorted(kind for kind, names in known["coupled"].items() if present & set(names))
-    found.model_type, found.architecture = headers.config["model_type"], known["class"]
+    found.architecture = known["class"]
     found.dtype, found.layers, found.experts_per_token = DTYPE_NAMES[first.dtype], layers, top_k
     found.parameters = {
         "total": total,
