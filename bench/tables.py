@@ -174,7 +174,15 @@ def trust() -> str:
         f"{worst[2]['memory']['off']:+.0%} ({worst[1]}, {worst[0]}); disk exact: "
         f"{'yes' if doctor['disk_exact'] else 'no'} |"
     )
-    commands = ("streaming", "kill", "doctor")
+    looks = results("glance")
+    for name, row in looks["models"].items():
+        what = "" if name == "tiny" else f", {looks['tensors']:,} tensors"
+        lines.append(
+            f"| `doctor {name}`{what}: until it has said what the model is; until the end | "
+            f"{row['first_seconds']:.2f} s ({row['first_cpu_seconds']:.2f} s of the processor); "
+            f"{row['seconds']:.1f} s ({row['cpu_seconds']:.1f} s) |"
+        )
+    commands = ("streaming", "kill", "doctor", "glance")
     notes = [measured_on(results(name), f"python bench/{name}.py") for name in commands]
     return "\n".join([*lines, "", *notes])
 

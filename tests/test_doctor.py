@@ -18,8 +18,9 @@ from flexmoe.checkpoint import Checkpoint, meta_model, resolve
 from flexmoe.cli import app
 from flexmoe.doctor import dryrun
 from flexmoe.doctor.diagnosis import before_compress, examine
-from flexmoe.doctor.dryrun import DryRun, _Meter
+from flexmoe.doctor.dryrun import DryRun
 from flexmoe.doctor.estimates import Estimator
+from flexmoe.doctor.meter import Meter
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import export
 from flexmoe.family import load_stock
@@ -125,7 +126,7 @@ def test_compress_refuses_what_does_not_fit(
 def test_the_meter_counts_what_lives() -> None:
     with torch.no_grad():
         a = torch.ones(100, 100)
-        meter = _Meter([a], heap=False)
+        meter = Meter([a], heap=False)
         with meter:
             b = a @ a
             assert meter.live == 40_000 and meter.operations == 2 * 100**3
@@ -180,7 +181,7 @@ def test_a_dry_run_counts_the_bytes_of_a_real_pass(deep: Path, backward: bool) -
     model = load_stock(deep, dtype=torch.float32)
     ids = torch.randint(0, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
     gc.collect()
-    meter = _Meter([*model.parameters(), *model.buffers()], heap=False)
+    meter = Meter([*model.parameters(), *model.buffers()], heap=False)
     with meter:
         observe(model, ids, names, batch_size=4)
     assert dry.peak == pytest.approx(meter.peak, rel=0.1)

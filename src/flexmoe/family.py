@@ -14,10 +14,11 @@ from flexmoe import elastic
 from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, read_json, resolve
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
+from flexmoe.names import missing_parameters
 from flexmoe.plan import JSON_NAME, Member, Plan, read_manifest
 from flexmoe.routing.edits import choose_function
 from flexmoe.routing.rules import check_rule, reroute
-from flexmoe.trace import check_weights, missing_parameters, trace
+from flexmoe.trace import check_weights, trace
 
 SPREAD = "spread"  # over all GPUs, the memory and the disk, as accelerate's device map has it
 

@@ -26,8 +26,10 @@ from flexmoe.checkpoint import DTYPES, Checkpoint, meta_model
 from flexmoe.config import SAMPLES, CompressConfig
 from flexmoe.data import pick_batch_size, pick_seq_len
 from flexmoe.distil import STRATA
-from flexmoe.doctor.dryrun import Cost, DryRun
+from flexmoe.doctor.dryrun import DryRun
+from flexmoe.doctor.found import Need
 from flexmoe.doctor.machine import Rates, measure_rates
+from flexmoe.doctor.meter import Cost
 from flexmoe.experts import expert_layers, routed_parameters
 from flexmoe.family import pick_device
 from flexmoe.learn import CHECKED, MIXES, LearnConfig
@@ -42,21 +44,6 @@ from flexmoe.trace import CODED_HIDDEN, TracedLayer, trace
 
 VECTORS = 12  # float64 vectors over all channels that learning holds at a time
 FULL_STATE = 16  # bytes a trained parameter: the original, a gradient, two moments
-
-
-@dataclass(frozen=True)
-class Need:
-    """``memory``: bytes at the peak, ``parts`` what they are of. ``disk``: bytes of the tensors
-    written; ``scratch``: what lies beside them at most until the job is done. ``seconds``: None
-    where the architecture's forward pass cannot be tried without data; ``memory`` is without
-    activations then."""
-
-    job: str
-    memory: int
-    parts: dict[str, int]
-    disk: int
-    scratch: int = 0
-    seconds: float | None = None
 
 
 @dataclass
