@@ -20,7 +20,7 @@
 #include <vector>
 
 #include "cpu_blocks.h"
-#include "cpu_tiles.h"
+#include "cpu_panels.h"
 
 namespace {
 
@@ -138,9 +138,9 @@ void channels(const Layer& a, const Group& g, const int32_t* pair, const typenam
     return activate(a.activation, part, up, &h.channels[g.h + int64_t(c0) * n], count * n);
   activate(a.activation, part, up, part, count * ld);
   X* to = &h.tokens[g.h];
-  if (g.tiles && a.columns_are_rows()) {
+  if (g.tiles) {
     for (int m = 0; m < n; m += 16)
-      pair_channels(part + m, ld, (bf16*)to + (m * h.row(g) + c0 * 16));
+      tile_of(part + m, ld, a.columns_are_rows(), (bf16*)to + (m * h.row(g) + c0 * 16));
     return;
   }
   for (int m = 0; m < n; m++)
@@ -195,18 +195,24 @@ void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pa
   Buffer<float> y(most * ld), packed(most > FEW ? PACKED * ld : 0);
   for (const Group& g : groups) {
     const T* down = a.of<T>(a.down, a.down_by, g.expert) + j0;
+    const T* bias = a.down_bias ? (const T*)a.down_bias + int64_t(g.expert) * a.H + j0 : nullptr;
     const int64_t row = a.down_by.channel;
     const int n = g.n;
-    const float* h = all.channels.data();
-    std::fill_n(y.begin(), g.padded() * ld, 0.f);
-    if (a.down_bias)
-      for (int m = 0; m < n; m++)
-        for (int j = 0; j < cols; j++)
-          y[m * ld + j] = widen(((const T*)a.down_bias)[int64_t(g.expert) * a.H + j0 + j]);
     if (g.tiles) {
       const bf16* own = (const bf16*)all.tokens.data() + g.h;
-      tile_columns((const bf16*)down, row, g.width, own, all.row(g), n, cols, packed, y.data(), ld);
-    } else if (n <= FEW) {
+      tile_columns((const bf16*)down, row, g.width, own, n, cols, y.data());
+      for (int m = 0; m < n; m++) {
+        int s = pair[g.start + m];
+        float* to = a.out + int64_t(s / a.K) * a.H + j0;
+        add_tiled(y.data(), m, a.weight[s], (const bf16*)bias, cols, to);
+      }
+      continue;
+    }
+    const float* h = all.channels.data();
+    std::fill_n(y.begin(), n * ld, 0.f);
+    for (int m = 0; m < n && bias; m++)
+      for (int j = 0; j < cols; j++) y[m * ld + j] = widen(bias[j]);
+    if (n <= FEW) {
       int c = 0;
       for (; c + 4 <= g.width; c += 4) {
         const T* from = down + c * row;
