@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from quality_tables import ablations, pairs
+from quality_tables import MEASURED_WHOLE, ablations, pairs, redundancy
 from speed_tables import kernels, measured_on, model_speed, serve, vllm, vllm_architectures
 
 HERE = Path(__file__).parent
@@ -84,7 +84,7 @@ def family_rows(recovered: bool) -> dict[str, dict[str, list[dict]]]:
     """Rows of results/family.json by model and recipe, one a seed."""
     grouped: dict[str, dict[str, list[dict]]] = {}
     for row in results("family")["rows"]:
-        if row["recipe"].startswith("recovered: ") == recovered:
+        if row["model"] in MEASURED_WHOLE and row["recipe"].startswith("recovered: ") == recovered:
             recipe = row["recipe"].removeprefix("recovered: ")
             grouped.setdefault(row["model"], {}).setdefault(recipe, []).append(row)
     return dict(sorted(grouped.items(), reverse=True))
@@ -330,7 +330,12 @@ PAGES = {
         "costs": costs,
         "trust": trust,
     },
-    HERE.parent / "docs" / "log.md": {"learned": learned, "pairs": pairs, "ablations": ablations},
+    HERE.parent / "docs" / "log.md": {
+        "learned": learned,
+        "pairs": pairs,
+        "redundancy": redundancy,
+        "ablations": ablations,
+    },
     HERE.parent / "docs" / "premoe.md": {
         "premoe": premoe_loss,
         "premoe-retrieval": premoe_retrieval,

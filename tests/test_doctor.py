@@ -197,7 +197,7 @@ def test_a_dry_run_counts_the_bytes_of_a_real_step_of_learning(deep: Path, job: 
     ids = torch.randint(0, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
     score = {layer.index: torch.rand(layer.E) for layer in layers}
     gc.collect()
-    meter = _Meter([*model.parameters(), *model.buffers()], heap=False)
+    meter = Meter([*model.parameters(), *model.buffers()], heap=False)
     with meter:
         if job == "rco":
             learn_order(model, ids, score, [0.4], RcoConfig(steps=1, draws=2))
