@@ -11,6 +11,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers, experts_function
 from flexmoe.methods import all_methods, score_layers
 from flexmoe.methods.camera import energy
+from flexmoe.methods.naee import Subsets
 from flexmoe.routing.edits import choose_function
 from flexmoe.routing.rules import reroute
 from flexmoe.sequential import score_sequential
@@ -112,8 +113,30 @@ def test_progressive_naee_equals_official_code(size):
         assert float((logits(model, ids) - official).abs().max()) < 1e-5
 
 
-def test_naee_refuses_what_it_cannot_try():
+@pytest.mark.parametrize("sums_to_one", [True, False])
+def test_naee_tries_every_subset(sums_to_one):
+    """Looked up by what tokens choose, against routing anew among each subset."""
+    random = torch.Generator().manual_seed(0)
+    T, E, K, H = 9, 5, 2, 3
+    share_TE = torch.randn(T, E, generator=random).double().softmax(1)
+    y_TEH = torch.randn(T, E, H, generator=random).double()
+    from_TH = torch.randn(T, H, generator=random).double()
+    every = Subsets(E, K, sums_to_one, share_TE.device)
+    found_C = every.change(share_TE, y_TEH, from_TH)
+    for c in range(2**E):
+        if c.bit_count() < K:
+            assert found_C[c] == torch.inf
+            continue
+        kept_TE = share_TE * torch.tensor([c >> e & 1 for e in range(E)])
+        weight_TK, index_TK = kept_TE.topk(K)
+        weight_TK = weight_TK / (weight_TK if sums_to_one else kept_TE).sum(1, keepdim=True)
+        out_TH = (weight_TK[:, :, None] * y_TEH.take_along_dim(index_TK[:, :, None], 1)).sum(1)
+        assert float(found_C[c]) == pytest.approx(float((from_TH - out_TH).norm()), rel=1e-9)
+
+
+def test_naee_refuses_what_it_cannot_try(monkeypatch):
     model, ids, _ = golden("olmoe", "mone")
+    monkeypatch.setattr("flexmoe.statistics.MOST", 15)
     with pytest.raises(FlexmoeError, match="16 experts: all their subsets"):
         scores(model, ids, "naee")
     sigmoid = tiny_model("deepseek_v3")

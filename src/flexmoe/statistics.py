@@ -23,7 +23,7 @@ from flexmoe.memory import MicroBatch
 from flexmoe.progress import Track, silent
 from flexmoe.sharding import is_sharded
 
-MOST = 10  # experts of which all subsets are tried
+MOST = 16  # experts of which all subsets are tried
 READABLE = {"router", "residual", "ids", "target"}  # around the experts
 THIN = 100  # fewer tokens than this are thin evidence for an expert
 
