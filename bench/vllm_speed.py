@@ -5,7 +5,8 @@
 A random Qwen3-MoE (speed does not depend on what it knows). Every engine is a process of its own,
 all stay up and take turns, one measurement each, so that a slow minute of the machine is shared;
 medians count. Stock vLLM serves the whole model and a uniform export, with its own kernels; flexmoe
-the family and a ragged export.
+the family and a ragged export. The family runs in a second process too: how far apart two processes
+of the same thing are is how much a difference between two rows can mean.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ ENGINES: dict[str, tuple[str, list[str | None]]] = {
     "stock vLLM, whole model": ("base", [None]),
     "stock vLLM, uniform export at 40 %": ("uniform", [None]),
     "flexmoe, family": ("family", ["0", "20", "40", "60"]),
+    "flexmoe, family in a second process": ("family", ["40"]),
     "flexmoe, ragged export at 40 %": ("ragged", ["40"]),
 }
 

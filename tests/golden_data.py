@@ -15,17 +15,22 @@ from flexmoe.statistics import Statistics, observe
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def golden_model(name: str) -> tuple[PreTrainedModel, Tensor]:
+    """Model and calibration tokens [16, 32]."""
+    model = AutoModelForCausalLM.from_pretrained(
+        GOLDEN / "models" / name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    return model, load_file(GOLDEN / "tokens" / f"{name}.safetensors")["input_ids"]
+
+
 def golden(model_name: str, score_name: str) -> tuple[PreTrainedModel, Tensor, dict[str, Tensor]]:
     """Model, calibration tokens [16, 32] and the official numbers of a method."""
-    model = AutoModelForCausalLM.from_pretrained(
-        GOLDEN / "models" / model_name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    ids = load_file(GOLDEN / "tokens" / f"{model_name}.safetensors")["input_ids"]
+    model, ids = golden_model(model_name)
     return model, ids, load_file(GOLDEN / "scores" / f"{score_name}.{model_name}.safetensors")
 
 
 def golden_logits(name: str) -> Tensor:
-    """Logits [16, 32, V] that the official code gave after pruning."""
+    """Logits [16, 32, V] that the official code gave after pruning, or had before (unpruned)."""
     return load_file(GOLDEN / "logits" / f"{name}.safetensors")["logits"]
 
 

@@ -169,3 +169,9 @@ def tensors(path: Path) -> dict[str, Tensor]:
         if file.name != "flexmoe.safetensors":
             found |= load_file(file)
     return found
+
+
+def expert_bytes(model):
+    """Bytes of storage behind the parameters of all experts."""
+    modules = [m for name, m in model.named_modules() if name.endswith("experts")]
+    return sum(p.untyped_storage().nbytes() for m in modules for p in m.parameters(recurse=False))

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from flexmoe.errors import FlexmoeError
 from flexmoe.serve.engine import Engine, ServedMember, ServeSettings
 from flexmoe.serve.middleware import ServeMiddleware
 from flexmoe.serve.state import ServeState
@@ -28,6 +29,7 @@ class EchoEngine(Engine):
 
     def __init__(self):
         self.switched: list[str] = []
+        self.kept = 0.0  # the richest budget in memory
         self.broken = False
 
     def mark(self, body: dict, budget: str) -> dict:
@@ -38,6 +40,13 @@ class EchoEngine(Engine):
         if self.broken:
             raise RuntimeError("worker is gone")
         self.switched.append(budget)
+
+    async def keep(self, richest: str) -> int:
+        await asyncio.sleep(0)
+        if self.broken:
+            raise FlexmoeError("the checkpoint is gone")
+        before, self.kept = self.kept, float(richest)
+        return round(10 * (self.kept - before))
 
 
 def settings(**changes) -> ServeSettings:

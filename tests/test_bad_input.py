@@ -8,21 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexmoe.checkpoint import resolve
 from flexmoe.cli import main
-from flexmoe.errors import FlexmoeError
-from flexmoe.evaluation.curve import load_curve, save_curve
-from flexmoe.evaluation.records import Curve, OfWeights
 from flexmoe.exporter import export
 from flexmoe.methods import all_methods
 from flexmoe.pipeline import CompressConfig, compress
-from flexmoe.plan import Plan
 from zoo import tiny_model, tiny_off_interface
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 400
@@ -326,77 +319,3 @@ def test_what_a_file_cannot_say_is_said_with_the_file(
     monkeypatch.setattr(Path, "read_bytes", denied)
     said = run("export family --pruned 0.4 --layout ragged -o out", monkeypatch, capsys)
     assert "Permission denied: 'family/flexmoe.json'" in said
-
-
-# --- Any damage to any byte is refused ---------------------------------------------------------
-
-
-@st.composite
-def damages(draw: st.DrawFn) -> tuple[str, float, int]:
-    kind = draw(st.sampled_from(["flip", "cut", "insert"]))
-    return kind, draw(st.floats(0, 1, exclude_max=True)), draw(st.integers(1, 255))
-
-
-def damage(content: bytes, kind: str, place: float, value: int) -> bytes:
-    at = int(place * len(content))
-    if kind == "flip":
-        return content[:at] + bytes([content[at] ^ value]) + content[at + 1 :]
-    if kind == "insert":
-        return content[:at] + bytes([value]) + content[at:]
-    return content[:at]
-
-
-def means_the_same(a: bytes, b: bytes) -> bool:
-    """White space between values is no damage."""
-    try:
-        return json.loads(a) == json.loads(b)
-    except ValueError:
-        return False
-
-
-@pytest.mark.parametrize("file", ["flexmoe.json", "flexmoe.safetensors"])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(found=damages())
-def test_a_damaged_plan_is_refused(
-    file: str, found: tuple[str, float, int], places: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "plan"
-    if not folder.exists():
-        shutil.copytree(places / "plan", folder)
-    whole = (places / "plan" / file).read_bytes()
-    changed = damage(whole, *found)
-    (folder / file).write_bytes(changed)
-    if means_the_same(whole, changed):
-        Plan.load(folder)
-    else:
-        with pytest.raises(FlexmoeError):
-            Plan.load(folder)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(found=damages())
-def test_a_damaged_curve_is_refused(found: tuple[str, float, int], tmp_path: Path) -> None:
-    curve = Curve(
-        format=1, date="2026-01-01", of=OfWeights(plan_sha256="a", weights_sha256="b"), data="tiny",
-        files={}, pairs=None, hardware="none", dtype="float32", versions={}, budgets=[],
-    )  # fmt: skip
-    path = save_curve(tmp_path, curve)
-    whole = path.read_bytes()
-    changed = damage(whole, *found)
-    path.write_bytes(changed)
-    if means_the_same(whole, changed):
-        assert load_curve(tmp_path) == curve
-    else:
-        with pytest.raises(FlexmoeError):
-            load_curve(tmp_path)
-
-
-def test_plans_from_before_there_was_a_checksum_load(places: Path, tmp_path: Path) -> None:
-    shutil.copytree(places / "plan", tmp_path / "plan")
-    path = tmp_path / "plan" / "flexmoe.json"
-    fields = json.loads(path.read_text())
-    del fields["sha256"]
-    path.write_text(json.dumps(fields))
-    now, before = Plan.load(tmp_path / "plan"), Plan.load(places / "plan")
-    assert now.recipe == before.recipe and now.budgets == before.budgets
-    assert all(torch.equal(now.order[i], before.order[i]) for i in before.layers)

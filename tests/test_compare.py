@@ -140,15 +140,16 @@ def test_the_model_is_as_before_after_every_entry(monkeypatch, tmp_path):
         assert layer.E == 16
 
 
-def test_those_that_cannot_run_are_left_out_of_all_and_refused_by_name(tmp_path):
+def test_those_that_cannot_run_are_left_out_of_all_and_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("flexmoe.statistics.MOST", 15)
     said = []
     config = CompareConfig(methods=("all",), pruned=(0.5,), **SMALL)
     meta = meta_model(resolve("tiny"))
     found = _those(chosen(("all",)), lambda e: _check(e, meta, config), config, said.append)
     assert {e.name for e in found} == {e.name for e in chosen(("all",))} - {"naee", "router-change"}
-    assert "all their subsets can be tried up to 10" in said[0]
+    assert "all their subsets can be tried up to 15" in said[0]
     for name, why in {
-        "naee": "all their subsets can be tried up to 10",
+        "naee": "all their subsets can be tried up to 15",
         "router-change": "compares with a second checkpoint",
         "heapr+remove": "'remove' is of whole experts",
         "reap@uniform": "scores whole experts",
@@ -166,6 +167,15 @@ def test_who_cannot_be_told_from_the_best(compared):
     assert as_good([{**rows[0], "increase": None}]) == set()
     text = markdown(results)
     assert f"{rows[0]['method']}\\*" in text and "increase by file" in text
+
+
+@pytest.mark.parametrize("name", ["p.xyz", "p"])
+def test_a_plot_of_an_unknown_kind_is_refused_at_once(name, tmp_path):
+    out, plot = tmp_path / "r.jsonl", tmp_path / "new" / name
+    command = f"compare tiny --methods aimer --pruned 0.5 --json {out} --plot {plot}"
+    result = CliRunner().invoke(app, command.split())
+    assert isinstance(result.exception, FlexmoeError) and "such as p.png" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_on_the_command_line(tmp_path):

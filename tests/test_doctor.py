@@ -6,23 +6,28 @@ import gc
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
+from flexmoe.actions import ActionConfig
 from flexmoe.checkpoint import Checkpoint, meta_model, resolve
 from flexmoe.cli import app
 from flexmoe.doctor import dryrun
 from flexmoe.doctor.diagnosis import before_compress, examine
-from flexmoe.doctor.dryrun import DryRun, _Meter
+from flexmoe.doctor.dryrun import DryRun
 from flexmoe.doctor.estimates import Estimator
+from flexmoe.doctor.meter import Meter
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import export
 from flexmoe.family import load_stock
 from flexmoe.methods import find_method
+from flexmoe.methods.diep import loss_of
 from flexmoe.pipeline import CompressConfig, compress
+from flexmoe.rco import RcoConfig, learn_order
 from flexmoe.recover import trained_parameters
 from flexmoe.statistics import find_statistics, observe
 from flexmoe.trace import trace
@@ -121,7 +126,7 @@ def test_compress_refuses_what_does_not_fit(
 def test_the_meter_counts_what_lives() -> None:
     with torch.no_grad():
         a = torch.ones(100, 100)
-        meter = _Meter([a], heap=False)
+        meter = Meter([a], heap=False)
         with meter:
             b = a @ a
             assert meter.live == 40_000 and meter.operations == 2 * 100**3
@@ -176,11 +181,57 @@ def test_a_dry_run_counts_the_bytes_of_a_real_pass(deep: Path, backward: bool) -
     model = load_stock(deep, dtype=torch.float32)
     ids = torch.randint(0, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
     gc.collect()
-    meter = _Meter([*model.parameters(), *model.buffers()], heap=False)
+    meter = Meter([*model.parameters(), *model.buffers()], heap=False)
     with meter:
         observe(model, ids, names, batch_size=4)
     assert dry.peak == pytest.approx(meter.peak, rel=0.1)
     assert dry.operations == pytest.approx(meter.operations, rel=0.1)
+
+
+@pytest.mark.parametrize("job", ["rco", "diep"])
+def test_a_dry_run_counts_the_bytes_of_a_real_step_of_learning(deep: Path, job: str) -> None:
+    dry = DryRun(meta_model(deep), torch.float32, heap=False)
+    expected = dry.learn(4, 64, 1, False) if job == "rco" else dry.scale(4, 64)
+    model = load_stock(deep, dtype=torch.float32).requires_grad_(False)
+    layers = expert_layers(model)
+    ids = torch.randint(0, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
+    score = {layer.index: torch.rand(layer.E) for layer in layers}
+    gc.collect()
+    meter = Meter([*model.parameters(), *model.buffers()], heap=False)
+    with meter:
+        if job == "rco":
+            learn_order(model, ids, score, [0.4], RcoConfig(steps=1, draws=2))
+        else:
+            ones = {layer.index: torch.ones(layer.E, requires_grad=True) for layer in layers}
+            loss_of(model, ids, layers, ones).backward()
+    assert expected.peak == pytest.approx(meter.peak, rel=0.15)
+    steps = 2 if job == "rco" else 1
+    assert expected.operations * steps == pytest.approx(meter.operations, rel=0.15)
+
+
+def test_learning_is_part_of_the_estimate(deep: Path) -> None:
+    """Operations are those of the steps: twice as many for twice the steps."""
+    estimator = Estimator.open(deep, "cpu")
+    settings = {"samples": 8, "seq_len": 64, "batch_size": 4}
+
+    def operations(**more: Any) -> float:
+        config = CompressConfig(**settings, **more)
+        return estimator._compress(config, 4, 64, torch.float32).operations
+
+    seen = operations(method="seer", allocate="layer")
+    once, twice = (
+        operations(method="seer", allocate="rco", learn=RcoConfig(steps=8 * n)) for n in (1, 2)
+    )
+    assert twice - seen == pytest.approx(2 * (once - seen)) and once > 10 * seen
+    assert operations(method="diep") > 20 * seen
+    once, twice = (operations(method="taylor", learn=ActionConfig(steps=5 * n)) for n in (1, 2))
+    taylor = operations(method="taylor", allocate="global")
+    assert twice - taylor == pytest.approx(2 * (once - taylor)) and once > taylor
+    channels = estimator.compress(CompressConfig(**settings, method="heapr", allocate="rco"))
+    plain = estimator.compress(CompressConfig(**settings, method="heapr"))
+    assert channels.parts["statistics"] > plain.parts["statistics"]
+    assert channels.seconds is not None and plain.seconds is not None
+    assert channels.seconds > plain.seconds
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "nemotron_h", "qwen3_next"])

@@ -12,7 +12,7 @@ import flexmoe
 from flexmoe.errors import FlexmoeError
 from flexmoe.exporter import write_family
 from flexmoe.statistics import observe
-from helpers import LOGIT_TOLERANCE, difference, ids_of, logits, random_plan
+from helpers import LOGIT_TOLERANCE, difference, expert_bytes, ids_of, logits, random_plan
 from zoo import tiny_model
 
 # hub experts one by one and in one tensor with biases (transposed), without gate
@@ -30,11 +30,6 @@ def opened(request, tmp_path):
     else:  # a plan alone, on the base model
         plan.save(tmp_path / "family")
     return [flexmoe.load(tmp_path / "family", device="cpu", dtype=torch.float32) for _ in range(2)]
-
-
-def expert_bytes(model):
-    modules = [m for name, m in model.named_modules() if name.endswith("experts")]
-    return sum(p.untyped_storage().nbytes() for m in modules for p in m.parameters(recurse=False))
 
 
 def test_memory_is_given_back_and_comes_back(opened):

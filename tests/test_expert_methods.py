@@ -42,6 +42,18 @@ def test_scores_equal_reaps_official_code(model_name, name, criterion):
     assert len(got) == len([key for key in want if key.endswith(f".{criterion}")])
 
 
+@pytest.mark.parametrize("model_name", ["qwen3moe", "qwen3moe_cold"])
+def test_reaps_sums_equal_official_code(model_name):
+    """What its mean is taken of is a criterion of its own there."""
+    model, ids, want = golden(model_name, "reap")
+    for i, stats in scores(model, ids, "reap")[1].items():
+        sum_E = stats["weighted_norm_E"]
+        assert relative(sum_E, want[f"layer.{i}.weighted_ean_sum"].double()) < EXACT
+        for share in (25, 50):
+            kept = want[f"layer.{i}.keep.weighted_ean_sum.r{share}"]
+            assert torch.equal(sum_E.topk(len(kept)).indices.sort().values, kept)
+
+
 def test_reap_prunes_to_the_official_logits():
     """The least of half the experts removed with their router rows, as the official code does."""
     model, ids, _ = golden("qwen3moe", "reap")
@@ -92,6 +104,10 @@ def test_mone_equals_official_code():
         for share in (25, 50):
             kept = official[f"keep.r{share}"]
             assert torch.equal(score.topk(len(kept)).indices.sort().values, kept)
+            gone = official[f"removed.r{share}"]
+            assert sorted([*kept.tolist(), *gone.tolist()]) == list(range(16))
+            novice = official[f"novice.r{share}"].double()  # kept in bfloat16
+            assert torch.allclose(mean_EH[gone], novice, rtol=2**-8)
         seen, mean, spread = torch.zeros(16, 1), torch.zeros(16, 32), torch.zeros(16, 32)
         for batch in batches:
             n, total = batch[i]["count_E"][:, None], batch[i]["output_EH"]
@@ -330,6 +346,9 @@ EVERYTHING = (
     "up2_EI",
     "turned_norm_E",
     "slope2_gate_EI",
+    "contribution_EI",
+    "weight_slope_EI",
+    "input2_EH",
 )
 # biases, sigmoid routers, norms behind experts, no gate, a router in a module of its own, parallel
 # attention, transposed and interleaved weights

@@ -12,16 +12,35 @@ from flexmoe.statistics import (
     THIN,
     observe,
     thin_experts,
+    token_loss,
 )
-from golden_data import golden, golden_logits, relative, scores
+from golden_data import golden, golden_logits, golden_model, relative, scores
 
 TOLERANCE = 1e-4  # relative, as recommended for scores from gradients or float32 squares
 
 
+MODELS = ["qwen3moe", "qwen3moe_cold", "qwen3moe_top8", "mixtral", "olmoe"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_give_the_logits_that_official_code_started_from(name):
+    """Under our experts function, which computes what all statistics are taken from."""
+    model, ids = golden_model(name)
+    for layer in expert_layers(model):
+        layer.module.flexmoe_mask_EI = torch.ones(layer.E, layer.I)
+    with experts_function(model, "flexmoe_mask"), torch.no_grad():
+        logits = model(ids).logits
+    assert float((logits - golden_logits(f"unpruned.{name}")).abs().max()) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["qwen3moe", "mixtral", "olmoe"])
 def test_taylor_equals_flexmoe_ranking(name):
+    """And the loss of every batch, a mean over its 4 x 31 predicted tokens."""
     model, ids, want = golden(name, "flexmoe_rank")
     got, _ = scores(model, ids, "taylor")
+    with torch.no_grad():
+        losses = [token_loss(model(batch).logits, batch) / (4 * 31) for batch in ids.split(4)]
+    assert relative(torch.stack(losses).double(), want["batch_loss"]) < TOLERANCE
     for i, score in got.items():
         assert relative(score, want[f"layer.{i}.score"].double()) < TOLERANCE
         order = order_of(score).long()
@@ -69,6 +88,32 @@ def test_camera_equals_official_code():
             got = energy(layer, statistics[layer.index], alpha)
             official = want[f"layer.{layer.index}.score.{key}"].double()
             assert relative(got, official) < TOLERANCE
+
+
+def test_magnitude_is_the_sum_of_squares_of_a_channel():
+    """Worked out channel by channel."""
+    model, ids, _ = golden("mixtral", "flexmoe_rank")
+    got, _ = scores(model, ids, "magnitude")
+    for layer in expert_layers(model):
+        both, down = layer.module.gate_up_proj.detach(), layer.module.down_proj.detach()
+        for e in range(layer.E):
+            for j in range(layer.I):
+                parts = (both[e, j], both[e, layer.I + j], down[e, :, j])
+                want = sum(float(part.double().square().sum()) for part in parts)
+                assert float(got[layer.index][e, j]) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("name", ["random", "random-experts"])
+def test_random_follows_the_seed(name):
+    model, ids, _ = golden("mixtral", "flexmoe_rank")
+    layers, found = expert_layers(model), []
+    for seed in (0, 0, 1):
+        statistics = observe(model, ids[:1, :2], (), seed=seed)
+        found.append(score_layers(all_methods()[name], layers, statistics))
+    for i in found[0]:
+        assert torch.equal(found[0][i], found[1][i]) and not torch.equal(found[0][i], found[2][i])
+        assert float(found[0][i].min()) >= 0 and float(found[0][i].max()) <= 1
+    assert not torch.equal(found[0][0], found[0][1])  # nor are two layers alike
 
 
 def test_fisher_is_the_squared_derivative_by_a_mask():

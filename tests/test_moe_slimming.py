@@ -3,62 +3,176 @@
 import pytest
 import torch
 
+from flexmoe.around import Reads, around_experts
 from flexmoe.experts import expert_layers
 from flexmoe.methods.moe_slimming import activity, attribution, layer_loss
-from flexmoe.methods.moe_slimming_saliency import saliency
+from flexmoe.methods.moe_slimming_saliency import contributed, gradient, saliency, slopes
+from flexmoe.methods.moe_slimming_weights import size, size_times_input
 from flexmoe.statistics import STATISTICS, observe, statistic
 from golden_data import golden, relative, scores
+from helpers import ids_of
+from zoo import tiny_model
 
 EXACT = 1e-5  # relative: sums of float32 values; seen 2e-6
 
 
-def test_moe_slimming_equals_official_code():
-    """The official code takes a moving average over batches: it follows from ours of each batch."""
-    model, ids, want = golden("qwen3moe", "moe_slimming")
-    batches = [scores(model, batch, "moe-slimming") for batch in ids.split(4)]
-    whole, layers = scores(model, ids, "moe-slimming")[1], expert_layers(model)
-    for layer in layers:
-        i, average = layer.index, torch.zeros(16, 24, dtype=torch.float64)
-        seen = torch.zeros(16, 1, dtype=torch.bool)
-        for _, statistics in batches:
-            stats = statistics[i]
-            here = sum(stats[f"{n}2_EI"].sqrt() for n in ("activation", "up", "gate")) / 3
-            assert torch.allclose(activity(layer, stats), here / here.mean())
-            routed = stats["count_E"][:, None] > 0
-            later = torch.where(seen, 0.9 * average + 0.1 * here, here)
-            average, seen = torch.where(routed, later, average), seen | routed
-        official = want[f"layer.{i}.activation"].double()
-        assert relative(average / average.mean(), official) < 1e-4
-        loss = float(layer_loss(whole[i])) / 16  # the official one is per sample
-        assert loss == pytest.approx(float(want["layer_loss"][i]), rel=EXACT)
+def on_the_move(values, routed):
+    """The official average over batches of values [E, ...]: an expert's first batch counts whole, a
+    later one a tenth, one without tokens for it not at all."""
+    average, seen = torch.zeros_like(values[0]).double(), torch.zeros(16, dtype=torch.bool)
+    for value, routed_E in zip(values, routed, strict=True):
+        later = torch.where(shaped(seen, value), 0.9 * average + 0.1 * value, value.double())
+        average = torch.where(shaped(routed_E, value), later, average)
+        seen = seen | routed_E
+    return average
 
 
-def test_moe_slimmings_saliency_equals_official_code():
-    """As above; also its criterion of gradients alone."""
+def shaped(flag_E, like):
+    return flag_E.view(-1, *[1] * (like.dim() - 1))
+
+
+def by_batch(method, criterion):
+    """The official average over four batches of ``criterion`` (of a layer and its statistics), over
+    its mean, by layer; and the official numbers."""
     model, ids, want = golden("qwen3moe", "moe_slimming")
-    name, ends = "moe-slimming-saliency", ("_EI", "_up_EI", "_gate_EI")
-    batches = [scores(model, batch, name)[1] for batch in ids.split(4)]
+    batches = [scores(model, batch, method)[1] for batch in ids.split(4)]
+    found = {}
     for layer in expert_layers(model):
-        i = layer.index
-        average = {kind: torch.zeros(16, 24, dtype=torch.float64) for kind in ("saliency", "grad")}
-        seen = torch.zeros(16, 1, dtype=torch.bool)
-        for statistics in batches:
-            stats = statistics[i]
-            routed = stats["count_E"][:, None] > 0
-            norms = [stats[f"slope2{end}"].sqrt() for end in ends]
-            sizes = [stats[f"flow{end}"] / stats["count_E"].clamp_min(1)[:, None] for end in ends]
-            here = {
-                "saliency": sum(a * b for a, b in zip(sizes, norms, strict=True)) / 3,
-                "grad": sum(norms) / 3,
-            }
-            mean = here["saliency"] / here["saliency"].mean()
-            assert torch.allclose(saliency(layer, stats), mean)
-            for kind, value in here.items():
-                later = torch.where(seen, 0.9 * average[kind] + 0.1 * value, value)
-                average[kind] = torch.where(routed, later, average[kind])
-            seen = seen | routed
-        for kind, value in average.items():
-            assert relative(value / value.mean(), want[f"layer.{i}.{kind}"].double()) < 1e-4
+        stats = [statistics[layer.index] for statistics in batches]
+        values = [criterion(layer, one) for one in stats]
+        average = on_the_move(values, [one["count_E"] > 0 for one in stats])
+        found[layer.index] = average / average.mean()
+    return found, want
+
+
+ENDS = ("_EI", "_up_EI", "_gate_EI")
+SIDES = ("activation2_EI", "up2_EI", "gate2_EI")
+
+
+def mean_size(stats, end):
+    return stats[f"flow{end}"] / stats["count_E"].clamp_min(1)[:, None]
+
+
+def input_by_weights(layer, stats):
+    """By a loop over experts and matrices."""
+    x_EH, h_EI = stats["input2_EH"].sqrt(), stats["activation2_EI"].sqrt()
+    weights = layer.module.gate_up_proj.detach().double().abs()
+    down = layer.module.down_proj.detach().double().abs()
+    rows = []
+    for e in range(16):
+        gate, up = (weights[e].split(24)[side] @ x_EH[e] for side in (0, 1))
+        rows.append((gate + up + down[e].sum(0) * h_EI[e]) / 3)
+    return torch.stack(rows)
+
+
+# by the official name: method, the criterion of a batch as the official code averages it, and ours
+CRITERIA = {
+    "activation": (
+        "moe-slimming",
+        lambda layer, stats: sum(stats[side].sqrt() for side in SIDES) / 3,
+        activity,
+    ),
+    "saliency": (
+        "moe-slimming-saliency",
+        lambda _, stats: sum(mean_size(stats, e) * stats[f"slope2{e}"].sqrt() for e in ENDS) / 3,
+        saliency,
+    ),
+    "grad": (
+        "moe-slimming-gradient",
+        lambda layer, stats: sum(stats[f"slope2{end}"].sqrt() for end in ENDS) / 3,
+        gradient,
+    ),
+    "wa": ("moe-slimming-wa", input_by_weights, size_times_input),
+    "wg": (
+        "moe-slimming-wg",
+        lambda layer, stats: stats["weight_slope_EI"],
+        lambda layer, stats: stats["weight_slope_EI"] / stats["weight_slope_EI"].mean(),
+    ),
+    "weight": (
+        "moe-slimming-weight",
+        lambda layer, stats: size(layer),
+        lambda layer, _: size(layer),
+    ),
+}
+
+
+@pytest.mark.parametrize("official", CRITERIA)
+def test_criteria_equal_official_code(official):
+    """The official code takes a moving average over batches: it follows from ours of each batch."""
+    method, of_batch, ours = CRITERIA[official]
+    found, want = by_batch(method, of_batch)
+    for i, average in found.items():
+        assert relative(average, want[f"layer.{i}.{official}"].double()) < 1e-4
+    model, ids, _ = golden("qwen3moe", "moe_slimming")
+    got, statistics = scores(model, ids[:4], method)
+    for layer in expert_layers(model):
+        stats = statistics[layer.index]
+        value = of_batch(layer, stats)
+        assert torch.allclose(ours(layer, stats), value / value.mean())
+        share = got[layer.index] / got[layer.index].sum(1, keepdim=True)
+        assert torch.allclose(share, value / value.sum(1, keepdim=True))
+
+
+def test_the_loss_of_the_local_problem_and_usage_equal_official_code():
+    model, ids, want = golden("qwen3moe", "moe_slimming")
+    for i, stats in scores(model, ids, "moe-slimming")[1].items():
+        loss = float(layer_loss(stats)) / 16  # the official one is per sample
+        assert loss == pytest.approx(float(want["layer_loss"][i]), rel=EXACT)
+    batches = [observe(model, batch, ["count_E"]) for batch in ids.split(4)]
+    for i in batches[0]:
+        count = [found[i]["count_E"] for found in batches]
+        share_E = on_the_move(
+            [c / found[i].tokens for c, found in zip(count, batches, strict=True)],
+            [c > 0 for c in count],
+        )
+        assert relative(share_E, want[f"layer.{i}.usage"].double()) < EXACT
+
+
+def test_contributions_equal_official_code():
+    """Ours add up what the official code averages after it has clipped each channel at its 99 %
+    quantile over the batch's tokens; dividing by its negative mean turns the sign there."""
+    model, ids, want = golden("qwen3moe", "moe_slimming")
+    clipped = {layer.index: [] for layer in expert_layers(model)}
+    routed = {layer.index: [] for layer in expert_layers(model)}
+    ours = {layer.index: torch.zeros(16, 24) for layer in expert_layers(model)}
+
+    def look(pairs):
+        mean_EI = torch.zeros(16, 24)
+        values = [pairs.h_SI, pairs.pre_SI[1], pairs.pre_SI[0]]
+        for value, slope in zip(values, slopes(pairs), strict=True):
+            for e, a, b in pairs.all.routing.segments:
+                adds = value[a:b] * slope[a:b]
+                ours[pairs.layer.index][e] -= adds.sum(0) / 3
+                most = adds.abs().quantile(0.99, dim=0)
+                mean_EI[e] += adds.clamp(-most, most).mean(0) / 3
+        clipped[pairs.layer.index].append(mean_EI)
+        routed[pairs.layer.index].append(mean_EI.any(1))
+        return torch.zeros_like(pairs.weight_S)
+
+    statistic("look_E", when="forward", reads=("residual",))(look)
+    try:
+        found = observe(model, ids, ("look_E", "contribution_EI"), batch_size=4)
+    finally:
+        STATISTICS.pop("look_E")
+    for i, stats in found.items():
+        assert len(clipped[i]) == 4
+        average = on_the_move(clipped[i], routed[i])
+        assert close_to_mean(average / average.mean(), want[f"layer.{i}.token_contrib"]) < 1e-4
+        assert close_to_mean(contributed(stats) * stats["count_E"][:, None], ours[i]) < 1e-4
+
+
+def close_to_mean(got, want):
+    """The largest difference over the mean size: single values lie next to 0."""
+    return float((got - want).abs().max() / want.abs().mean())
+
+
+def test_a_negative_contribution_goes_first():
+    model, ids, _ = golden("qwen3moe", "moe_slimming")
+    got, statistics = scores(model, ids, "moe-slimming-contribution")
+    for i, score in got.items():
+        value = contributed(statistics[i])
+        assert (value < 0).any() and torch.equal(score < 0, value < 0)
+        assert torch.equal(score.argsort(1), value.argsort(1))
 
 
 def test_moe_slimmings_attribution_equals_official_code():
@@ -104,3 +218,39 @@ def test_moe_slimmings_scores_add_up_to_the_weights_of_experts_and_layers():
             torch.equal(score.argsort(1), activity(layer, stats).argsort(1))
             or (stats["count_E"] == 0).any()
         )
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h", "qwen3_moe"])
+def test_gradients_of_the_local_problem_are_those_of_autograd(kind):
+    """Of the weights, also transposed, interleaved, with biases, or without a gate."""
+    model = tiny_model(kind)
+    ids, layers = ids_of(model), expert_layers(model)
+    stats = observe(model, ids, ["weight_slope_EI"])[layers[0].index]
+    layer, seen = layers[0], {}
+
+    def look(module, args, out):
+        x_TH = args[0].flatten(0, -2)
+        seen["args"], seen["residual"] = args, around[layer.index].residual_TH(x_TH)
+
+    handle = layer.module.register_forward_hook(look)
+    with torch.no_grad(), around_experts(layers, [Reads(("residual",))]) as around:
+        model(ids, use_cache=False)
+    handle.remove()
+    for parameter in layer.module.parameters():
+        parameter.requires_grad_(True)
+    out_TH = layer.module(*seen["args"]).flatten(0, -2)
+    behind_TH = (seen["residual"] + out_TH).detach()
+    off_T = (seen["residual"] + 0.9 * out_TH - behind_TH).square().sum(1)
+    (off_T / (behind_TH.square().sum(1) + 1e-6)).sum().backward()
+    products = [
+        (weight * grad).abs().sum(2)
+        for name, parameter in layer.parameters.items()
+        if parameter.dim() == 3
+        for weight, grad in zip(
+            layer.channel_major(name, parameter),
+            layer.channel_major(name, parameter.grad),
+            strict=True,
+        )
+    ]
+    want_EI = torch.stack(products).mean(0).detach()
+    assert close_to_mean(stats["weight_slope_EI"], want_EI) < 1e-4

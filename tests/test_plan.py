@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmoe.allocate import PRIMARY, allocate, default_quantum, order_of, widths_from_path
+from flexmoe.allocate import PRIMARY, allocate, order_of, widths_from_path
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import LayerShape
 from flexmoe.plan import LayerRecord, Plan, Recipe, read_manifest
+from flexmoe.widths import default_quantum
 
 RECIPE = Recipe(
     base_model="tiny",

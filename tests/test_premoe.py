@@ -20,8 +20,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.family import load_stock
 from flexmoe.methods import find_method, score_layers
-from flexmoe.plan import LayerRecord
-from flexmoe.premoe import Pattern, Store, activate, compile_plan, load, profile, specialise
+from flexmoe.premoe import Store, activate, compile_plan, load, profile, specialise
 from flexmoe.premoe.nearness import distances
 from flexmoe.premoe.pattern import Reach
 from flexmoe.premoe.retrieval import nearest
@@ -33,41 +32,16 @@ from flexmoe.premoe.signature import (
     router_logits,
     signatures,
 )
-from flexmoe.premoe.store import fingerprint_of
 from flexmoe.statistics import observe
 from flexmoe.trace import trace
 from helpers import LOGIT_TOLERANCE, difference, ids_of, logits, masked_logits, same_model
-from test_plan import RECIPE
+from patterns import made_pattern
 from zoo import tiny_model
 
 CPU = torch.device("cpu")
 SHORT = {"samples": 8, "seq_len": 32}
 # an expert a tensor; all experts in one, with biases that stay; dense layers before the first MoE
 FORMS = ("qwen3_moe", "gpt_oss", "nemotron_h")
-
-
-def made_pattern(task: str, folder: Path, seed: int = 0) -> Pattern:
-    """A pattern with random scores of the checkpoint in ``folder``."""
-    checkpoint, model = Checkpoint(folder), load_stock(folder, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    layers = expert_layers(model)
-    scores = {x.index: torch.rand(x.E, generator=generator, dtype=torch.float64) for x in layers}
-    made_of = {"weights_sha256": fingerprint_of(folder), "unit": "expert", "method": "peu"}
-    about = {"base_model": str(folder), "model_type": model.config.model_type, "data": task}
-    return Pattern(
-        task=task,
-        score=scores,
-        signature_E=scores[layers[0].index].clone(),
-        reach=(
-            Reach(tokens=16, prompts=20, distance=2.0),
-            Reach(tokens=64, prompts=20, distance=1),
-        ),
-        spread={n: torch.eye(layers[0].E, dtype=torch.float64) for n in (16, 64)},
-        recipe=RECIPE.model_copy(update=made_of | about),
-        layers={x.index: LayerRecord(**vars(x.shape), experts_per_token=2) for x in layers},
-        bytes_full=checkpoint.bytes,
-        bytes_per_parameter=4,
-    )
 
 
 def saved(name: str, folder: Path, tasks: tuple[str, ...] = ("a", "b")) -> tuple[Path, Path]:
@@ -434,6 +408,8 @@ PROFILE = "profile tiny --data math.train --samples 2 --seq-len 32 --store STORE
         ("patterns file", "'file' is a file"),
         (f"{PROFILE} --task books", "has a pattern of 'books' already"),
         (f"{PROFILE} --task a/b", "cannot be the name of a task"),
+        (f"{PROFILE} --task auto", "servers call so what they find"),
+        (f"{PROFILE} --task 40", "and their budgets"),
         (f"{PROFILE} --task new --method pue", "Did you mean 'peu'"),
         (f"{PROFILE} --task new --method fisher", "scores channels, not whole experts"),
         (f"{PROFILE} --task new --method aimer", "does not look at text"),

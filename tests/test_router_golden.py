@@ -62,4 +62,7 @@ def test_naee_skips():
     fitted.use(model)
     for i, beta in fitted.numbers.items():
         assert relative(torch.tensor(beta), want[f"layer.{i}.skip_beta"]) < CLOSE
+        weight_NK = fitted.facts[i].weight_NK.double()
+        mean = (weight_NK[:, 1] / weight_NK[:, 0]).mean()
+        assert relative(mean, want[f"layer.{i}.skip_ratio_mean"]) < CLOSE
     assert float((logits(model, ids) - golden_logits("naee.skip.mixtral")).abs().max()) < CLOSE

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import flexmoe
@@ -178,6 +178,28 @@ def test_an_export_with_constants_is_what_was_evaluated(kind, tmp_path):
     )  # fmt: skip
     assert kept_out.bytes < done.bytes
     assert difference(logits(load(tmp_path / "kept", model), ids), virtual) > 0.01
+
+
+def test_an_export_whose_constants_are_missing_is_refused(tmp_path):
+    """Of all layers or of one: transformers alone would go on with what stands in memory."""
+    model = tiny_model("qwen3_moe")
+    source = saved(model, tmp_path / "base")
+    constant = {x.index: torch.ones(x.E, x.H) for x in expert_layers(model)}
+    expert_plan(model, source, router="constant", constant=constant).save(tmp_path / "plan")
+    out = tmp_path / "out"
+    export(tmp_path / "plan", out, pruned=HALF, layout="ragged", base=source)
+    (file,) = out.glob("model*.safetensors")
+    tensors = load_file(file)
+    ours = sorted(name for name in tensors if name.endswith("flexmoe_constant_EH"))
+    assert len(ours) == len(constant) == 2
+    for lost, why in (
+        (ours[1:], "for 1 of 2 layers \\(first: layer 1\\)"),
+        (ours, "for 2 of 2 layers \\(first: layer 0\\)"),
+    ):
+        left = {name: tensor for name, tensor in tensors.items() if name not in lost}
+        save_file(left, file, metadata={"format": "pt"})
+        with pytest.raises(FlexmoeError, match=why):
+            load(out, model)
 
 
 @pytest.fixture

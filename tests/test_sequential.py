@@ -1,6 +1,8 @@
 """Layer after layer, those before pruned; and NAEE, in both forms: equal to the official code."""
 
 import itertools
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers, experts_function
 from flexmoe.methods import all_methods, score_layers
+from flexmoe.methods.camera import energy
+from flexmoe.methods.naee import Subsets
 from flexmoe.routing.edits import choose_function
 from flexmoe.routing.rules import reroute
 from flexmoe.sequential import score_sequential
@@ -109,8 +113,30 @@ def test_progressive_naee_equals_official_code(size):
         assert float((logits(model, ids) - official).abs().max()) < 1e-5
 
 
-def test_naee_refuses_what_it_cannot_try():
+@pytest.mark.parametrize("sums_to_one", [True, False])
+def test_naee_tries_every_subset(sums_to_one):
+    """Looked up by what tokens choose, against routing anew among each subset."""
+    random = torch.Generator().manual_seed(0)
+    T, E, K, H = 9, 5, 2, 3
+    share_TE = torch.randn(T, E, generator=random).double().softmax(1)
+    y_TEH = torch.randn(T, E, H, generator=random).double()
+    from_TH = torch.randn(T, H, generator=random).double()
+    every = Subsets(E, K, sums_to_one, share_TE.device)
+    found_C = every.change(share_TE, y_TEH, from_TH)
+    for c in range(2**E):
+        if c.bit_count() < K:
+            assert found_C[c] == torch.inf
+            continue
+        kept_TE = share_TE * torch.tensor([c >> e & 1 for e in range(E)])
+        weight_TK, index_TK = kept_TE.topk(K)
+        weight_TK = weight_TK / (weight_TK if sums_to_one else kept_TE).sum(1, keepdim=True)
+        out_TH = (weight_TK[:, :, None] * y_TEH.take_along_dim(index_TK[:, :, None], 1)).sum(1)
+        assert float(found_C[c]) == pytest.approx(float((from_TH - out_TH).norm()), rel=1e-9)
+
+
+def test_naee_refuses_what_it_cannot_try(monkeypatch):
     model, ids, _ = golden("olmoe", "mone")
+    monkeypatch.setattr("flexmoe.statistics.MOST", 15)
     with pytest.raises(FlexmoeError, match="16 experts: all their subsets"):
         scores(model, ids, "naee")
     sigmoid = tiny_model("deepseek_v3")
@@ -118,23 +144,25 @@ def test_naee_refuses_what_it_cannot_try():
         scores(sigmoid, ids % 60, "naee")
 
 
+@pytest.mark.parametrize(("alpha", "name"), [(0.9, "a90"), (1.0, "a100")])
 @pytest.mark.parametrize(("share", "key"), [(0.25, "r25"), (0.5, "r50")])
-def test_camera_layer_by_layer_equals_official_code(share, key):
-    """Scores, kept sets, and at 50 % the logits of the pruned model."""
+def test_camera_layer_by_layer_equals_official_code(share, key, alpha, name):
+    """Scores, kept sets, and at 50 % the logits of the pruned model; also with another share of the
+    maximum."""
     model, ids, want = golden("qwen3moe_top8", "camera")
-    method = all_methods()["camera"]
+    method = replace(all_methods()["camera"], score=partial(energy, alpha=alpha))
     got, statistics = score_sequential(model, ids, method, share, batch_size=4)
     for layer in expert_layers(model):
-        official = want[f"layer.{layer.index}.seq_score.a90.{key}"].double()
+        official = want[f"layer.{layer.index}.seq_score.{name}.{key}"].double()
         assert relative(got[layer.index], official) < TOLERANCE
         kept = torch.zeros(16 * 16)
         kept[got[layer.index].flatten().argsort()[int(16 * 16 * share) :]] = 1
         assert torch.equal(
-            kept.view(16, 16).bool(), want[f"layer.{layer.index}.seq_keep.a90.{key}"]
+            kept.view(16, 16).bool(), want[f"layer.{layer.index}.seq_keep.{name}.{key}"]
         )
         layer.module.flexmoe_mask_EI = kept.view(16, 16)
         assert statistics[layer.index].tokens == ids.numel()
-    if share == 0.5:
+    if share == 0.5 and name == "a90":  # of the other one there are no logits
         with experts_function(model, "flexmoe_mask"), torch.no_grad():
             logits = model(ids).logits
         official = golden_logits("camera.a90.r50.qwen3moe_top8")

@@ -20,6 +20,8 @@ def test_reading_and_turning():
             "budgets": ["0", "20", "40", "60"],
             "running": {"0": 0, "20": 0, "40": 0, "60": 0},
             "switches": 0,
+            "in_memory": ["0", "20", "40", "60"],
+            "released_bytes": 0,
             "policy": None,
         }
         after = (await serving.turn("40")).json()
@@ -43,6 +45,8 @@ def test_reading_and_turning():
         ({}, 422, "found None"),
         ({"budget": "40", "strict": 1}, 422, "strict must be true or false"),
         ({"budget": "40", "strickt": True}, 422, "unknown field 'strickt'"),
+        ({"budget": "40", "release": "yes"}, 422, "release must be true or false, found 'yes'"),
+        ({"budget": "39", "release": True}, 404, "unknown budget '39'"),
         ([], 400, "must be a JSON object"),
     ],
 )

@@ -91,7 +91,7 @@ class Simulated:
         state = ServeState(settings(slo=slo), EchoEngine(), CollectorRegistry())
         state.ledger.clock = lambda: self.now
         self.state, self.ledger = state, state.ledger
-        self.policy = Policy(slo, state.dial, state.ledger)
+        self.policy = Policy(slo, state.dial, state.ledger, state.resident)
         self.path = [state.dial.budget]
 
     async def run(self, seconds, share, rate=5, model_budget=None):
@@ -216,3 +216,15 @@ def test_the_server_drives_it(monkeypatch):
 
 def replace_slo(**changes) -> Slo:
     return SLO.model_copy(update=changes)
+
+
+def test_what_an_operator_released_stays_released():
+    async def go():
+        s = Simulated()
+        async with s.state.resident.one_at_a_time:
+            await s.state.dial.turn("40", "request")
+            await s.state.resident.keep("20", 1.0)
+        await s.run(200, lambda budget: 0.1)
+        assert s.path == ["0", "20"]  # up from 40, not to 0
+
+    asyncio.run(go())

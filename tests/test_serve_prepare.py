@@ -17,6 +17,7 @@ from flexmoe.plan import read_manifest
 from flexmoe.serve import prepare
 from flexmoe.serve.engine import Slo
 from flexmoe.serve.prepare import make_settings, pick_engine
+from golden_data import GOLDEN
 from helpers import made_curve, random_plan
 
 OTHERS = {
@@ -89,10 +90,18 @@ WRONG = [
     ({"policy": "slo", "richest": "40", "poorest": "40"}, "nowhere to go"),
     ({"policy": "slo", "budgets": "20"}, "nowhere to go"),
     ({"policy": "slo", "tpot_ms": 0.0}, "--tpot-ms 0: expected milliseconds above 0"),
+    ({"policy": "slo", "richest": "60", "poorest": "0"}, "--richest 60 must prune less"),
+    ({"policy": "slo", "richest": "30"}, "unknown budget '30' .* Known: 0, 20, 40, 60"),
+    ({"policy": "slo", "ttft_ms": float("nan")}, "--ttft-ms nan: expected milliseconds"),
     ({"name": "two words"}, "model name 'two words'"),
+    ({"name": "a:b"}, r"model name 'a:b': .* colons \(a budget follows one\)"),
     ({"max_body_mb": 0.0}, "--max-body-mb 0"),
+    ({"max_body_mb": 1e-7}, "--max-body-mb 1e-07: expected a number above 0"),
     ({"kv_tokens": 0}, "--kv-tokens 0"),
     ({"api_key": ""}, "--api-key is empty"),
+    ({"api_key": "s\u00e9cret"}, "--api-key has signs that no header can carry"),
+    ({"base": "/no/such/folder"}, "no folder '/no/such/folder'"),
+    ({"base": str(GOLDEN / "models" / "olmoe")}, "the plan is of another model"),
     ({"name": ""}, "--name is empty"),
     ({"dtype": "fp32"}, "unknown dtype 'fp32'"),
     ({"port": 0}, "--port 0: expected"),
@@ -106,9 +115,11 @@ def test_wrong_wishes_are_refused(family, changes, message):
         made(family, **changes)
 
 
-def test_budgets_of_a_single_member_have_no_effect():
+def test_budgets_and_a_base_have_no_effect_on_a_single_member():
     with pytest.raises(FlexmoeError, match="--budgets has no effect: 'tiny' is one member"):
         make_settings("tiny", budgets="0", **OTHERS)
+    with pytest.raises(FlexmoeError, match="base is given, but 'tiny' is no plan"):
+        make_settings("tiny", **OTHERS | {"base": "tiny"})
 
 
 def test_a_port_in_use_is_refused(family):
@@ -138,16 +149,30 @@ def test_engines(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("engine", "options", "message"),
     [
-        (["--", "--tensor-parallel-size", "2"], "options after -- are for --engine vllm"),
-        (["--budgets", "7"], "Did you mean '0'"),
+        ("transformers", "-- --tensor-parallel-size 2", "options after -- are for --engine vllm"),
+        ("transformers", "--budgets 7", "Did you mean '0'"),
+        ("transformers", "--device cud", "no device 'cud': expected auto, cpu"),
+        ("transformers", "--device cuda:99", "but this machine has"),
+        ("transformers", "--device meta", "device 'meta' holds no values"),
+        ("transformers", "--device spread", "device 'spread' is for flexmoe eval"),
+        ("vllm", "--device cpu", "vLLM chooses its device itself"),
+        ("vllm", "--kv-tokens 64", "--kv-tokens is for --engine transformers"),
+        ("vllm", "--budgets 7", "Did you mean '0'"),
+        ("vllm", "-- --port 3", "--port is set by flexmoe serve"),
+        ("vllm", "--base /no/such/folder", "no folder '/no/such/folder'"),
     ],
 )
-def test_the_command_refuses(family, options, message):
-    command = ["serve", str(family), "--engine", "transformers", *options]
+def test_the_command_refuses_before_it_says_or_starts_anything(
+    family, monkeypatch, engine, options, message
+):
+    monkeypatch.setattr(prepare, "_installed", lambda engine: True)
+    monkeypatch.setattr("flexmoe.serve.vllm.compat.check_version", lambda: None)
+    command = ["serve", str(family), "--port", "18377", "--engine", engine, *options.split()]
     run = CliRunner().invoke(app, command)
     assert isinstance(run.exception, FlexmoeError) and message in str(run.exception)
+    assert not run.output
 
 
 def test_the_command_says_what_it_will_use(family, monkeypatch):

@@ -7,19 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
-from flexmoe.cli import app
 from flexmoe.data import TINY
 from flexmoe.errors import FlexmoeError
 from flexmoe.plan import Plan
 from flexmoe.premoe import Store, compile_plan
 from flexmoe.premoe.pattern import Reach
 from flexmoe.premoe.signature import signatures
-from flexmoe.serve import prepare
 from flexmoe.serve.prepare import make_settings
 from helpers import masked_logits, random_plan
-from test_premoe import made_pattern
+from patterns import made_pattern
 from test_serve_transformers import NEW, OTHERS, Server
 from zoo import tiny_model
 
@@ -141,6 +138,7 @@ def test_chats_and_responses_have_a_task_too(server):
         ({"prompt": ""}, "the prompt is empty"),
         ({}, "no prompt was found"),
         ({"prompt": ["a"]}, "no prompt was found"),
+        ({"prompt": [5, 10**6]}, "token 1000000 is none of the model's 4096"),
         ({"messages": [{"content": 3}, 4]}, "do not fit the chat template"),
         ({"prompt": "a", "model": "moe:cod"}, "Did you mean 'moe:code'"),
     ],
@@ -168,7 +166,7 @@ def test_tasks_are_listed(server, made):
     assert status["tasks"][0]["bytes"] < status["budgets"][0]["bytes"]
 
 
-def test_what_cannot_be_served_is_refused(made, tmp_path, monkeypatch):
+def test_what_cannot_be_served_is_refused(made, tmp_path):
     store = {"patterns": str(made / "store"), "keep": 0.5}
 
     def wrong(path, why, **changes):
@@ -185,7 +183,3 @@ def test_what_cannot_be_served_is_refused(made, tmp_path, monkeypatch):
     recovered = plan.recipe.model_copy(update={"recovery": [{"mode": "family"}]})
     replace(plan, recipe=recovered).save(tmp_path / "recovered")
     wrong(tmp_path / "recovered", "has recovered weights")
-    monkeypatch.setattr(prepare, "_installed", lambda engine: True)
-    command = f"serve {made / 'base'} --engine vllm --patterns {made / 'store'} --keep 0.5"
-    result = CliRunner().invoke(app, command.split())
-    assert "--patterns is for --engine transformers" in str(result.exception)

@@ -16,7 +16,7 @@ from flexmoe.experts import expert_layers
 from flexmoe.serve import transformers_batch as batching
 from flexmoe.serve.prepare import make_settings
 from flexmoe.serve.transformers_engine import assemble
-from helpers import masked_logits, random_plan
+from helpers import expert_bytes, masked_logits, random_plan
 from serving import ask_at_once
 from test_router_rules import expert_plan
 from zoo import tiny_model
@@ -149,6 +149,40 @@ def test_a_request_id_of_the_client_is_not_used(server, expected):
 
     texts = [answer.json()["choices"][0]["text"] for answer in asyncio.run(go())]
     assert texts == [expected[b, PROMPTS[0]] for b in BUDGETS]
+
+
+def test_memory_goes_and_comes_back_over_http(made, expected):
+    server = Server(made[0] / "plan")
+    model = server.app.state.engine.memory.model
+    whole = expert_bytes(model)
+
+    def dial(**wish):
+        (answer,) = server.ask(wish, path="/flexmoe/budget")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    wanted = {b: [expected[b, prompt] for prompt in PROMPTS] for b in BUDGETS}
+    ask = lambda b: server.text(*[body(b, prompt) for prompt in PROMPTS])  # noqa: E731
+    freed = dial(budget="40", release=True)["freed_bytes"]
+    parameters = [made[1].member(share).routed_parameters for share in (0.0, 0.4)]
+    assert freed == whole - expert_bytes(model) == 4 * (parameters[0] - parameters[1]) > 0
+    assert (ask("40"), ask("60")) == (wanted["40"], wanted["60"])
+    (refused,) = server.ask(body("20", PROMPTS[0]))
+    assert refused.status_code == 503 and "not in memory" in refused.json()["error"]["message"]
+    assert dial(budget="0")["released_bytes"] == 0 and expert_bytes(model) == whole
+    assert {b: ask(b) for b in BUDGETS} == wanted
+    server.generation.shutdown()
+
+
+def test_no_more_than_the_richest_budget_served_is_in_memory(made, expected):
+    for budgets in ("20,60", "20"):
+        server = Server(made[0] / "plan", budgets=budgets)
+        model = server.app.state.engine.memory.model
+        assert expert_bytes(model) == 4 * made[1].member(0.2).routed_parameters
+        assert server.text(body("20", PROMPTS[1])) == [expected["20", PROMPTS[1]]]
+        (refused,) = server.ask(body("0", PROMPTS[0]))
+        assert refused.status_code == 404
+        server.generation.shutdown()
 
 
 def test_evicted_requests_keep_their_budget(made, expected):

@@ -57,6 +57,17 @@ def test_a_plan_alone_goes_on_its_base_model(folder) -> None:
         assert overrides(found)["plan"] == str(folder / "plan")
 
 
+def test_tasks_go_along_with_and_without_a_plan(folder) -> None:
+    store = {"patterns": "/store", "keep": 0.5}
+    expected = {"quant_method": "flexmoe", **store}
+    assert overrides(arguments(settings(folder, "base", **store))) == expected
+    shares = [0.0, 0.2, 0.4, 0.6]
+    assert overrides(arguments(settings(folder, "family", **store))) == {
+        **expected,
+        "shares": shares,
+    }
+
+
 def test_exports_and_checkpoints_say_all_themselves(folder) -> None:
     for what in ("ragged", "base"):
         found = arguments(settings(folder, what))
@@ -130,7 +141,7 @@ def test_the_server_starts_where_vllm_serves_what_is_offered(folder, what, rows)
 
 @pytest.mark.parametrize(("what", "rows"), [("family", None), ("family", {"0": 0, "20": 1})])
 def test_and_nowhere_else(folder, what, rows) -> None:
-    with pytest.raises(FlexmoeError, match="budgets 0, 20, 40, 60 are offered, and vLLM serves"):
+    with pytest.raises(FlexmoeError, match="0, 20, 40, 60 are offered, and vLLM serves"):
         check(settings(folder, what), rows)
 
 

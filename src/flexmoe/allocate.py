@@ -30,12 +30,6 @@ def order_of(score_EI: Tensor) -> Tensor:
     return score_EI.sort(dim=1, descending=True, stable=True).indices.int()
 
 
-def default_quantum(channels: int) -> int:
-    """32 for experts of 512 channels and more (tiles, tensor parallel shards, CPU vectors); about
-    a thirty-second of the width for smaller ones."""
-    return 32 if channels >= 512 else max(1, 2 ** ((channels // 32).bit_length() - 1))
-
-
 class Blocks:
     """All blocks of all experts as flat vectors over X = sum of E * N, one entry a block."""
 

@@ -18,6 +18,7 @@ from flexmoe.sequential import check_sequential
 from flexmoe.sharding import check_processes
 from flexmoe.statistics import find_statistics
 from flexmoe.training import processes
+from flexmoe.widths import BUDGETS
 
 SAMPLES = 128  # windows of calibration text
 ALLOCATORS = (*PRIMARY, "learned", "actions", "rco")
@@ -28,7 +29,6 @@ SETTINGS_OF: dict[str, type[LearnConfig] | type[ActionConfig] | type[RcoConfig]]
     "actions": ActionConfig,
     "rco": RcoConfig,
 }
-BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
 @dataclass(frozen=True)

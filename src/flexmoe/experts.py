@@ -271,8 +271,8 @@ def prefix_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK:
     channels and no more. Where ``module.flexmoe_token_budget_T`` (int) is set and not None, token t
     goes by its own row ``flexmoe_token_budget_T[t]`` of ``module.flexmoe_width_BE`` instead. The
     kernels decide which back end runs: a compiled one where nobody asks for gradients."""
-    width_BE, token_budget_T = _budgets(module, x_TH)
-    with STORAGE:
+    with STORAGE:  # no width may pass what is stored
+        width_BE, token_budget_T = _budgets(module, x_TH)
         stored = stored_weights(module)
     return experts(x_TH, index_TK, weight_TK, stored, width_BE, token_budget_T)
 

@@ -21,6 +21,7 @@ from flexmoe.evidence import Evidence
 from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_beside
 from flexmoe.hf import CONSTANT, FORMAT, WITH_CONSTANTS
 from flexmoe.kernels.torch_loop import activations
+from flexmoe.memory import give_back
 from flexmoe.plan import Plan, Recipe, read_manifest
 from flexmoe.progress import Track, silent
 from flexmoe.reports.card import write_card
@@ -40,8 +41,8 @@ from flexmoe.shards import (
 from flexmoe.storage import activation_function
 from flexmoe.trace import check_weights, trace
 from flexmoe.uniform import uniform_config, uniform_width
+from flexmoe.widths import LAYOUTS
 
-LAYOUTS = ("uniform", "ragged", "masked")
 PROBES = 4  # random input vectors each expert is compared on
 # The same float32 products are summed in both experts, grouped differently by the matrix sizes.
 TOLERANCE = 1e-5
@@ -255,7 +256,9 @@ def _compare(
     """
     written = Checkpoint(out)
     layers = {} if names else trace(written, meta_model(out))
+    give_back()  # what one step has freed would lie beside what the next one holds
     _compare_others(source, written)
+    give_back()
     generator = torch.Generator().manual_seed(0)
     routed, checked, largest = 0, 0, 0.0
     for i in track(list(cuts), "compare"):
@@ -299,7 +302,8 @@ def _compare_others(source: Source, written: Checkpoint) -> None:
         for piece in traced.stored
         if piece.axis is not None
     }
-    for name in source.checkpoint.tensors.keys() - with_channels:
+    # in order, so that as much memory is held in every run
+    for name in sorted(source.checkpoint.tensors.keys() - with_channels):
         same = name in written.tensors and torch.equal(
             source.checkpoint.tensor(name).flatten().view(torch.uint8),
             written.tensor(name).flatten().view(torch.uint8),

@@ -14,10 +14,11 @@ from flexmoe import elastic
 from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, read_json, resolve
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
+from flexmoe.names import missing_parameters
 from flexmoe.plan import JSON_NAME, Member, Plan, read_manifest
 from flexmoe.routing.edits import choose_function
 from flexmoe.routing.rules import check_rule, reroute
-from flexmoe.trace import check_weights, missing_parameters, trace
+from flexmoe.trace import check_weights, trace
 
 SPREAD = "spread"  # over all GPUs, the memory and the disk, as accelerate's device map has it
 
@@ -37,6 +38,8 @@ def pick_device(device: str = "auto") -> torch.device:
         raise FlexmoeError(
             f"no device '{device}': expected auto, cpu, cuda or cuda:0 ..."
         ) from None
+    if found.type == "meta":
+        raise FlexmoeError("device 'meta' holds no values: expected auto, cpu, cuda or cuda:0 ...")
     if found.type == "cuda" and (found.index or 0) >= count:
         raise FlexmoeError(
             f"device '{device}' asked for, but this machine has {count} CUDA devices"
@@ -108,25 +111,37 @@ def load(
     """
     import flexmoe.hf  # noqa: F401  ragged exports load through it
 
-    folder = find_folder(path)
+    folder, source = find_folder(path), find_weights(path, base)
     if not (folder / JSON_NAME).is_file():
-        if base is not None:
-            raise FlexmoeError(f"base is given, but '{path}' is no plan: it has no {JSON_NAME}")
-        _check_single(resolve(folder), pruned)
-        return load_stock(folder, device=device, dtype=dtype)
+        _check_single(source, pruned)
+        return load_stock(source, device=device, dtype=dtype)
     plan, ranked = Plan.load(folder), read_manifest(folder).ranked
-    if ranked and base is not None:
-        raise FlexmoeError(f"'{path}' is a family with weights of its own: leave base out")
     plan.widths(pruned or 0.0)  # refuse a share out of reach before the slow part
-    source = folder if ranked else resolve(base or plan.recipe.base_model)
-    if not ranked:
-        check_base(plan, source)
     model = load_stock(source, device=device, dtype=dtype)
     attach(model, plan, ranked=ranked)
     model.flexmoe_source = elastic.Source(source, None if ranked else plan.order)
     if pruned:
         set_budget(model, pruned)
     return model
+
+
+def find_weights(path: str | Path, base: str | Path | None = None) -> Path:
+    """The folder with the weights of what `load` opens: that of ``path`` itself, or for a plan
+    alone that of ``base``, by default the base model it names. `FlexmoeError` where ``base`` is not
+    the plan's, or has no effect."""
+    folder = find_folder(path)
+    if not (folder / JSON_NAME).is_file():
+        if base is not None:
+            raise FlexmoeError(f"base is given, but '{path}' is no plan: it has no {JSON_NAME}")
+        return resolve(folder)
+    if read_manifest(folder).ranked:
+        if base is not None:
+            raise FlexmoeError(f"'{path}' is a family with weights of its own: leave base out")
+        return folder
+    plan = Plan.load(folder)
+    source = resolve(base or plan.recipe.base_model)
+    check_base(plan, source)
+    return source
 
 
 def check_base(plan: Plan, folder: Path) -> None:

@@ -25,7 +25,7 @@ def refuse_existing(out: str | Path) -> None:
     out = Path(out).expanduser().absolute()
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise FlexmoeError(f"'{out}' exists already: give another folder, or remove it first")
+            raise FlexmoeError(f"'{out}' exists already: give another name, or remove it first")
         above = next(folder for folder in out.parents if folder.exists())
     except OSError as error:
         raise _cannot_write(out, error) from None

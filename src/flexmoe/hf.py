@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
@@ -85,7 +86,9 @@ class FlexmoeQuantizer(HfQuantizer):
     requires_calibration = True  # transformers: only loads what is in this form already
     quantization_config: FlexmoeConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         layers, widths = expert_layers(model), self.quantization_config.widths
         if {str(layer.index) for layer in layers} != set(widths):
             raise FlexmoeError(
@@ -98,6 +101,7 @@ class FlexmoeQuantizer(HfQuantizer):
             make_ragged(layer, widths[str(layer.index)])
         constant = self.quantization_config.format == WITH_CONSTANTS
         if constant:
+            check_constants([layer.index for layer in layers], checkpoint_files or [])
             # not above: transformers may load this plug-in while that file imports transformers
             from flexmoe.routing.edits import EDITED, Work
 
@@ -147,6 +151,22 @@ class FlexmoeQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def check_constants(layers: list[int], files: list[str]) -> None:
+    """`FlexmoeError` unless the safetensors ``files`` have the constants of all ``layers``:
+    transformers would go on with whatever stands in memory."""
+    found = set()
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            names = [name for name in tensors.keys() if name.endswith(CONSTANT)]
+        found |= {int(n[1]) for n in (re.search(r"\.(\d+)\.", name) for name in names) if n}
+    if files and (lost := [i for i in layers if i not in found]):
+        raise FlexmoeError(
+            f"config.json says that constants stand for experts (format {WITH_CONSTANTS}), and the "
+            f"weights have none ({CONSTANT}) for {len(lost)} of {len(layers)} layers (first: layer "
+            f"{lost[0]}): a file is missing or of another export, copy it again or export again"
+        )
 
 
 def make_ragged(layer: ExpertLayer, width_E: list[int]) -> None:

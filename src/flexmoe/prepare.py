@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel
 
 import flexmoe
-from flexmoe.allocate import default_quantum
 from flexmoe.checkpoint import Checkpoint, meta_model, resolve
 from flexmoe.config import SAMPLES, CompressConfig, check_config
 from flexmoe.data import (
@@ -30,6 +29,7 @@ from flexmoe.methods import find_method
 from flexmoe.routing.counts import builder, find_counts
 from flexmoe.trace import fingerprint, trace
 from flexmoe.training import part_of, share
+from flexmoe.widths import default_quantum
 
 
 @dataclass(kw_only=True)

@@ -20,10 +20,11 @@ class Track(Protocol):
 
 
 class Steps(Sequence[int]):
-    """The numbers from ``start`` to ``stop`` - 1, of steps that read ``tokens`` tokens each; those
-    before ``start`` were done by an earlier run."""
+    """The numbers from ``start`` to ``stop`` - 1, of steps that read ``tokens`` tokens each (of a
+    step that is one layer: its share of them); those before ``start`` were done by an earlier
+    run."""
 
-    def __init__(self, start: int, stop: int, tokens: int):
+    def __init__(self, start: int, stop: int, tokens: float):
         self.range, self.start, self.tokens = range(start, stop), start, tokens
 
     def __len__(self) -> int:
@@ -110,5 +111,5 @@ def _use(items: Any, done: int, begin: float) -> str:
     text = f"{held / 2**30:.1f} GiB{where}"
     if done and (tokens := getattr(items, "tokens", 0)):
         rate = tokens * done / max(time.monotonic() - begin, 1e-9)
-        text = f"{rate:,.0f} tokens/s, {text}"
+        text = (f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}") + f" tokens/s, {text}"
     return text

@@ -16,9 +16,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from flexmoe.checkpoint import DTYPES, INDEX_NAME, Checkpoint, TensorInfo, meta_model
 from flexmoe.errors import FlexmoeError
 from flexmoe.hf import CONSTANT, LEAVES, SIDES_OF
+from flexmoe.names import parameter_names
 from flexmoe.plan import Plan
 from flexmoe.progress import Track, silent
-from flexmoe.trace import Piece, TracedLayer, parameter_names, trace
+from flexmoe.trace import Piece, TracedLayer, trace
 
 
 @dataclass(frozen=True)

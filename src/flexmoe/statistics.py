@@ -23,7 +23,7 @@ from flexmoe.memory import MicroBatch
 from flexmoe.progress import Track, silent
 from flexmoe.sharding import is_sharded
 
-MOST = 10  # experts of which all subsets are tried
+MOST = 16  # experts of which all subsets are tried
 READABLE = {"router", "residual", "ids", "target"}  # around the experts
 THIN = 100  # fewer tokens than this are thin evidence for an expert
 
@@ -53,7 +53,7 @@ class Statistic:
         if self.name.endswith("_C") and layer.E > MOST:
             raise FlexmoeError(
                 f"layer {layer.index} has {layer.E} experts: all their subsets can be tried up to "
-                f"{MOST} of them"
+                f"{MOST} of them, use another method (see: flexmoe methods)"
             )
         sizes = {"E": layer.E, "I": layer.I, "H": layer.H, "C": 2**layer.E}
         letters = self.name.rpartition("_")[2]

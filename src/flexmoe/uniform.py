@@ -6,7 +6,6 @@ changed, and the shapes say what that number sets.
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -15,13 +14,11 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.plan import Plan
 from flexmoe.settings import Place, places, with_value
 from flexmoe.trace import TracedLayer
-
-# Grouped matrix products, the default of transformers and others, need rows of 16 bytes: bf16.
-ALIGNED = 8
+from flexmoe.widths import coupled_reason, nearest_width
 
 
 def uniform_width(plan: Plan, pruned: float) -> int:
-    """The multiple of the plan's quantum (and of ``ALIGNED``) nearest to ``1 - pruned`` of the
+    """The multiple of the plan's quantum (and of `ALIGNED`) nearest to ``1 - pruned`` of the
     channels, at least one and at most all."""
     if plan.recipe.unit == "expert":
         raise FlexmoeError(
@@ -36,12 +33,6 @@ def uniform_width(plan: Plan, pruned: float) -> int:
     if not 0.0 <= pruned < 1.0:
         raise FlexmoeError(f"pruned must be at least 0 and less than 1, found {pruned:g}")
     return nearest_width(channels.pop(), plan.quantum, pruned)
-
-
-def nearest_width(full: int, quantum: int, pruned: float) -> int:
-    """The width of ``full`` channels at a pruned share, see `uniform_width`."""
-    step = math.lcm(quantum, ALIGNED)
-    return min(full, max(1, round(full * (1 - pruned) / step)) * step)
 
 
 def uniform_config(
@@ -76,10 +67,7 @@ def uniform_config(
         )
     path, others = min(coupled.items(), key=lambda item: len(item[1]))
     kinds = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in others})
-    raise FlexmoeError(
-        f"uniform cannot be exported for this architecture: '{'.'.join(path)}' sets the width of "
-        f"the routed experts and also of {', '.join(kinds)}. Use the layouts ragged or masked."
-    )
+    raise FlexmoeError(coupled_reason(path, kinds))
 
 
 def _shapes(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

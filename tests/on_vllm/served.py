@@ -2,8 +2,8 @@
 
     python tests/on_vllm/served.py FOLDER ARCHITECTURE...
 
-Writes FOLDER/ARCHITECTURE/{base,family,plan,ragged,uniform} and the tokens that transformers
-generates, greedily and in float32, with the pruned channels of the base model masked.
+Writes FOLDER/ARCHITECTURE/{base,family,plan,ragged,uniform,patterns} and the tokens that
+transformers generates, greedily and in float32, with the pruned channels of the base model masked.
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.experts import expert_layers, experts_function
 from flexmoe.exporter import export, write_family
 from flexmoe.plan import Plan
+from flexmoe.premoe import compile_plan
+from flexmoe.premoe.pattern import Reach
+from flexmoe.premoe.signature import signatures
 from flexmoe.trace import fingerprint, trace
 from helpers import random_plan
+from patterns import made_pattern
 
 BUDGETS = (0.0, 0.2, 0.4, 0.6)
 RAGGED = 0.4
+TASKS, KEEP = ("code", "tale"), 0.5  # the first prompts are text of theirs
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, VOCABULARY = 16, 9, 32, 512
 # vLLM's attention on CPU wants heads of 32 channels or more
 COMMON: dict[str, Any] = dict(
@@ -47,7 +52,8 @@ COMMON: dict[str, Any] = dict(
     tie_word_embeddings=False,
     num_experts_per_tok=2,
 )
-COUPLED = ("deepseek_v2", "deepseek_v3")  # their width key sets the shared expert too
+# their width key sets the shared expert too
+COUPLED = ("deepseek_v2", "deepseek_v3", "ernie4_5_moe")
 # vLLM's latent attention on CPU has kernels for kv_lora_rank + qk_rope_head_dim = 576 only
 LATENT: dict[str, Any] = dict(
     q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=32, qk_rope_head_dim=64, v_head_dim=32
@@ -79,6 +85,15 @@ ARCHITECTURES: dict[str, Any] = {
     ),
     "granitemoe": lambda: transformers.GraniteMoeConfig(
         **COMMON, num_key_value_heads=2, intermediate_size=64, num_local_experts=8
+    ),
+    "ernie4_5_moe": lambda: transformers.Ernie4_5_MoeConfig(
+        **COMMON,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        moe_num_experts=8,
+        moe_num_shared_experts=1,
+        moe_layer_start_index=1,
     ),
     "deepseek_v2": lambda: transformers.DeepseekV2Config(
         **COMMON,
@@ -137,6 +152,8 @@ def make(name: str, folder: Path) -> None:
                 parameter.normal_(0, 0.15)
             elif parameter_name.endswith("gate.weight"):
                 parameter.normal_(0, 0.3)
+            elif parameter_name.endswith("e_score_correction_bias"):
+                parameter.normal_(0, 0.1)
     base = folder / name / "base"
     model.generation_config.eos_token_id = None
     model.save_pretrained(base)
@@ -154,6 +171,24 @@ def make(name: str, folder: Path) -> None:
         export(family, folder / name / "uniform", pruned=RAGGED, layout="uniform")
     tokens = {f"{share * 100:g}": masked_tokens(model, plan, share) for share in BUDGETS}
     (folder / name / "tokens.json").write_text(json.dumps(tokens))
+    tokens = make_patterns(model, base, folder / name / "patterns")
+    (folder / name / "of_tasks.json").write_text(json.dumps(tokens))
+
+
+def make_patterns(model: PreTrainedModel, base: Path, store: Path) -> dict[str, list[list[int]]]:
+    """A store of patterns with random scores, and what the model generates at each."""
+    store.mkdir()
+    found = {}
+    for seed, task in enumerate(TASKS):
+        signature_E = signatures(model, torch.tensor(prompts()[seed])[None])[0]
+        near = (Reach(tokens=16, prompts=20, distance=1e-3),)
+        pattern = made_pattern(task, base, seed)
+        spread = {16: pattern.spread[16]}
+        pattern = dataclasses.replace(pattern, signature_E=signature_E, reach=near, spread=spread)
+        pattern.save(store)
+        plan = compile_plan([pattern], KEEP)
+        found[task] = masked_tokens(model, plan, plan.budgets[-1])
+    return found
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -18,7 +18,16 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from served import ARCHITECTURES, BUDGETS, COUPLED, PROMPTS, RAGGED, make, stock_tokens
+from served import (
+    ARCHITECTURES,
+    BUDGETS,
+    KEEP,
+    PROMPTS,
+    RAGGED,
+    TASKS,
+    make,
+    stock_tokens,
+)
 
 from flexmoe.serve.ids import label
 
@@ -30,21 +39,28 @@ TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 @dataclass(frozen=True)
 class Case:
-    """``model`` is the folder served, ``budgets`` those that are, the richest first."""
+    """``model`` is the folder served (``stock``: the base model without a plan), ``shares`` the
+    budgets that are, the richest first; with ``tasks``, those of the patterns beside them."""
 
     architecture: str
     model: str = "family"
     llm: dict[str, Any] = field(default_factory=dict)
     shares: tuple[float, ...] = BUDGETS
+    tasks: bool = False
 
     def __str__(self) -> str:
-        return "-".join([self.architecture, self.model, *self.llm])
+        tasks = ["tasks"] if self.tasks else []
+        return "-".join([self.architecture, self.model, *self.llm, *tasks])
+
+    @property
+    def labels(self) -> list[str]:
+        return [label(share) for share in self.shares] + list(TASKS if self.tasks else ())
 
 
 TP = {"tensor_parallel_size": 2}
 LATENT = {"attention_config": {"backend": "CPU_MLA"}}  # that of AMX has no float32
 CASES = [
-    *(Case(name, llm=LATENT if name in COUPLED else {}) for name in ARCHITECTURES),
+    *(Case(name, llm=LATENT if "deepseek" in name else {}) for name in ARCHITECTURES),
     Case("qwen2_moe", "ragged", shares=(RAGGED,)),
     Case("mixtral", "ragged", shares=(RAGGED,)),
     Case("granitemoe", "ragged", shares=(RAGGED,)),  # the experts of a layer in one tensor
@@ -56,6 +72,9 @@ CASES = [
     Case("deepseek_v3", llm={**LATENT, **TP, "enable_expert_parallel": True}),
     Case("qwen3_moe", llm={"enforce_eager": False}),
     Case("qwen2_moe", llm={"model_impl": "transformers"}),
+    Case("qwen3_moe", tasks=True),
+    Case("deepseek_v2", "base", LATENT, tasks=True),
+    Case("mixtral", "stock", {**TP, "enable_expert_parallel": True}, shares=(0.0,), tasks=True),
 ]
 
 
@@ -74,11 +93,13 @@ def settings(case: Case, folder: Path) -> dict[str, Any]:
         asked["plan"] = str(folder / case.architecture / "plan")
     if case.shares != BUDGETS:
         asked["shares"] = case.shares
-    served = case.model in ("base", "family")
+    if case.tasks:
+        asked |= {"patterns": str(folder / case.architecture / "patterns"), "keep": KEEP}
+    served = case.model in ("base", "family", "stock")
     more: dict[str, Any] = {"quantization": "flexmoe"}
     if asked:
         more["hf_overrides"] = {"quantization_config": {"quant_method": "flexmoe", **asked}}
-    labels = [label(share) for share in case.shares]
+    labels = case.labels
     mixed = [labels[n % len(labels)] for n in range(PROMPTS)]
     runs = [[budget] * PROMPTS for budget in labels] + [mixed, [None] * PROMPTS]
     return {"llm": {**case.llm, **(more if served else {})}, "runs": runs}
@@ -104,8 +125,10 @@ def generate(model: Path, asked: dict[str, Any], tmp_path: Path, **env: str) -> 
 def test_tokens_equal_the_masked_model(case: Case, folder: Path, tmp_path: Path) -> None:
     wanted = json.loads((folder / case.architecture / "tokens.json").read_text())
     assert len({json.dumps(tokens) for tokens in wanted.values()}) == len(LABELS)
+    wanted |= json.loads((folder / case.architecture / "of_tasks.json").read_text())
     asked = settings(case, folder)
-    found = generate(folder / case.architecture / case.model, asked, tmp_path)
+    model = "base" if case.model == "stock" else case.model
+    found = generate(folder / case.architecture / model, asked, tmp_path)
     for budgets, tokens in zip(asked["runs"], found, strict=True):
         for n, budget in enumerate(budgets):
             assert tokens[n] == wanted[budget or label(case.shares[0])][n], (budget, n)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -188,7 +189,8 @@ def compress(
         for line in () if work_folder(out).exists() else before_compress(model, out, config):
             if first:
                 say(f"warning: {line}", style="yellow")
-        with MostHeld(pick_device(place)) as most:
+        most = MostHeld(pick_device(place))
+        with nullcontext() if limit is None else most:
             plan = run(model, out, config, track=bar if first else silent)
     if not first:
         return

@@ -70,9 +70,11 @@ def compare(
     from flexmoe.comparison.tables import note, screen
     from flexmoe.config import budget_list
     from flexmoe.progress import bar
-    from flexmoe.reports.plots import pareto_figure, save
+    from flexmoe.reports.plots import check_plot, pareto_figure, save
 
     quiet()
+    if plot is not None:
+        check_plot(plot)
     for path in (plot, markdown):
         if path is not None:
             check_file(path).parent.mkdir(parents=True, exist_ok=True)

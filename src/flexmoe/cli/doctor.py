@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from flexmoe.cli.common import Device, quiet, say
 
 if TYPE_CHECKING:
-    from flexmoe.doctor.diagnosis import Diagnosis
+    from flexmoe.doctor.found import Diagnosis
 
 EXAMPLES = """\
 [bold]Examples[/bold]
@@ -32,40 +33,62 @@ def doctor(
     Reads configs and headers, no weights. Memory and time are estimates for default settings.
     Exit code 2 if compress would fail.
     """
-    from flexmoe.config import CompressConfig
-    from flexmoe.doctor.diagnosis import examine, report
+    from flexmoe.doctor.found import report
+    from flexmoe.doctor.glance import glance
 
-    quiet()
-    told: list[Diagnosis] = []
+    if as_json:
+        found = _examine(model, device, lambda found: None)
+        typer.echo(json.dumps(report(found), indent=1))
+        raise typer.Exit(2 if found.problems else 0)
+    first = glance(model)
+    if first.layers:
+        _describe(first)
+    _say_problems(first.problems)
+    if not first.model_type:  # there is nothing to look at
+        raise typer.Exit(2)
+    say("loading transformers, to try the model and count what the jobs need ...")
+    told = [first]
 
     def describe(found: Diagnosis) -> None:
-        told.append(found)
-        _describe(found)
-        say("counting what the jobs need ...")
-
-    config = CompressConfig(device=device)
-    found = examine(model, config, described=(lambda found: None) if as_json else describe)
-    if as_json:
-        typer.echo(json.dumps(report(found), indent=1))
-    else:
-        if found.layers and not told:
+        if not told[-1].layers:
             _describe(found)
-        if found.needs:
-            say(_needs(found))
-        for line in found.warnings:
-            say(f"warning: {line}", style="yellow")
-        for line in found.problems:
-            say(f"problem: {line}", style="red")
-        if not found.problems:
-            say(f"next: flexmoe compress {model} -o FAMILY")
+        elif not found.same_as(told[-1]):
+            say("warning: transformers itself reads it otherwise:", style="yellow")
+            _describe(found)
+        told.append(found)
+
+    found = _examine(model, device, describe)
+    if found.layers and not told[-1].layers:
+        _describe(found)
+    if found.needs:
+        say(_needs(found))
+    for line in found.warnings:
+        say(f"warning: {line}", style="yellow")
+    said = first.problems if first.layers else []  # others stand far above by now
+    _say_problems([line for line in found.problems if line not in said])
     if found.problems:
         raise typer.Exit(2)
+    say(f"next: flexmoe compress {model} -o FAMILY")
+
+
+def _examine(model: str, device: str, described: Callable[[Diagnosis], None]) -> Diagnosis:
+    from flexmoe.config import CompressConfig
+    from flexmoe.doctor.diagnosis import examine
+
+    quiet()
+    return examine(model, CompressConfig(device=device), described=described)
+
+
+def _say_problems(problems: list[str]) -> None:
+    for line in problems:
+        say(f"problem: {line}", style="red")
 
 
 def _describe(found: Diagnosis) -> None:
     from flexmoe.reports.report import count
 
     say(f"{found.model}: {found.architecture} ({found.model_type}), {found.dtype}")
+    say("supported   yes: its experts are on the interface of transformers")
     shares = ", ".join(f"{count(number)} {name}" for name, number in found.parameters.items())
     say(f"parameters  {shares}")
     say(f"experts     {found.experts_per_token or '?'} a token")

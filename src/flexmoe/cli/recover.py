@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -105,7 +106,8 @@ def recover(
             )
 
         track = bar if first else silent
-        with MostHeld(pick_device(place)) as most:
+        most = MostHeld(pick_device(place))
+        with nullcontext() if limit is None else most:
             run(family, out, config, base=base, announce=announce, track=track)
         if limit is not None:
             say(f"at most {gib(most.bytes)} of memory were held, {gib(limit)} were allowed")

@@ -16,7 +16,7 @@ EXAMPLES = """\
 
   flexmoe serve families/qwen3 --budgets 0,20,40 --policy slo --ttft-ms 500 --tpot-ms 50
 
-  flexmoe serve ./Qwen3-30B-A3B --engine transformers --patterns patterns --keep 0.5   a task is one
+  flexmoe serve ./Qwen3-30B-A3B --patterns patterns --keep 0.5   every task is one
 
   flexmoe serve families/qwen3 --engine vllm -- --tensor-parallel-size 2 --max-model-len 8192
 """
@@ -65,7 +65,7 @@ def serve(
     ] = None,
     patterns: Annotated[
         str | None,
-        typer.Option(help="store of flexmoe profile: its tasks are model ids too (transformers)"),
+        typer.Option(help="store of flexmoe profile: its tasks are model ids too"),
     ] = None,
     keep: Annotated[
         float | None, typer.Option(help="share of the experts that each of these tasks keeps")
@@ -87,8 +87,6 @@ def serve(
             "--kv-tokens is for --engine transformers: vLLM has --gpu-memory-utilization and "
             "others, after --"
         )
-    if chosen == "vllm" and patterns is not None:
-        raise FlexmoeError("--patterns is for --engine transformers")
     settings = make_settings(
         family,
         budgets=budgets,
@@ -110,17 +108,23 @@ def serve(
         device=device,
         dtype=dtype,
     )
+    said = "\n".join(_lines(settings, chosen))
     if chosen == "vllm":
+        from flexmoe.serve.vllm import compat
+        from flexmoe.serve.vllm import launch as vllm
+
+        compat.check_version()
         check_vllm(family)
-    typer.echo("\n".join(_lines(settings, chosen)))
-    if chosen == "vllm":
-        from flexmoe.serve.vllm.launch import launch as launch_vllm
-
-        launch_vllm(settings, more or [])
+        options = vllm.arguments(settings, more or [])
+        typer.echo(said)
+        vllm.launch(settings, options)
     else:
-        from flexmoe.serve.transformers_engine import launch
+        from flexmoe.family import pick_device
+        from flexmoe.serve import transformers_engine
 
-        launch(settings, typer.echo)
+        pick_device(device)
+        typer.echo(said)
+        transformers_engine.launch(settings, typer.echo)
 
 
 def _lines(settings: Any, engine: str) -> list[str]:

@@ -7,102 +7,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
-import flexmoe
-from flexmoe.allocate import default_quantum
-from flexmoe.checkpoint import (
-    Checkpoint,
-    is_hub_id,
-    meta_model,
-    read_config,
-    read_header,
-    resolve,
-)
-from flexmoe.config import BUDGETS, CompressConfig, check_config
+from flexmoe.checkpoint import Checkpoint, meta_model, read_config, resolve
+from flexmoe.config import CompressConfig, check_config
 from flexmoe.data import load_tokenizer, pick_batch_size, pick_seq_len
-from flexmoe.doctor.estimates import Estimator, Need
+from flexmoe.doctor.estimates import Estimator
+from flexmoe.doctor.found import Diagnosis, Layer, widths
+from flexmoe.doctor.glance import open_headers
 from flexmoe.doctor.machine import free_memory
 from flexmoe.doctor.room import what_does_not_fit
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers, routed_parameters
-from flexmoe.exporter import LAYOUTS
 from flexmoe.family import pick_device
 from flexmoe.files import free_disk, refuse_existing
+from flexmoe.headers import local_folder
 from flexmoe.learn import check_halves
 from flexmoe.methods import find_method
+from flexmoe.names import missing_parameters
 from flexmoe.plan import JSON_NAME, Plan
 from flexmoe.recover_config import MODES, RecoverConfig
-from flexmoe.trace import TracedLayer, missing_parameters, trace
-from flexmoe.uniform import nearest_width, uniform_config
+from flexmoe.trace import TracedLayer, trace
+from flexmoe.uniform import uniform_config
+from flexmoe.widths import LAYOUTS
 
-Result = TypeVar("Result")
-
-TENSOR_PARALLEL = (2, 4, 8)
-FP8_BLOCK, K_QUANT = 128, 256
 EXPORTED = 0.4  # the member whose exports are looked at
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One MoE layer. ``flags``: those of its layout that are set."""
-
-    index: int
-    experts: int
-    channels: int
-    hidden: int
-    activation: str
-    flags: tuple[str, ...]
-    shared_parameters: int
-
-
-@dataclass(frozen=True)
-class Width:
-    """An expert width and what it divides into: ``tensor_parallel`` the sizes that split it into
-    even shards; whole FP8 blocks of 128; whole K-quant rows of 256."""
-
-    pruned: float
-    width: int
-    tensor_parallel: tuple[int, ...]
-    fp8_blocks: bool
-    k_quants: bool
-
-
-@dataclass
-class Diagnosis:
-    """What was found. ``problems`` are all reasons why `compress` would fail, ``warnings`` what
-    may go wrong. ``exports``: why a layout cannot be written ("" if it can)."""
-
-    model: str
-    device: str = ""
-    model_type: str = ""
-    architecture: str = ""
-    dtype: str = ""
-    layers: list[Layer] = field(default_factory=list)
-    experts_per_token: int | None = None
-    parameters: dict[str, int] = field(default_factory=dict)
-    widths: list[Width] = field(default_factory=list)
-    exports: dict[str, str] = field(default_factory=dict)
-    needs: list[Need] = field(default_factory=list)
-    memory_free: int = 0
-    disk_free: int = 0
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def attempt(self, check: Callable[[], Result]) -> Result | None:
-        """What ``check`` gives; if it refuses, its reason is noted."""
-        try:
-            return check()
-        except FlexmoeError as error:
-            if str(error) not in self.problems:
-                self.problems.append(str(error))
-            return None
 
 
 def examine(
@@ -115,7 +48,8 @@ def examine(
 ) -> Diagnosis:
     """Examine a checkpoint, or a family, for `compress` with ``config`` into ``out``; with
     ``everything`` also for recovery and exports. ``described`` is told as soon as it is known what
-    the checkpoint is: what jobs need takes longer to find out."""
+    the checkpoint is: what jobs need takes longer to find out. What `glance` tells before that,
+    this finds again, from transformers' own classes."""
     found, wanted = Diagnosis(str(model)), config or CompressConfig()
     found.attempt(lambda: check_config(wanted))
     device = found.attempt(lambda: pick_device(wanted.device))
@@ -130,7 +64,7 @@ def examine(
     if network is None and settings.get("quantization_config"):  # what else would be wrong?
         plain = {k: v for k, v in settings.items() if k != "quantization_config"}
         network = found.attempt(lambda: meta_model(folder, plain))
-    checkpoint = found.attempt(lambda: resolve(folder)) and open_checkpoint(folder, found)
+    checkpoint = found.attempt(lambda: resolve(folder)) and open_headers(Checkpoint, folder, found)
     if network is None:
         return found
     found.model_type = str(network.config.model_type)
@@ -169,57 +103,19 @@ def before_compress(model: str | Path, out: str | Path, config: CompressConfig) 
     return found.warnings
 
 
-def local_folder(model: str | Path) -> Path:
-    """The folder of a checkpoint that is on this machine; nothing is downloaded."""
-    path = Path(model).expanduser()
-    if (path / "config.json").is_file():
-        return path
-    if path.is_dir() or not is_hub_id(str(model)):
-        return resolve(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(model), local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError):
-        raise FlexmoeError(
-            f"'{model}' is neither a folder here nor a model in the cache of the hub, and nothing "
-            f"is downloaded only to look at it: get it with 'hf download {model}'"
-        ) from None
-
-
-def open_checkpoint(folder: Path, found: Diagnosis) -> Checkpoint | None:
-    """The checkpoint, or what is wrong with each of its files."""
-    try:
-        return Checkpoint(folder)
-    except FlexmoeError as error:
-        first = str(error)
-    for file in sorted(folder.glob("*.safetensors")):
-        found.attempt(partial(read_header, file))
-    if first not in found.problems:
-        found.problems.insert(0, first)
-    return None
-
-
 def _describe(
     found: Diagnosis, network: PreTrainedModel, layers: list[ExpertLayer], config: CompressConfig
 ) -> None:
     parameters = dict(network.named_parameters())
     for layer in layers:
-        module, block = layer.module, layer.name.rpartition(".")[0].rpartition(".")[0]
-        activation = getattr(module, "act_fn", None)
-        shared = sum(
-            p.numel()
-            for name, p in parameters.items()
-            if name.startswith(f"{block}.") and re.search(r"\bshared_|_shared\b|\.shared", name)
-        )
+        shared = sum(p.numel() for name, p in parameters.items() if is_shared(name, layer))
         found.layers.append(
             Layer(
                 layer.index,
                 layer.E,
                 layer.I,
                 layer.H,
-                type(activation).__name__ if activation is not None else "its own",
+                activation_name(layer),
                 layer.flags,
                 shared,
             )
@@ -232,18 +128,19 @@ def _describe(
         found.problems.append(
             f"quantum {config.quantum} is wider than an expert of {narrowest} channels"
         )
-    quantum = config.quantum or default_quantum(narrowest)
-    for share in (0.0, *BUDGETS):
-        width = narrowest if not share else nearest_width(narrowest, quantum, share)
-        found.widths.append(
-            Width(
-                share,
-                width,
-                tuple(n for n in TENSOR_PARALLEL if width % n == 0),
-                width % FP8_BLOCK == 0,
-                width % K_QUANT == 0,
-            )
-        )
+    found.widths = widths(narrowest, config.quantum)
+
+
+def activation_name(layer: ExpertLayer) -> str:
+    """The class of the experts' activation function, where they have one."""
+    function = getattr(layer.module, "act_fn", None)
+    return "its own" if function is None else type(function).__name__
+
+
+def is_shared(name: str, layer: ExpertLayer) -> bool:
+    """Whether a parameter is of shared experts in the decoder layer of ``layer``."""
+    block = layer.name.rpartition(".")[0].rpartition(".")[0]
+    return name.startswith(f"{block}.") and bool(re.search(r"\bshared_|_shared\b|\.shared", name))
 
 
 def _runs(found: Diagnosis, estimator: Estimator, config: CompressConfig) -> bool:
@@ -314,9 +211,9 @@ def export_sizes(
     piece = next(iter(traced.values())).stored[0]
     info = checkpoint.tensors[piece.name]
     itemsize = info.bytes // max(1, torch.Size(info.shape).numel())
-    widths = next(w for w in found.widths if w.pruned == EXPORTED)
+    member = next(w for w in found.widths if w.pruned == EXPORTED)
     removed = sum(
-        t.layer.E * (t.layer.I - widths.width) * t.layer.shape.channel_parameters
+        t.layer.E * (t.layer.I - member.width) * t.layer.shape.channel_parameters
         for t in traced.values()
     )
     routed = sum(t.layer.shape.parameters for t in traced.values())
@@ -330,8 +227,3 @@ def export_sizes(
         if plan and plan.budgets[-1] >= EXPORTED:
             size["ragged"] = plan.member(EXPORTED).bytes
     return size
-
-
-def report(found: Diagnosis) -> dict[str, Any]:
-    """Everything as JSON, with the version that said so."""
-    return {"flexmoe": flexmoe.__version__, **asdict(found)}

@@ -11,7 +11,6 @@ not how many there are.
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,13 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from flexmoe.around import Pairs
+from flexmoe.doctor.meter import Cost, Meter
 from flexmoe.experts import (
     ExpertLayer,
     Routing,
@@ -40,73 +37,6 @@ from flexmoe.statistics import Statistic, goes_backward, token_loss
 from flexmoe.training import activations_recomputed, divergence
 
 ALIKE = 2  # layers of a kind that are really run
-
-
-# What the C library of Linux asks the system for is given back when it is freed; smaller pieces
-# come from its heap, which is in use up to one and a half times what lives there (bench/doctor.py).
-MAPPED = 32 * 2**20
-HEAP = 1.5
-
-
-@dataclass(frozen=True)
-class Cost:
-    """``peak``: bytes taken at most beside weights and gradients. ``operations``: of matrix
-    products, two for a multiplication and its addition. ``moved``: bytes written by all
-    operations."""
-
-    peak: int = 0
-    operations: float = 0.0
-    moved: float = 0.0
-
-    def times(self, steps: float) -> Cost:
-        """The same step several times in a row: no more memory."""
-        return Cost(self.peak, steps * self.operations, steps * self.moved)
-
-    def then(self, other: Cost) -> Cost:
-        """This, and the other one after it."""
-        return Cost(
-            max(self.peak, other.peak),
-            self.operations + other.operations,
-            self.moved + other.moved,
-        )
-
-
-class _Meter(TorchDispatchMode):
-    """Counts what goes by: bytes alive by their storages, operations, bytes written."""
-
-    def __init__(self, known: Sequence[Tensor], heap: bool):
-        super().__init__()
-        self.heap = heap
-        self.live = self.peak = 0
-        self.operations = self.moved = 0.0
-        self.seen = {id(t.untyped_storage()): t.untyped_storage() for t in known}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if (count := flop_registry.get(func.overloadpacket)) is not None:
-            self.operations += count(*args, **kwargs, out_val=out)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
-        return out
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self.seen:
-            return
-        self.seen[key] = weakref.ref(storage)
-        self.moved += size
-        taken = round(HEAP * size) if self.heap and size < MAPPED else size
-        self.live += taken
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, key, taken)
-
-    def _gone(self, key: int, taken: int) -> None:
-        self.live -= taken
-        del self.seen[key]
 
 
 @dataclass
@@ -185,7 +115,7 @@ class DryRun:
             kind.kept, kind.calls, kind.operations, kind.moved = 0, 0, 0.0, 0.0
         known = [*self.model.parameters(), *self.model.buffers()]
         known += [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.meter, self.total, self.watching = _Meter(known, self.heap), _Kind(), False
+        self.meter, self.total, self.watching = Meter(known, self.heap), _Kind(), False
         found: list[Cost] = []
         with self.mode, self.meter, experts_function(self.model, "flexmoe_dry"):
             yield found
@@ -259,6 +189,23 @@ class DryRun:
             taught = torch.empty(shape, dtype=self.dtype)
             divergence(self._logits(windows, length), taught).backward()
         return teacher.then(found[0].times(draws))
+
+    def scale(self, windows: int, length: int) -> Cost:
+        """One part of a step of the method `diep`: a pass that keeps what all experts give, and
+        one with the experts scaled, its loss and gradients."""
+        self.model.requires_grad_(False)
+        teacher, _ = self._teacher(windows, length)
+        masks: list[Tensor] = []
+        with self._counted(lambda routing, h_SI: h_SI * masks[-1][routing.expert_S]) as found:
+            masks.append(self._mask().requires_grad_(True))
+            # of every layer before and after, and the difference
+            outputs = [
+                torch.empty(3, windows * length, layer.H, dtype=self.dtype) for layer in self.layers
+            ]
+            ids = torch.zeros(windows, length, dtype=torch.long)
+            token_loss(self._logits(windows, length), ids).backward()
+            del outputs
+        return teacher.then(found[0])
 
     def _teacher(self, windows: int, length: int) -> tuple[Cost, torch.Size]:
         """The cost of a teacher's logits, and their shape; tried once, most steps begin with it."""

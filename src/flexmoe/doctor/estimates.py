@@ -21,16 +21,21 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers import PreTrainedModel
 
+from flexmoe.actions import ActionConfig
 from flexmoe.checkpoint import DTYPES, Checkpoint, meta_model
 from flexmoe.config import SAMPLES, CompressConfig
 from flexmoe.data import pick_batch_size, pick_seq_len
 from flexmoe.distil import STRATA
-from flexmoe.doctor.dryrun import Cost, DryRun
+from flexmoe.doctor.dryrun import DryRun
+from flexmoe.doctor.found import Need
 from flexmoe.doctor.machine import Rates, measure_rates
+from flexmoe.doctor.meter import Cost
 from flexmoe.experts import expert_layers, routed_parameters
 from flexmoe.family import pick_device
 from flexmoe.learn import CHECKED, MIXES, LearnConfig
 from flexmoe.methods import Method, check_shape, find_method, score_layer
+from flexmoe.methods.diep import EPOCHS, WINDOWS
+from flexmoe.rco import RcoConfig
 from flexmoe.recover import trained_parameters
 from flexmoe.recover_config import TOKENS, RecoverConfig
 from flexmoe.reference import ROUTER
@@ -39,21 +44,6 @@ from flexmoe.trace import CODED_HIDDEN, TracedLayer, trace
 
 VECTORS = 12  # float64 vectors over all channels that learning holds at a time
 FULL_STATE = 16  # bytes a trained parameter: the original, a gradient, two moments
-
-
-@dataclass(frozen=True)
-class Need:
-    """``memory``: bytes at the peak, ``parts`` what they are of. ``disk``: bytes of the tensors
-    written; ``scratch``: what lies beside them at most until the job is done. ``seconds``: None
-    where the architecture's forward pass cannot be tried without data; ``memory`` is without
-    activations then."""
-
-    job: str
-    memory: int
-    parts: dict[str, int]
-    disk: int
-    scratch: int = 0
-    seconds: float | None = None
 
 
 @dataclass
@@ -178,9 +168,10 @@ class Estimator:
         wanted = find_statistics(method.needs)
         channels = sum(layer.E * layer.I for layer in expert_layers(self.model))
         learned = config.allocator == "learned"
+        masks = learned or (config.allocator == "rco" and method.unit == "channel")
         parts = {
             "weights": self.weights(dtype),
-            "statistics": 8 * channels * (len(wanted) + 1 + learned * VECTORS),
+            "statistics": 8 * channels * (len(wanted) + 1 + masks * VECTORS),
         }
         scratch = 8 * channels if learned else 0
         need = Need("compress", 0, parts, self.checkpoint.bytes, scratch)
@@ -191,8 +182,15 @@ class Estimator:
 
     def _compress(self, config: CompressConfig, size: int, length: int, dtype: torch.dtype) -> Cost:
         dry, samples = self.dry(dtype), config.samples or SAMPLES
-        wanted = find_statistics(find_method(config.method).needs)
-        cost = dry.observe(size, length, wanted).times(math.ceil(samples / size))
+        method = find_method(config.method)
+        cost = dry.observe(size, length, find_statistics(method.needs))
+        cost = cost.times(math.ceil(samples / size))
+        if method.learns:  # as `diep`: a method of your own may take more steps, or less
+            part = min(size, WINDOWS)
+            parts = EPOCHS * math.ceil(samples / WINDOWS) * WINDOWS / part
+            cost = cost.then(dry.scale(part, length).times(parts))
+        if config.allocator in ("rco", "actions"):
+            return cost.then(self._masks(config, size, length))
         if config.allocator != "learned":
             return cost
         steps = config.learn.steps if config.learn else LearnConfig().steps
@@ -202,6 +200,17 @@ class Estimator:
         micro = config.micro_batch or size
         members = 4 * size / micro * len(MIXES) * len(CHECKED)
         return cost.then(self._compare(dtype, micro, length).times(members / 2))
+
+    def _masks(self, config: CompressConfig, size: int, length: int) -> Cost:
+        """Of the allocators `rco` and `actions`: every mask has windows of its own."""
+        dry = self.dry(self.dtype)
+        if config.allocator == "actions":
+            actions = config.learn if isinstance(config.learn, ActionConfig) else ActionConfig()
+            return dry.learn(size, length, 1, False).times(actions.steps)
+        rco = config.learn if isinstance(config.learn, RcoConfig) else RcoConfig()
+        budgets = len(set(config.pruned))
+        steps = budgets * math.ceil(rco.steps / budgets)
+        return dry.learn(rco.windows, length, 1, False).times(steps * rco.draws)
 
     def recover(self, config: RecoverConfig, free: int) -> Need:
         """`flexmoe.recover.recover` of a family of this checkpoint; ``free`` bytes of memory."""

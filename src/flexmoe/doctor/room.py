@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexmoe.doctor.estimates import Need
+from flexmoe.doctor.found import Need
 
 FEWER = "lower --batch-size or --seq-len"
 SMALLER_STEPS = f"{FEWER}, or use --micro-batch 1 --checkpointing"

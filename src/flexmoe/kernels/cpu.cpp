@@ -20,7 +20,7 @@
 #include <vector>
 
 #include "cpu_blocks.h"
-#include "cpu_tiles.h"
+#include "cpu_panels.h"
 
 namespace {
 
@@ -48,7 +48,7 @@ struct Layer {  // `_Layer` in cpu.py; shapes in interface.py
   const int64_t* index;
   const float* weight;
   const int32_t *offset, *width, *token_budget;
-  float* out;
+  float* out;  // what it points to is bfloat16 if x is
   Strides up_by, bias_by, down_by;
   int32_t T, K, E, B, I, H, sides, activation, budget, weights_bf16, x_bf16, threads;
 
@@ -88,14 +88,31 @@ void sort_pairs(const Layer& a, std::vector<int32_t>& pair, std::vector<Group>& 
     }
 }
 
-// Activations of all groups: a channel a row, or a token a row (or tokens in pairs of channels),
-// padded with zeros, and rounded and arranged as x is
+// Memory of a call, kept for the next: a new page costs as much as reading it several times
+template <class T>
+struct Scratch {
+  using X = typename Row<T>::X;
+  static constexpr size_t KEPT = 1 << 25;  // bytes of a buffer
+  Buffer<float> sums, channels;
+  Buffer<X> x, tokens;
+
+  void free_large() {
+    if (sums.capacity() * sizeof(float) > KEPT) Buffer<float>().swap(sums);
+    if (channels.capacity() * sizeof(float) > KEPT) Buffer<float>().swap(channels);
+    if (x.capacity() * sizeof(X) > KEPT) Buffer<X>().swap(x);
+    if (tokens.capacity() * sizeof(X) > KEPT) Buffer<X>().swap(tokens);
+  }
+};
+
+// Activations of all groups: a channel a row, or a token a row, padded with zeros and arranged as x
+// is, or tiles of 16 tokens and 32 channels
 template <class T>
 struct Activations {
-  Buffer<float> channels;
-  Buffer<typename Row<T>::X> tokens;
+  Buffer<float>& channels;
+  Buffer<typename Row<T>::X>& tokens;
 
-  Activations(const Layer& a, std::vector<Group>& groups) {
+  Activations(const Layer& a, std::vector<Group>& groups, Scratch<T>& scratch)
+      : channels(scratch.channels), tokens(scratch.tokens) {
     int64_t c = 0, t = 0;
     for (Group& g : groups) {
       int64_t& end = by_token(a, g) ? t : c;
@@ -103,8 +120,8 @@ struct Activations {
       end += (by_token(a, g) ? row(g) : int64_t(g.width)) * g.padded();
       end = (end + 31) / 32 * 32;
     }
-    channels.resize(c);
-    tokens.resize(t);
+    fit(channels, c);
+    fit(tokens, t);
   }
   static bool by_token(const Layer& a, const Group& g) { return a.columns_are_rows() || g.tiles; }
   static int64_t row(const Group& g) { return (g.width + Row<T>::N - 1) / Row<T>::N * Row<T>::N; }
@@ -138,9 +155,9 @@ void channels(const Layer& a, const Group& g, const int32_t* pair, const typenam
     return activate(a.activation, part, up, &h.channels[g.h + int64_t(c0) * n], count * n);
   activate(a.activation, part, up, part, count * ld);
   X* to = &h.tokens[g.h];
-  if (g.tiles && a.columns_are_rows()) {
+  if (g.tiles) {
     for (int m = 0; m < n; m += 16)
-      pair_channels(part + m, ld, (bf16*)to + (m * h.row(g) + c0 * 16));
+      tile_of(part + m, ld, a.columns_are_rows(), (bf16*)to + (m * h.row(g) + c0 * 16));
     return;
   }
   for (int m = 0; m < n; m++)
@@ -190,23 +207,31 @@ template <class T>
 void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
              const Activations<T>& all, int j0, int j1) {
   const int cols = j1 - j0, ld = (cols + 2 * W - 1) / (2 * W) * (2 * W) + 2 * W;
-  int most = 0;  // no larger than needed: memory asked for anew costs a short call a tenth
+  int most = 0;
   for (const Group& g : groups) most = std::max(most, g.padded());
-  Buffer<float> y(most * ld), packed(most > FEW ? PACKED * ld : 0);
+  thread_local Buffer<float> y, packed;
+  fit(y, most * ld);
+  fit(packed, most > FEW ? PACKED * ld : 0);
   for (const Group& g : groups) {
     const T* down = a.of<T>(a.down, a.down_by, g.expert) + j0;
+    const T* bias = a.down_bias ? (const T*)a.down_bias + int64_t(g.expert) * a.H + j0 : nullptr;
     const int64_t row = a.down_by.channel;
     const int n = g.n;
-    const float* h = all.channels.data();
-    std::fill_n(y.begin(), g.padded() * ld, 0.f);
-    if (a.down_bias)
-      for (int m = 0; m < n; m++)
-        for (int j = 0; j < cols; j++)
-          y[m * ld + j] = widen(((const T*)a.down_bias)[int64_t(g.expert) * a.H + j0 + j]);
     if (g.tiles) {
       const bf16* own = (const bf16*)all.tokens.data() + g.h;
-      tile_columns((const bf16*)down, row, g.width, own, all.row(g), n, cols, packed, y.data(), ld);
-    } else if (n <= FEW) {
+      tile_columns((const bf16*)down, row, g.width, own, n, cols, y.data());
+      for (int m = 0; m < n; m++) {
+        int s = pair[g.start + m];
+        float* to = a.out + int64_t(s / a.K) * a.H + j0;
+        add_tiled(y.data(), m, a.weight[s], (const bf16*)bias, cols, to);
+      }
+      continue;
+    }
+    const float* h = all.channels.data();
+    std::fill_n(y.begin(), n * ld, 0.f);
+    for (int m = 0; m < n && bias; m++)
+      for (int j = 0; j < cols; j++) y[m * ld + j] = widen(bias[j]);
+    if (n <= FEW) {
       int c = 0;
       for (; c + 4 <= g.width; c += 4) {
         const T* from = down + c * row;
@@ -247,9 +272,14 @@ void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pa
 }
 
 template <class T>
-void experts(const Layer& a) {
+void experts(const Layer& given) {
   using X = typename Row<T>::X;
   constexpr int N = Row<T>::N;
+  thread_local Scratch<T> kept;
+  Scratch<T>& scratch = kept;  // of this thread in all of them
+  Layer a = given;
+  fit(scratch.sums, a.x_bf16 ? int64_t(a.T) * a.H : 0);
+  if (a.x_bf16) a.out = scratch.sums.data();
   std::vector<int32_t> pair;
   std::vector<Group> groups;
   sort_pairs(a, pair, groups);
@@ -260,14 +290,15 @@ void experts(const Layer& a) {
   for (size_t g = 0; g < groups.size(); g++)
     for (int c = 0; c < groups[g].width; c += CHANNELS) pieces.push_back({int(g), c});
   const int64_t x_row = (a.H + N - 1) / N * N;
-  Buffer<X> x(a.T * x_row);
-  Activations<T> h(a, groups);
+  Buffer<X>& x = scratch.x;
+  fit(x, a.T * x_row);
+  Activations<T> h(a, groups, scratch);
   const int per_thread = ((a.H + a.threads - 1) / a.threads + 2 * W - 1) / (2 * W) * (2 * W);
   const int block = std::min(COLUMNS, per_thread);
 #pragma omp parallel num_threads(a.threads)
   {
     Tiles tiles;
-    Buffer<bf16> paired;
+    thread_local Buffer<bf16> paired;
     int is_paired = -1;
 #pragma omp for
     for (int t = 0; t < a.T; t++) {
@@ -282,7 +313,7 @@ void experts(const Layer& a) {
         const bf16* token[TILED];
         for (int m = 0; m < g.n; m++)
           token[m] = (const bf16*)&x[pair[g.start + m] / a.K * x_row];
-        paired.resize(g.padded() * x_row);
+        fit(paired, g.padded() * x_row);
         pair_tokens(token, g.n, x_row, paired.data());
       }
       int c1 = std::min(g.width, pieces[i].c0 + CHANNELS);
@@ -294,8 +325,12 @@ void experts(const Layer& a) {
       for (int t = 0; t < a.T; t++) std::fill_n(a.out + int64_t(t) * a.H + j, stop - j, 0.f);
       if (a.columns_are_rows()) rows<T>(a, groups, pair.data(), h, j, stop);
       else columns<T>(a, groups, pair.data(), h, j, stop);
+      if (!a.x_bf16) continue;
+      for (int64_t at = j; at < int64_t(a.T) * a.H; at += a.H)
+        narrow(a.out + at, (bf16*)given.out + at, stop - j);
     }
   }
+  scratch.free_large();
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ from flexmoe.kernels.activations import ACTIVATIONS
 if TYPE_CHECKING:
     from flexmoe.kernels.interface import Weights
 
-FILES = ("cpu.cpp", "cpu_blocks.h", "cpu_tiles.h", "cpu_vectors.h")
+FILES = ("cpu.cpp", "cpu_blocks.h", "cpu_panels.h", "cpu_tiles.h", "cpu_vectors.h")
 SOURCES = tuple(Path(__file__).with_name(name) for name in FILES)
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 TARGETS = {  # by what torch calls the instruction set
@@ -112,18 +112,18 @@ def _compiled(
     if library is None:
         raise FlexmoeError(f"the kernel 'cpu' cannot run: {reason}")
     T, H = x_TH.shape
-    out_TH = torch.empty(T, H)
+    out_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
     tensors = {  # kept in a name until the call is over
         "up": weights.up,
         "down": weights.down,
         "up_bias": weights.up_bias,
-        "down_bias": None if (bias := weights.down_bias_EH) is None else bias.contiguous(),
-        "x": x_TH.contiguous(),
-        "index": index_TK.to(torch.int64).contiguous(),
-        "weight": weight_TK.to(torch.float32).contiguous(),
-        "offset": None if (offset := weights.offset_E) is None else offset.int().contiguous(),
-        "width": width_BE.to(torch.int32).contiguous(),
-        "token_budget": None if token_budget_T is None else token_budget_T[:T].int().contiguous(),
+        "down_bias": _as(weights.down_bias_EH, weights.up.dtype),
+        "x": _as(x_TH, x_TH.dtype),
+        "index": _as(index_TK, torch.int64),
+        "weight": _as(weight_TK, torch.float32),
+        "offset": _as(weights.offset_E, torch.int32),
+        "width": _as(width_BE, torch.int32),
+        "token_budget": _as(None if token_budget_T is None else token_budget_T[:T], torch.int32),
         "out": out_TH,
     }
     layer = _Layer(
@@ -146,7 +146,14 @@ def _compiled(
     )
     if problem := library.flexmoe_experts(ctypes.byref(layer)):
         raise FlexmoeError(f"the kernel 'cpu': {problem.decode()}")
-    return out_TH.to(x_TH.dtype)
+    return out_TH
+
+
+def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor, contiguous. Few calls of torch: caches full of weights have nothing of them."""
+    if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 def _strides(tensor: Tensor, weights: Weights) -> tuple[int, ...]:

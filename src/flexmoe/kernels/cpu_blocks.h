@@ -86,7 +86,7 @@ void products(const T* rows, int64_t stride, int count, const typename Row<T>::X
   constexpr int N = Row<T>::N;
   const int whole = K / N * N;
   for (int c = 0; c < count;) {
-    int r = count - c >= 4 ? 4 : 1;
+    int r = W == 16 && n == 1 && count - c >= 8 ? 8 : count - c >= 4 ? 4 : 1;
     const T* row = rows + c * stride;
     for (int k0 = 0; k0 < whole; k0 += DEPTH) {
       int k1 = std::min(whole, k0 + DEPTH);
@@ -96,7 +96,8 @@ void products(const T* rows, int64_t stride, int count, const typename Row<T>::X
 #define DOTS(R, M)                                                          \
   (left == M ? dots<T, R, M, true>(row, stride, token + m, k0, k1, to, n)   \
              : dots<T, R, M>(row, stride, token + m, k0, k1, to, n)), m += M
-        if (r == 4) {
+        if (r == 8) DOTS(8, 1);
+        else if (r == 4) {
           if (W == 16 && left >= 6) DOTS(4, 6);  // AVX512 has registers for it
           else if (left >= 3 && left != 4) DOTS(4, 3);
           else if (left >= 2) DOTS(4, 2);
@@ -109,7 +110,7 @@ void products(const T* rows, int64_t stride, int count, const typename Row<T>::X
       }
     }
     if (whole < K) {  // the end of a row
-      alignas(64) T end[4 * N] = {};
+      alignas(64) T end[8 * N] = {};
       for (int i = 0; i < r; i++)
         std::memcpy(end + i * N, row + i * stride + whole, (K - whole) * sizeof(T));
       for (int m = 0; m < n; m++) {

@@ -13,7 +13,8 @@
 
 namespace {
 
-// Memory that begins with a cache line: a vector or a row of a tile never lies in two
+// Memory that begins with a cache line, so that a vector or a row of a tile never lies in two, and
+// that nothing is written to before it is used
 template <class T>
 struct Aligned {
   using value_type = T;
@@ -21,6 +22,8 @@ struct Aligned {
   template <class U>
   Aligned(const Aligned<U>&) {}
   T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t(64)); }
+  template <class U>
+  void construct(U*) {}
   void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
   bool operator==(const Aligned&) const { return true; }
   bool operator!=(const Aligned&) const { return false; }
@@ -28,6 +31,13 @@ struct Aligned {
 
 template <class T>
 using Buffer = std::vector<T, Aligned<T>>;
+
+// Room for n values, of which nothing is kept
+template <class T>
+void fit(Buffer<T>& buffer, size_t n) {
+  buffer.clear();
+  buffer.resize(n);
+}
 
 struct bf16 {
   uint16_t bits;
@@ -39,6 +49,17 @@ inline float widen(bf16 v) {
   float wide;
   std::memcpy(&wide, &bits, 4);
   return wide;
+}
+
+// To the nearest bfloat16, to even at a tie
+inline void narrow(const float* from, bf16* to, int n) {
+#pragma omp simd
+  for (int i = 0; i < n; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, 4);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    to[i].bits = from[i] == from[i] ? rounded : 0x7fc0;
+  }
 }
 
 // --- Vectors of W floats ---------------------------------------------------------------------

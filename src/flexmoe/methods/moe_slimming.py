@@ -5,10 +5,14 @@ experts scaled against itself. The authors take its loss and gradients with a ba
 are sums of inner products, so that a forward pass gives them. Scores of an expert add up to its
 weight and those of a layer to its loss, which is how the allocator ``coverage`` reads them.
 
+Their code knows seven ways to score channels: by activations here, by gradients in
+moe_slimming_saliency.py, by weights in moe_slimming_weights.py.
+
 The authors combine batches by a moving average, so that their order matters; here all tokens count
 the same, and none are clipped. The residual stream is that of routed experts, without shared ones.
 """
 
+import torch
 from torch import Tensor
 
 from flexmoe.experts import ExpertLayer
@@ -40,11 +44,21 @@ def part(pairs: Pairs) -> Tensor:
     return pairs.weight_S.float() * along_S / (behind_SH.square().sum(1) + TINY)
 
 
+def places(layer: ExpertLayer) -> tuple[str, ...]:
+    """Where channels are looked at, as the ends of statistics' names: activation, up, gate."""
+    return ("_EI", "_up_EI", *(("_gate_EI",) if layer.module.has_gate else ()))
+
+
+def over_mean(parts: list[Tensor]) -> Tensor:
+    """Mean of the ``parts`` [E, I], over the layer's mean of it."""
+    mean_EI = torch.stack(parts).mean(0)
+    return mean_EI / mean_EI.mean().clamp_min(1e-30)
+
+
 def activity(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Mean of the norms over tokens of gate, up and activation [E, I], over the layer's mean."""
     sides = ("activation2_EI", "up2_EI", *(("gate2_EI",) if layer.module.has_gate else ()))
-    norm_EI = sum((stats[name].sqrt() for name in sides), 0 * stats["up2_EI"]) / len(sides)
-    return norm_EI / norm_EI.mean().clamp_min(1e-30)
+    return over_mean([stats[name].sqrt() for name in sides])
 
 
 def layer_loss(stats: LayerStatistics) -> Tensor:
@@ -62,11 +76,12 @@ def attribution(stats: LayerStatistics) -> Tensor:
 
 
 def shared_out(channel_EI: Tensor, stats: LayerStatistics) -> Tensor:
-    """What channels are worth among those of their expert, as scores [E, I] that add up to the
-    expert's weight, and those of all to the layer's loss."""
+    """What channels are worth among those of their expert, as scores [E, I] whose positive part
+    adds up to the expert's weight, and that of all to the layer's loss."""
     weight_E = attribution(stats).clamp_min(0).sqrt()
     weight_E = layer_loss(stats) * weight_E / weight_E.sum().clamp_min(1e-30)
-    return weight_E[:, None] * channel_EI / channel_EI.sum(1, keepdim=True).clamp_min(1e-30)
+    total_E1 = channel_EI.clamp_min(0).sum(1, keepdim=True).clamp_min(1e-30)
+    return weight_E[:, None] * channel_EI / total_E1
 
 
 @method(

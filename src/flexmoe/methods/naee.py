@@ -11,6 +11,8 @@ Their progressive form is `--sequential SHARE` with `--router remove`: layers be
 the share, and the distance is to what the layer gives in the unpruned model.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -28,36 +30,95 @@ def subset_loss(pairs: Pairs) -> Tensor:
     for those with too few experts to choose from [C]."""
     seen, layer = pairs.all, pairs.layer
     assert layer is not None
-    (T, K), E = seen.index_TK.shape, layer.E
+    K, E = seen.index_TK.shape[1], layer.E
     one_T1 = torch.ones_like(seen.index_TK[:, :1])
-    y_ETH = torch.stack(
+    y_TEH = torch.stack(
         [
             full_width_forward(
                 layer.module, seen.x_TH, e * one_T1, one_T1.to(seen.x_TH), lambda _, h_SI: h_SI
             )
             for e in range(E)
-        ]
-    )
+        ],
+        1,
+    ).double()
     sums_to_one = torch.allclose(seen.weight_TK.float().sum(1), torch.ones(()).to(one_T1.device))
-    token_T1 = torch.arange(T, device=one_T1.device)[:, None]
-    out_TH, target_TH = seen.out_TH.double(), pairs.target_TH.double()
-
-    def change(subset: int, from_TH: Tensor) -> float:
-        gone_E = torch.tensor([not subset >> e & 1 for e in range(E)], device=one_T1.device)
-        share_TE = pairs.logits_TE.masked_fill(gone_E, -torch.inf).softmax(1)
-        weight_TK, index_TK = share_TE.topk(K)
-        if sums_to_one:
-            weight_TK = weight_TK / weight_TK.sum(1, keepdim=True)
-        new_TH = (weight_TK[:, :, None] * y_ETH[index_TK, token_T1]).sum(1)
-        return float((from_TH - new_TH.double()).norm())
-
-    if not change(2**E - 1, out_TH) <= SAME * float(out_TH.norm()):
+    share_TE = pairs.logits_TE.double().softmax(1)
+    weight_TK, index_TK = share_TE.topk(K)
+    if sums_to_one:
+        weight_TK = weight_TK / weight_TK.sum(1, keepdim=True)
+    rebuilt_TH = (weight_TK[:, :, None] * y_TEH.take_along_dim(index_TK[:, :, None], 1)).sum(1)
+    out_TH = seen.out_TH.double()
+    if not float((out_TH - rebuilt_TH).norm()) <= SAME * float(out_TH.norm()):
         raise FlexmoeError(
             f"layer {layer.index}: naee routes anew among fewer experts, which it knows how to do "
             "for routers that take the largest of a softmax; this model's is another one"
         )
-    losses = [change(c, target_TH) if c.bit_count() >= K else torch.inf for c in range(2**E)]
-    return torch.tensor(losses, dtype=torch.float64, device=one_T1.device)
+    return Subsets(E, K, sums_to_one, one_T1.device).change(
+        share_TE, y_TEH, pairs.target_TH.double()
+    )
+
+
+class Subsets:
+    """All subsets of E experts, for tokens that each choose the K best of what is kept.
+
+    A token can only choose so many sets of K experts, far fewer than there are subsets. So the
+    change of its output is computed for those, by the ranks of their experts in its own order, and
+    looked up for the subsets.
+    """
+
+    def __init__(self, E: int, K: int, sums_to_one: bool, device: torch.device):
+        self.E, self.sums_to_one = E, sums_to_one
+        rank_E = torch.arange(E, device=device)
+        kept_CE = torch.arange(2**E, device=device)[:, None] >> rank_E & 1
+        first_CE = kept_CE * (kept_CE.cumsum(1) <= K)
+        code_C = (first_CE << rank_E).sum(1)
+        self.enough_C = kept_CE.sum(1) >= K
+        code_S = code_C[self.enough_C].unique()  # sorted
+        self.choice_C = torch.searchsorted(code_S, code_C).clamp_max(len(code_S) - 1)
+        self.choice_SK = (code_S[:, None] >> rank_E & 1).nonzero()[:, 1].view(-1, K)
+
+    def change(self, share_TE: Tensor, y_TEH: Tensor, from_TH: Tensor) -> Tensor:
+        """Norm of ``from_TH`` less the output of each subset [C], of the experts' outputs ``y_TEH``
+        and the router's softmax ``share_TE``, all in float64."""
+        at_once = max(1, 2**22 // 2**self.E)
+        parts = zip(*(t.split(at_once) for t in (share_TE, y_TEH, from_TH)), strict=True)
+        square_C = sum(self._squares(*part) for part in parts)
+        assert isinstance(square_C, Tensor)
+        return square_C.clamp_min(0).sqrt().masked_fill(~self.enough_C, torch.inf)
+
+    def _squares(self, share_TE: Tensor, y_TEH: Tensor, from_TH: Tensor) -> Tensor:
+        """Sum over tokens of |from - y / Z|^2 = |from|^2 - 2 (from y) / Z + (y y) / Z^2, where y is
+        the sum of the chosen experts' outputs times their shares, and Z what they are divided by:
+        the shares of the chosen experts, or of all that are kept."""
+        order_TE = share_TE.argsort(1, descending=True)
+        sorted_TE = share_TE.gather(1, order_TE)
+        y_TEH = y_TEH.take_along_dim(order_TE[:, :, None], 1) * sorted_TE[:, :, None]
+        chosen = self.choice_SK.unbind(1)
+        along_TE, gram_TEE = (y_TEH @ from_TH[:, :, None])[:, :, 0], y_TEH @ y_TEH.mT
+        along_TS = torch.stack([along_TE[:, a] for a in chosen]).sum(0)
+        across_TS = torch.zeros_like(along_TS)
+        for a, b in itertools.product(chosen, repeat=2):
+            across_TS += gram_TEE[:, a, b]
+        choice_TC = self.choice_C[self._sums_of_kept(1 << order_TE.argsort(1))]
+        if self.sums_to_one:
+            z_TS = torch.stack([sorted_TE[:, a] for a in chosen]).sum(0)
+            square_TC = (across_TS / z_TS**2 - 2 * along_TS / z_TS).gather(1, choice_TC)
+        else:
+            z_TC = self._sums_of_kept(share_TE).clamp_min(torch.finfo(torch.float64).tiny)
+            square_TC = across_TS.gather(1, choice_TC) / z_TC**2
+            square_TC -= 2 * along_TS.gather(1, choice_TC) / z_TC
+        return from_TH.square().sum() + square_TC.sum(0)
+
+    def _sums_of_kept(self, value_TE: Tensor) -> Tensor:
+        """Sum of the values of the experts that each subset keeps [T, C]: of the lower half of the
+        experts plus of the upper half."""
+        halves = []
+        for value_TF in value_TE.tensor_split([self.E // 2], 1):
+            F = value_TF.shape[1]
+            bit_F = torch.arange(F, device=value_TE.device)
+            kept_CF = torch.arange(2**F, device=value_TE.device)[:, None] >> bit_F & 1
+            halves.append((value_TF[:, None] * kept_CF).sum(2))
+        return (halves[1][:, :, None] + halves[0][:, None]).flatten(1)
 
 
 @method(

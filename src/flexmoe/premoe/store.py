@@ -13,6 +13,7 @@ from flexmoe.trace import fingerprint, trace
 
 FOLDER = "patterns"  # where a store is unless said otherwise
 TASK = re.compile(r"\w[\w.-]*")
+RESERVED = ("auto", "none")  # model id and header of retrieval, see `flexmoe.serve`
 
 
 class Store:
@@ -54,6 +55,12 @@ class Store:
             raise FlexmoeError(
                 f"'{task}' cannot be the name of a task: letters, digits, '_', '-' and '.' can be "
                 "in it, as in 'code-review'"
+            )
+        if task in RESERVED or task.replace(".", "", 1).isdigit():
+            raise FlexmoeError(
+                f"'{task}' cannot be the name of a task: servers call so what they find "
+                "('auto', 'none') and their budgets (numbers). Give another name, such as "
+                f"'task-{task}'"
             )
 
     def check_new(self, task: str) -> None:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
+from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.records import Point
 from flexmoe.plan import Plan
 from flexmoe.reports.report import Row, percent
@@ -41,8 +42,18 @@ STYLE: Any = {
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 
 
+def check_plot(path: Path) -> None:
+    """`FlexmoeError` unless the ending of ``path`` names a kind of picture."""
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix.lower().removeprefix(".") not in known:
+        raise FlexmoeError(
+            f"cannot draw a plot as '{path}': its ending is '{path.suffix}', expected one such as "
+            f"{path.stem}.png (known: {', '.join(known)})"
+        )
+
+
 def save(figure: Figure, path: Path, title: str = "") -> None:
-    """Write a figure as PNG on white, under a title."""
+    """Write a figure on white, under a title, as the kind of picture that its ending says."""
     with matplotlib.rc_context(STYLE):
         if title:
             figure.suptitle(textwrap.fill(title, 80), fontsize=9)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -41,7 +41,8 @@ def merge_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for pruned in dict.fromkeys(row["pruned"] for row in rows):
         same = [row for row in rows if row["pruned"] == pruned]
         nll = sum(row["nll"] for row in same) / len(same)
-        merged.append({**same[0], "nll": nll, "perplexity": float(torch.tensor(nll).exp())})
+        perplexity = math.inf if nll > 700 else math.exp(nll)  # as a float has it
+        merged.append({**same[0], "nll": nll, "perplexity": perplexity})
     return merged
 
 

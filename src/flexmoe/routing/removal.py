@@ -16,13 +16,14 @@ from torch import Tensor
 
 from flexmoe.checkpoint import DTYPES, Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError
+from flexmoe.names import missing_parameters, parameter_names
 from flexmoe.plan import Plan
 from flexmoe.progress import Track, silent
 from flexmoe.routing.counts import Counts, builder, find_counts
 from flexmoe.routing.rules import check_table, kept_experts
 from flexmoe.settings import Place
 from flexmoe.shards import Entry, Shards, Source, verify, write
-from flexmoe.trace import Piece, missing_parameters, parameter_names, trace
+from flexmoe.trace import Piece, trace
 
 
 class Removal:

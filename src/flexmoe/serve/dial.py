@@ -60,11 +60,4 @@ class Dial:
     async def settle(self, timeout: float) -> int:
         """Wait until no request runs that got an earlier default; returns how many still do after
         ``timeout`` seconds. Requests that named their budget are not waited for."""
-        older = [t for t in self.ledger.tickets if t.follows and t.budget != self.budget]
-        ends = [asyncio.ensure_future(ticket.done.wait()) for ticket in older]
-        if ends:
-            _, late = await asyncio.wait(ends, timeout=timeout)
-            for end in late:
-                end.cancel()
-            return len(late)
-        return 0
+        return await self.ledger.wait_for(lambda t: t.follows and t.budget != self.budget, timeout)

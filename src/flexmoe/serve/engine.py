@@ -103,11 +103,13 @@ class Engine:
 
     ``model`` is the one name under which the engine knows the model: requests are sent on with it,
     and it is replaced in the answers. ``has_metrics`` says whether the engine itself answers
-    ``GET /metrics`` with the default registry of prometheus-client.
+    ``GET /metrics`` with the default registry of prometheus-client. ``no_release`` says why it
+    cannot give memory back while it runs; empty if it can.
     """
 
     model: str
     has_metrics: bool = False
+    no_release: str = ""
 
     def mark(self, body: dict, budget: str) -> dict:
         """The JSON body of a request with its ``budget`` (a label, or a task) put where the engine
@@ -120,3 +122,9 @@ class Engine:
 
     async def on_switch(self, budget: str) -> None:
         """Called before ``budget`` becomes the default; an exception keeps the one before."""
+
+    async def keep(self, richest: str) -> int:
+        """Have the weights in memory that the budget ``richest`` and poorer ones need, and no
+        others; returns the bytes given back, negative where some were read again. A `FlexmoeError`
+        where they cannot be read. Nothing runs at richer budgets while it works."""
+        raise NotImplementedError

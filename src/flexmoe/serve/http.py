@@ -17,6 +17,7 @@ TYPES = {
     401: "AuthenticationError",
     404: "NotFoundError",
     500: "InternalServerError",
+    501: "NotImplementedError",
     503: "ServiceUnavailableError",
 }
 

@@ -29,11 +29,11 @@ class Budgets:
     tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        # a name goes into JSON and URLs as it is, and is looked for there
-        if not self.name or any(not "!" <= c <= "~" or c in '"\\' for c in self.name):
+        # a name goes into JSON and URLs as it is, and is looked for there; a colon ends it
+        if not self.name or any(not "!" <= c <= "~" or c in '"\\:' for c in self.name):
             raise FlexmoeError(
-                f"model name '{self.name}': expected letters, digits and signs without spaces or "
-                "quotes, such as qwen3 (--name)"
+                f"model name '{self.name}': expected letters, digits and signs without spaces, "
+                "quotes or colons (a budget follows one), such as qwen3 (--name)"
             )
         if not self.shares or list(self.shares) != sorted(set(self.shares)):
             raise FlexmoeError(f"budgets must rise, found {list(self.shares)}")

@@ -103,6 +103,17 @@ class Ledger:
             self.metrics.tpot.labels(ticket.budget).observe(ticket.tpot)
         ticket.done.set()
 
+    async def wait_for(self, which: Callable[[Ticket], bool], timeout: float) -> int:
+        """Wait until the requests that run now and are ``which`` have ended; returns how many have
+        not after ``timeout`` seconds."""
+        ends = [asyncio.ensure_future(t.done.wait()) for t in self.tickets if which(t)]
+        if not ends:
+            return 0
+        _, late = await asyncio.wait(ends, timeout=timeout)
+        for end in late:
+            end.cancel()
+        return len(late)
+
     def running(self) -> dict[str, int]:
         """Requests in flight by budget."""
         found = Counter(ticket.budget for ticket in self.tickets)

@@ -59,6 +59,12 @@ class Metrics:
             registry=registry,
             buckets=SWITCH_BUCKETS,
         )
+        self.released = Gauge(
+            "flexmoe_released_bytes",
+            "Bytes of weights given back: those beyond the richest budget in memory",
+            registry=registry,
+            multiprocess_mode="mostrecent",
+        )
         self.ttft = Histogram(
             "flexmoe_ttft_seconds",
             "From a streamed request's arrival to its first token",

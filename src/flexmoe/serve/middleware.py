@@ -136,6 +136,8 @@ class ServeMiddleware:
             row = self.state.budgets.find(asked)
         except FlexmoeError as error:
             raise Refused(404, str(error), "model") from None
+        if row is not None and row != AUTO:
+            self.state.resident.check(row)
         return asked, self.state.dial.budget if row is None else row, row is None
 
     def _found(self, match: Match) -> tuple[str, Headers]:

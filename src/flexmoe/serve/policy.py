@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from flexmoe.serve.dial import Dial
 from flexmoe.serve.engine import Slo
 from flexmoe.serve.ledger import Ledger, Ticket
+from flexmoe.serve.resident import Resident
 
 log = logging.getLogger("flexmoe.serve")
 
@@ -118,8 +119,8 @@ class Policy:
     """Drives the dial by `decide`. A switch by hand is kept until there is a reason to move from
     there: it starts the waits anew, and counts as a move."""
 
-    def __init__(self, slo: Slo, dial: Dial, ledger: Ledger):
-        self.slo, self.dial, self.ledger = slo, dial, ledger
+    def __init__(self, slo: Slo, dial: Dial, ledger: Ledger, resident: Resident):
+        self.slo, self.dial, self.ledger, self.resident = slo, dial, ledger, resident
         rich, poor = float(slo.richest), float(slo.poorest)
         self.ladder = [b for b in dial.budgets.labels if rich <= float(b) <= poor]
         self.past = Past(ledger.clock())
@@ -129,6 +130,8 @@ class Policy:
 
     async def step(self) -> Move | None:
         """Look, and move if there is a reason."""
+        if self.resident.one_at_a_time.locked():  # an operator is at the dial
+            return None
         now, budget = self.ledger.clock(), self.dial.budget
         if budget != self._budget:  # by hand
             self.past, self._budget = Past(now), budget
@@ -137,7 +140,9 @@ class Policy:
         following = [t for t in seen if t.follows and t.budget == budget]
         shares = [s for t in following if (s := used(t, self.slo, now)) is not None]
         running = sum(t.follows for t in self.ledger.tickets)
-        move = decide(self.ladder, budget, shares, running, now, self.past)
+        # what an operator released stays released
+        ladder = [b for b in self.ladder if self.resident.has(b)]
+        move = decide(ladder, budget, shares, running, now, self.past)
         if move is not None:
             await self.dial.turn(move.budget, "policy", move.reason)
             self.past = self.past.after(move.up, now)

@@ -13,7 +13,7 @@ from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, read_json, r
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.evaluation.curve import load_curve
 from flexmoe.experts import routed_parameters
-from flexmoe.family import find_folder
+from flexmoe.family import find_folder, find_weights
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.serve.engine import ServedMember, ServeSettings, Slo
 from flexmoe.serve.ids import Budgets, label
@@ -167,19 +167,26 @@ def make_settings(
     check_port(others["host"], others["port"])
     if others["dtype"] not in DTYPES:
         raise did_you_mean(others["dtype"], DTYPES, "dtype")
-    if not 0 < max_body_mb < float("inf"):
+    max_body = round(max_body_mb * 10**6) if 0 < max_body_mb < float("inf") else 0
+    if max_body < 1:
         raise FlexmoeError(f"--max-body-mb {max_body_mb:g}: expected a number above 0")
     if others["kv_tokens"] is not None and others["kv_tokens"] < 1:
         raise FlexmoeError(f"--kv-tokens {others['kv_tokens']}: expected a number from 1 on")
     if name == "":
         raise FlexmoeError("--name is empty: give a model id, or leave it out")
-    if others["api_key"] == "":
-        raise FlexmoeError("--api-key is empty: give a key, or leave it out")
+    key = others["api_key"]
+    if key is not None and (not key or any(not "!" <= c <= "~" for c in key)):
+        # without the key in it: what a server says is kept in logs
+        found = "has signs that no header can carry" if key else "is empty"
+        raise FlexmoeError(
+            f"--api-key {found}: expected ASCII letters, digits and signs, no spaces"
+        )
     if (patterns is None) != (keep is None):
         raise FlexmoeError(
             "--patterns STORE and --keep SHARE go together: tasks keep that share of the experts"
         )
     members = served_members(family, budgets)
+    find_weights(family, others["base"])
     if patterns is not None and keep is not None:
         from flexmoe.serve.tasks import served_tasks
 
@@ -195,7 +202,7 @@ def make_settings(
         members=members,
         default=default or label(members[0].pruned),
         slo=make_slo(policy, ttft_ms, tpot_ms, richest, poorest, members),
-        max_body=round(max_body_mb * 10**6),
+        max_body=max_body,
         **others,
     )
     settings.budgets.share(settings.default)

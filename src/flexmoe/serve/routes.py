@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -58,40 +59,80 @@ async def own_route(
 
 
 async def _turn(state: ServeState, scope: Scope, receive: Receive, send: Send) -> None:
-    """``POST /flexmoe/budget``: turn the dial; ``strict`` waits for what runs at other budgets."""
+    """``POST /flexmoe/budget``: turn the dial; ``strict`` waits for what runs at other budgets,
+    ``release`` gives back the memory of what is beyond the budget."""
     kind = (header(scope, b"content-type") or b"").split(b";")[0].strip()
     if kind != b"application/json":  # which no page of another site can send unasked
         raise Refused(415, "the body must be sent as content-type application/json")
     body = await read_body(scope, receive, state.settings.max_body)
     if body is None:
         return
-    budget, strict = _wish(parse_object(body))
+    wish = _wish(parse_object(body))
     try:
-        seconds = await state.dial.turn(budget, "request")
+        state.budgets.share(wish.budget)
     except FlexmoeError as error:
         raise Refused(404, str(error), "budget") from None
+    if wish.release and state.engine.no_release:
+        raise Refused(501, state.engine.no_release, "release")
+    async with state.resident.one_at_a_time:
+        seconds, freed = await _fulfil(state, wish)
+    late = await state.dial.settle(state.settings.strict_timeout) if wish.strict else 0
+    if late:
+        raise Refused(
+            503,
+            f"the default is {wish.budget} now, but after {state.settings.strict_timeout:g} s "
+            f"there are still {late} requests that began at another",
+        )
+    await send_json(send, 200, {**state.dial_status(), "seconds": seconds, "freed_bytes": freed})
+
+
+async def _fulfil(state: ServeState, wish: _Wish) -> tuple[float, int]:
+    """Turn the dial; before that, read what a richer budget needs; after it, give back what is
+    beyond the budget, if that is wanted. Returns the seconds of the turn and the bytes given back,
+    negative for bytes that were read."""
+    freed, timeout = 0, state.settings.strict_timeout
+    if not state.resident.has(wish.budget):
+        whole = wish.budget if wish.release else state.budgets.labels[0]
+        try:
+            freed = await state.resident.keep(whole, timeout)
+        except FlexmoeError as error:
+            raise Refused(503, str(error), "budget") from error
+    try:
+        seconds = await state.dial.turn(wish.budget, "request")
     except Exception as error:
         raise Refused(
             503, f"the engine did not switch, the default is {state.dial.budget}: {error}"
         ) from error
-    if strict and (late := await state.dial.settle(state.settings.strict_timeout)):
+    if wish.release:
+        try:
+            freed += await state.resident.keep(wish.budget, timeout)
+        except Refused as refusal:
+            why = f"the default is {wish.budget} now, but {refusal}"
+            raise Refused(refusal.code, why) from None
+    return seconds, freed
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What ``POST /flexmoe/budget`` asks for."""
+
+    budget: str
+    strict: bool
+    release: bool
+
+
+def _wish(body: dict[str, Any]) -> _Wish:
+    if unknown := sorted(body.keys() - {"budget", "strict", "release"}):
         raise Refused(
-            503,
-            f"the default is {budget} now, but after {state.settings.strict_timeout:g} s there are "
-            f"still {late} requests that began at another",
+            422, f"unknown field '{unknown[0]}': there are budget, strict and release", unknown[0]
         )
-    await send_json(send, 200, {**state.dial_status(), "seconds": seconds})
-
-
-def _wish(body: dict[str, Any]) -> tuple[str, bool]:
-    if unknown := sorted(body.keys() - {"budget", "strict"}):
-        raise Refused(422, f"unknown field '{unknown[0]}': there are budget and strict", unknown[0])
-    budget, strict = body.get("budget"), body.get("strict", False)
-    if not isinstance(budget, str):
+    if not isinstance(budget := body.get("budget"), str):
         raise Refused(422, f'budget must be a string such as "40", found {budget!r}', "budget")
-    if not isinstance(strict, bool):
-        raise Refused(422, f"strict must be true or false, found {strict!r}", "strict")
-    return budget, strict
+    flags = {name: body.get(name, False) for name in ("strict", "release")}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise Refused(422, f"{name} must be true or false, found {value!r}", name)
+    return _Wish(budget, **flags)
 
 
 async def models(

@@ -12,6 +12,7 @@ from flexmoe.serve.engine import Engine, ServeSettings
 from flexmoe.serve.ledger import Ledger
 from flexmoe.serve.metrics import Metrics
 from flexmoe.serve.policy import INTERVAL, Policy
+from flexmoe.serve.resident import Resident
 
 log = logging.getLogger("flexmoe.serve")
 
@@ -28,7 +29,10 @@ class ServeState:
         self.settings, self.engine, self.budgets = settings, engine, settings.budgets
         self.ledger = Ledger(self.budgets.rows, Metrics(self.budgets, registry))
         self.dial = Dial(self.budgets, settings.default, engine, self.ledger)
-        self.policy = Policy(settings.slo, self.dial, self.ledger) if settings.slo else None
+        self.resident = Resident(self.budgets, engine, self.ledger)
+        self.policy = None
+        if settings.slo:
+            self.policy = Policy(settings.slo, self.dial, self.ledger, self.resident)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -93,5 +97,7 @@ class ServeState:
             "budgets": list(self.budgets.labels),
             "running": self.ledger.running(),
             "switches": self.dial.switches,
+            "in_memory": [b for b in self.budgets.labels if self.resident.has(b)],
+            "released_bytes": self.resident.released,
             "policy": self.policy.describe() if self.policy else None,
         }

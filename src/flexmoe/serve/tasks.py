@@ -72,20 +72,22 @@ def widths_of(pattern: Pattern, keep: float) -> dict[int, Tensor]:
     return plan.widths(plan.budgets[-1])
 
 
-class TaskFinder:
-    """Finds the pattern that a request's prompt needs, from the first MoE layer's router.
+def beside(model: PreTrainedModel) -> PreTrainedModel:
+    """Modules of their own that share the weights of ``model``: it is computing meanwhile. To be
+    made before anything is done to its attention."""
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    plan = model.__dict__.get("flexmoe_plan")
+    return deepcopy(model, {**shared, id(plan): plan})
 
-    It looks on modules of its own, which share the served model's weights: the model is computing
-    meanwhile. Made before anything is done to that model's attention.
-    """
+
+class TaskFinder:
+    """Finds the pattern that a request's prompt needs, from the first MoE layer's router in
+    ``model``, of which no more than what stands before that layer's experts is computed."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, patterns: list[Pattern]
     ):
-        shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        plan = model.__dict__.get("flexmoe_plan")
-        self.model = deepcopy(model, {**shared, id(plan): plan})
-        self.tokenizer, self.patterns = tokenizer, patterns
+        self.model, self.tokenizer, self.patterns = model, tokenizer, patterns
         self.one_at_a_time = asyncio.Lock()
 
     async def find(self, body: dict[str, Any]) -> Match:
@@ -101,6 +103,11 @@ class TaskFinder:
         prompt = body.get("prompt")
         if isinstance(prompt, str):
             return self.tokenizer(prompt)["input_ids"]
+        if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+            size = self.model.get_input_embeddings().num_embeddings
+            if unknown := [token for token in prompt if not 0 <= token < size]:
+                raise FlexmoeError(f"token {unknown[0]} is none of the model's {size}")
+            return prompt
         messages = body.get("messages", body.get("input"))
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]

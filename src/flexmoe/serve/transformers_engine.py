@@ -6,6 +6,7 @@ prompt has other keys and values at another budget.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -33,16 +34,16 @@ from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
-from flexmoe.family import find_folder, load
-from flexmoe.plan import JSON_NAME, read_manifest
+from flexmoe.family import find_folder, find_weights, load
 from flexmoe.premoe import Match, Pattern
 from flexmoe.serve import transformers_batch as batching
 from flexmoe.serve.engine import Engine, ServeSettings
 from flexmoe.serve.http import App, Receive, Scope, Send, error_body, without
 from flexmoe.serve.middleware import ServeMiddleware
 from flexmoe.serve.state import ServeState
-from flexmoe.serve.tasks import TaskFinder, load_patterns, widths_of
+from flexmoe.serve.tasks import TaskFinder, beside, load_patterns, widths_of
 from flexmoe.serve.transformers_chat import ChatHandler
+from flexmoe.serve.transformers_memory import Memory
 
 MODEL = "flexmoe@main"  # in transformers' own form: it adds the revision where there is none
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/health")
@@ -68,9 +69,12 @@ class TransformersEngine(Engine):
         rows: tuple[str, ...],
         generation: GenerationConfig,
         chats: bool,
+        memory: Memory | None = None,
         finder: TaskFinder | None = None,
     ):
-        self.rows, self.chats, self.finder = rows, chats, finder
+        self.rows, self.chats, self.memory, self.finder = rows, chats, memory, finder
+        if finder is not None:
+            self.no_release = "tasks need every channel of their experts: serve without --patterns"
         sampled = bool(generation.do_sample)
         self.temperature = (generation.temperature or 1.0) if sampled else 0.0
         self.top_p = (generation.top_p or 1.0) if sampled else 1.0
@@ -101,6 +105,10 @@ class TransformersEngine(Engine):
         assert self.finder is not None, "a server without tasks has no id that asks for one"
         return await self.finder.find(body)
 
+    async def keep(self, richest: str) -> int:
+        assert self.memory is not None, "a server of one budget has no richer one to give back"
+        return await asyncio.to_thread(self.memory.keep, self.rows.index(richest))
+
 
 def _number(body: dict, name: str, default: float, low: float, high: float) -> float:
     found = body.get(name)
@@ -113,36 +121,31 @@ def _number(body: dict, name: str, default: float, low: float, high: float) -> f
 
 def open_model(
     settings: ServeSettings, patterns: Sequence[Pattern]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, with the widths of all budgets and tasks beside its experts modules, and its
-    tokenizer."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Memory | None]:
+    """The model, with the widths of all budgets and tasks beside its experts modules; its
+    tokenizer; and the `Memory` of one with several budgets or tasks, which holds what the richest
+    needs."""
     folder = find_folder(settings.model)
     shares = [member.pruned for member in settings.members]
-    single = len(shares) == 1
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     model = load(
         folder,
-        shares[0] if single else None,
+        shares[0] if len(shares) == 1 else None,
         base=settings.base,
         device=settings.device,
         dtype=dtype,
     )
-    if not single or patterns:
-        layers = expert_layers(model)
-        widths = [
-            {x.index: torch.full((x.E,), x.I) for x in layers}
-            if not share
-            else model.flexmoe_plan.widths(share)
-            for share in shares
-        ]
+    plan, memory = getattr(model, "flexmoe_plan", None), None
+    if plan or patterns:
+        full = {layer.index: torch.full((layer.E,), layer.I) for layer in expert_layers(model)}
+        widths = [plan.widths(share) if plan and share else full for share in shares]
         widths += [widths_of(pattern, settings.keep) for pattern in patterns]
-        for layer in layers:
-            layer.module.flexmoe_width_BE = [width[layer.index].tolist() for width in widths]
-        model.set_experts_implementation("flexmoe")
-    source: Any = folder
-    if (folder / JSON_NAME).is_file() and not read_manifest(folder).ranked:
-        source = find_folder(settings.base or read_manifest(folder).recipe.base_model)
-    return model, AutoTokenizer.from_pretrained(source)
+        memory = Memory(model, widths)
+        if shares[0]:
+            memory.keep(0)
+        if len(widths) > 1:
+            model.set_experts_implementation("flexmoe")
+    return model, AutoTokenizer.from_pretrained(find_weights(folder, settings.base)), memory
 
 
 def start_batching(model: PreTrainedModel, settings: ServeSettings) -> tuple[GenerationState, int]:
@@ -231,11 +234,12 @@ def assemble(
     tokens its KV cache holds."""
     batching.check()
     patterns = load_patterns(settings)
-    model, tokenizer = open_model(settings, patterns)
-    finder = TaskFinder(model, tokenizer, patterns) if patterns else None
+    model, tokenizer, memory = open_model(settings, patterns)
+    finder = TaskFinder(beside(model), tokenizer, patterns) if patterns else None
     generation, room = start_batching(model, settings)
     chats = tokenizer.chat_template is not None
-    engine = TransformersEngine(settings.budgets.rows, model.generation_config, chats, finder)
+    rows, generates = settings.budgets.rows, model.generation_config
+    engine = TransformersEngine(rows, generates, chats, memory, finder)
     app = own_request_ids(build(model, tokenizer, generation))
     return ServeMiddleware(app, ServeState(settings, engine, registry)), generation, room
 

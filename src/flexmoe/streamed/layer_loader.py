@@ -25,7 +25,8 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers
 from flexmoe.hf import SIDES_OF
 from flexmoe.memory import give_back
-from flexmoe.trace import TracedLayer, names_by_parameter, trace
+from flexmoe.names import names_by_parameter
+from flexmoe.trace import TracedLayer, trace
 
 
 class LayerLoader:

@@ -21,7 +21,7 @@ from flexmoe.evidence import Evidence
 from flexmoe.experts import experts_function
 from flexmoe.memory import MicroBatch
 from flexmoe.plan import Plan
-from flexmoe.progress import Track, silent
+from flexmoe.progress import Steps, Track, silent
 from flexmoe.refit import DAMPING, Moments, budget_weights, refit_layer
 from flexmoe.resume import Saved
 from flexmoe.shards import Shards, Source, down_replaced
@@ -118,7 +118,9 @@ def refit_within(
     streamed = make(windows, files, micro, folder)
     nothing = streamed.empty()
     with experts_function(loader.model, "flexmoe_observe"):
-        for step, index in track(streamed.steps()[done:], "refit"):
+        steps = streamed.steps()
+        for at in track(Steps(done, len(steps), ids.numel() / len(steps)), "refit"):
+            step, index = steps[at]
             step(index, nothing)
             done += 1
             saved.save(done, {"micro_batch": torch.tensor(micro.size)})

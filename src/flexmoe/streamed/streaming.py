@@ -24,7 +24,7 @@ from flexmoe.data import Windows
 from flexmoe.evidence import Evidence
 from flexmoe.experts import Routing, experts_function
 from flexmoe.memory import MicroBatch
-from flexmoe.progress import Track, silent
+from flexmoe.progress import Steps, Track, silent
 from flexmoe.resume import Saved
 from flexmoe.statistics import (
     LayerStatistics,
@@ -77,7 +77,9 @@ def gather_streamed(
         if kept is not None and skipped:
             part = kept.having(s.name for s in wanted)
         with experts_function(loader.model, "flexmoe_observe"):
-            for step, index in track(steps[skipped:], "observe"):
+            tokens = windows.ids.numel() / len(steps)
+            for at in track(Steps(skipped, len(steps), tokens), "observe"):
+                step, index = steps[at]
                 step(index, part)
                 skipped += 1
                 size = {"micro_batch": torch.tensor(micro.size)}

@@ -79,6 +79,26 @@ def mend_rotary_on_cpu() -> None:
     _custom_ops.rotary_embedding = rotary_embedding
 
 
+def mend_router_on_cpu() -> None:
+    """Let vLLM's CPU router see the bias that corrects which experts are chosen. With a softmax
+    outside of grouped routing it leaves the bias out (Ernie 4.5); one group is the same thing."""
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+    from vllm.platforms import current_platform
+
+    original = CPURouter._compute_routing
+    if not current_platform.is_cpu() or hasattr(original, "flexmoe"):
+        return
+
+    def _compute_routing(router: Any, *args: Any, **named: Any) -> Any:
+        corrected = router.e_score_correction_bias is not None and router.scoring_func == "softmax"
+        if corrected and not router.use_grouped_topk and router.custom_routing_function is None:
+            router.use_grouped_topk, router.num_expert_group, router.topk_group = True, 1, 1
+        return original(router, *args, **named)
+
+    _compute_routing.flexmoe = True  # type: ignore[attr-defined]
+    CPURouter._compute_routing = _compute_routing
+
+
 def patch_runner() -> None:
     """Before every run of the model, tell `batch` the budget of each token."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner

@@ -2,7 +2,8 @@
 
 Three things can be served: a ragged export (its config.json says everything), a family
 (``--quantization flexmoe``; ``flexmoe.json`` lies beside the weights) and an untouched base model
-with a plan alone (``--hf-overrides`` names the plan, see `flexmoe.serve.vllm.launch`).
+with a plan alone (``--hf-overrides`` names the plan, see `flexmoe.serve.vllm.launch`). The last
+two, and a model without any plan, can have the tasks of a pattern store beside the budgets.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.family import check_base, find_folder
 from flexmoe.hf import FORMAT
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
+from flexmoe.premoe import Pattern, Store
+from flexmoe.premoe.store import fingerprint_of
 from flexmoe.serve.ids import label
+from flexmoe.serve.tasks import widths_of
 from flexmoe.serve.vllm import compat
 
 
 @dataclass(frozen=True)
 class LayerTable:
-    """Widths of one MoE layer's experts. ``width_BE`` int32, one row a budget served;
+    """Widths of one MoE layer's experts. ``width_BE`` int32, one row a budget or task served;
     ``stored_E`` what is in memory, ``in_file_E`` what the checkpoint has; ``order_EI`` where the
     checkpoint's channels must be put in order while loading."""
 
@@ -44,13 +48,16 @@ class LayerTable:
 
 
 class FlexmoeConfig(QuantizationConfig):
-    """``shares`` are the budgets served, richest first; no channel beyond the richest is kept."""
+    """``shares`` are the budgets served, richest first; no channel beyond the richest is kept.
+    ``tasks`` are those of the pattern store, ``planned`` whether there is a plan."""
 
     def __init__(self, asked: dict[str, Any]):
         super().__init__()
         self.asked = asked
         self.folder: str | None = None
         self.shares: tuple[float, ...] = ()
+        self.tasks: tuple[str, ...] = ()
+        self.planned = True
         if "widths" in asked:  # a ragged export: one member
             if asked.get("format") != FORMAT:
                 raise FlexmoeError(
@@ -84,7 +91,23 @@ class FlexmoeConfig(QuantizationConfig):
         before any worker starts, so what is wrong with the plan is said here."""
         if self.shares:
             return
-        self.folder = str(find_folder(self.asked.get("plan") or model_name))
+        folder = find_folder(self.asked.get("plan") or model_name)
+        self.folder, store = str(folder), self.asked.get("patterns")
+        self.planned = (folder / JSON_NAME).is_file() or store is None
+        if self.planned:
+            self.shares = self._planned_shares(model_name, hf_config)
+        else:
+            self.shares = (0.0,)
+        if store is not None:
+            if self.shares[0]:
+                raise FlexmoeError("tasks need the full model: serve budget 0, too")
+            patterns = load_patterns(store)
+            if not self.planned:
+                Store(store).check_weights(fingerprint_of(model_name), model_name)
+            self.tasks = tuple(pattern.task for pattern in patterns)
+
+    def _planned_shares(self, model_name: str, hf_config: Any) -> tuple[float, ...]:
+        assert self.folder is not None
         plan = load_plan(self.folder)
         plan.check_router_kept("a server switches widths and no routers")
         if not is_ranked(self.folder):
@@ -95,14 +118,16 @@ class FlexmoeConfig(QuantizationConfig):
                 f"{model_name} has '{hf_config.model_type}'"
             )
         asked = self.asked.get("shares", plan.budgets)
-        self.shares = tuple(sorted(float(share) for share in asked))
-        for share in self.shares:
+        shares = tuple(sorted(float(share) for share in asked))
+        for share in shares:
             plan.widths(share)  # refuses what is out of reach
+        return shares
 
     @cached_property
     def rows(self) -> dict[str, int]:
-        """Row of the width tables for each budget served, richest first."""
-        return {label(share): row for row, share in enumerate(self.shares)}
+        """Row of the width tables for each budget served, richest first, and then each task."""
+        names = [*map(label, self.shares), *self.tasks]
+        return {name: row for row, name in enumerate(names)}
 
     def layer(self, index: int) -> LayerTable | None:
         """Widths of decoder layer ``index``; None where the plan has none."""
@@ -112,16 +137,24 @@ class FlexmoeConfig(QuantizationConfig):
                 return None
             width_E = torch.tensor(found, dtype=torch.int32, device="cpu")
             return LayerTable(width_E[None], width_E, width_E, None, self.asked.get("quantum", 1))
-        plan = load_plan(self.folder)
-        if index not in plan.layers:
+        plan = load_plan(self.folder) if self.planned else None
+        layers = plan.layers if plan else load_patterns(self.asked["patterns"])[0].layers
+        if index not in layers:
             return None
-        width_BE = torch.stack([widths(self.folder, share)[index] for share in self.shares])
+        shape = layers[index]
+        full_E = torch.full((shape.experts,), shape.channels, dtype=torch.int32, device="cpu")
+        rows = [widths(self.folder, s)[index] if plan else full_E for s in self.shares]
+        rows += [
+            task_widths(self.asked["patterns"], task, self.asked["keep"])[index]
+            for task in self.tasks
+        ]
+        width_BE = torch.stack(rows).int()
         return LayerTable(
             width_BE=width_BE,
             stored_E=width_BE[0],
-            in_file_E=torch.full_like(width_BE[0], plan.layers[index].channels),
-            order_EI=None if is_ranked(self.folder) else plan.order[index],
-            quantum=plan.quantum,
+            in_file_E=full_E,
+            order_EI=plan.order[index] if plan and not is_ranked(self.folder) else None,
+            quantum=plan.quantum if plan else 1,
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -130,6 +163,7 @@ class FlexmoeConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             compat.check_run(get_current_vllm_config())
             compat.mend_rotary_on_cpu()
+            compat.mend_router_on_cpu()
             index = extract_layer_index(prefix)
             table = self.layer(index)
             return table and FlexmoeExperts(layer.moe_config, table, prefix)
@@ -149,3 +183,13 @@ def widths(folder: str, share: float) -> dict[int, Tensor]:
 @lru_cache(maxsize=4)
 def is_ranked(folder: str) -> bool:
     return read_manifest(folder).ranked
+
+
+@lru_cache(maxsize=4)
+def load_patterns(store: str) -> list[Pattern]:
+    return Store(store).load_all()
+
+
+@cache
+def task_widths(store: str, task: str, keep: float) -> dict[int, Tensor]:
+    return widths_of(next(p for p in load_patterns(store) if p.task == task), keep)

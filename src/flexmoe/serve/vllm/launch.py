@@ -8,12 +8,10 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from flexmoe.checkpoint import resolve
 from flexmoe.errors import FlexmoeError
-from flexmoe.family import find_folder
+from flexmoe.family import find_folder, find_weights
 from flexmoe.plan import JSON_NAME, read_manifest
 from flexmoe.serve.engine import ServeSettings
-from flexmoe.serve.vllm import compat
 from flexmoe.serve.vllm.endpoint import SETTINGS, FlexmoeEndpoint
 
 # what `flexmoe serve` sets, and vLLM's option for it
@@ -29,29 +27,30 @@ OURS = (
 )
 
 
-def launch(settings: ServeSettings, more: Sequence[str] = ()) -> None:
-    """Become vLLM's server; ``more`` are options of vLLM's own. Does not return: signals and the
-    exit code are vLLM's. Raises `FlexmoeError` for a vLLM that is missing or not one we know."""
-    compat.check_version()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    os.execve(sys.executable, command + arguments(settings, more), environment(settings))
+def launch(settings: ServeSettings, options: Sequence[str]) -> None:
+    """Become vLLM's server, with the `arguments`. Does not return: signals and the exit code are
+    vLLM's."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options]
+    os.execve(sys.executable, command, environment(settings))
 
 
 def arguments(settings: ServeSettings, more: Sequence[str] = ()) -> list[str]:
-    """vLLM's command line for these settings."""
+    """vLLM's command line for these settings; ``more`` are options of vLLM's own. Raises
+    `FlexmoeError` for what cannot be."""
     check_options(more)
     if settings.device != "auto":
         raise FlexmoeError("vLLM chooses its device itself: leave --device out")
     folder = find_folder(settings.model)
     model, overrides = settings.model, {}
+    asked: dict[str, object] = {}
+    if settings.patterns is not None:
+        asked |= {"patterns": settings.patterns, "keep": settings.keep}
     if (folder / JSON_NAME).is_file():
-        asked: dict[str, object] = {"quant_method": "flexmoe"}
         asked["shares"] = [member.pruned for member in settings.members]
-        manifest = read_manifest(folder)
-        if not manifest.ranked:
-            base = settings.base or manifest.recipe.base_model
-            model, asked["plan"] = str(resolve(base)), str(folder)
-        overrides = {"quantization_config": asked}
+        if not read_manifest(folder).ranked:
+            model, asked["plan"] = str(find_weights(folder, settings.base)), str(folder)
+    if asked:
+        overrides = {"quantization_config": {"quant_method": "flexmoe", **asked}}
     found = ["--model", model, "--served-model-name", settings.name]
     found += ["--host", settings.host, "--port", str(settings.port), "--dtype", settings.dtype]
     if overrides:

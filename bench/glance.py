@@ -1,0 +1,99 @@
+"""How long `flexmoe doctor` takes to say what a checkpoint is, and to say everything.
+
+    python bench/glance.py             # writes results/glance.json
+
+The shipped model, and Qwen3-30B-A3B's config with the headers of its 18,867 tensors: files of their
+full size without a byte of weights on the disk. Each is looked at several times in processes of
+their own, and the fastest counts: seconds of the clock and of the processor from the start of
+Python to the first line that waits for transformers, and to the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+
+from common import save
+from flexmoe.checkpoint import INDEX_NAME
+from flexmoe.data import TINY
+
+RUNS = 3
+WAITS = "loading transformers"  # how the line begins
+
+
+def write_headers(folder: Path, shard_bytes: int = 4 * 10**9) -> int:
+    """Qwen3-30B-A3B with holes for weights; the number of its tensors."""
+    config = Qwen3MoeConfig(
+        vocab_size=151936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768,
+        num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+        num_experts=128, num_experts_per_tok=8, max_position_embeddings=40960, dtype="bfloat16",
+        norm_topk_prob=True,
+    )  # fmt: skip
+    shutil.copytree(TINY / "model", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config.architectures = ["Qwen3MoeForCausalLM"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(config)
+    stored = revert_weight_conversion(model, dict(model.state_dict()))
+    shapes = {name: list(tensor.shape) for name, tensor in stored.items()}
+    weight_map, header, end, number = {}, dict[str, Any](), 0, 1
+    for name, shape in shapes.items():
+        size = 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        weight_map[name] = f"model-{number:05}.safetensors"
+        end += size
+        if end > shard_bytes or len(weight_map) == len(shapes):
+            text = json.dumps(header).encode()
+            with (folder / weight_map[name]).open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                file.truncate(8 + len(text) + end)  # a hole: no disk is taken
+            header, end, number = {}, 0, number + 1
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return len(shapes)
+
+
+def timed(model: str) -> dict[str, float]:
+    """One look: seconds until the description stands there, and until the end."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flexmoe", "doctor", model], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    found: dict[str, float] = {}
+    for line in process.stdout:
+        if line.startswith(WAITS):
+            used = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            found["first_seconds"] = time.perf_counter() - start
+            found["first_cpu_seconds"] = (int(used[11]) + int(used[12])) / os.sysconf("SC_CLK_TCK")
+    _, _, usage = os.wait4(process.pid, 0)
+    found["seconds"] = time.perf_counter() - start
+    found["cpu_seconds"] = usage.ru_utime + usage.ru_stime
+    return found
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        large = Path(folder) / "large"
+        tensors = write_headers(large)
+        models = {"tiny": "tiny", "Qwen3-30B-A3B": str(large)}
+        rows = {}
+        for name, path in models.items():
+            looks = [timed(path) for _ in range(RUNS)]
+            rows[name] = {key: min(look[key] for look in looks) for key in looks[0]}
+            print(name, rows[name], flush=True)
+    save("glance", {"runs": RUNS, "tensors": tensors, "models": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""What of the served model is in memory, and the widths that fit in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flexmoe import elastic
+from flexmoe.experts import expert_layers
+
+
+class Memory:
+    """``widths``: channels of every expert [E], by layer, for each row of the width tables (budgets
+    rich to poor, then tasks). Writes the tables beside the experts modules."""
+
+    def __init__(self, model: PreTrainedModel, widths: Sequence[dict[int, Tensor]]):
+        self.model, self.widths, self.row = model, widths, 0
+        self._write(None)
+
+    def keep(self, row: int) -> int:
+        """Have in memory what the budget in this row needs, and no more; returns the bytes given
+        back, negative where some were read again. Other threads may go on computing."""
+        read = elastic.restore(self.model) if row < self.row else 0
+        # before the channels go: a request whose client has left may run for some steps yet
+        self._write(row)
+        self.row = row
+        return elastic.release(self.model) - read
+
+    def _write(self, row: int | None) -> None:
+        for layer in expert_layers(self.model):
+            rows = [width[layer.index] for width in self.widths]
+            if row is not None:
+                rows = [torch.minimum(width_E, rows[row]) for width_E in rows]
+                layer.module.flexmoe_width_E = rows[row].tolist()
+            layer.module.flexmoe_width_BE = [width_E.tolist() for width_E in rows]

@@ -1,0 +1,114 @@
+"""Doctor's first answer, without torch: it says what transformers' own classes say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flexmoe.checkpoint import resolve
+from flexmoe.cli import app
+from flexmoe.doctor.diagnosis import examine
+from flexmoe.doctor.found import Diagnosis
+from flexmoe.doctor.glance import TABLE, glance
+from test_doctor import saved
+from zoo import DECODERS, model_class, tiny_config
+
+KNOWN = json.loads(TABLE.read_text())["architectures"]
+REFUSED = {"ernie4_5_vl_moe"}  # two groups of routed experts in a layer
+
+
+def test_every_architecture_that_works_is_known() -> None:
+    assert set(KNOWN) == set(DECODERS) - REFUSED
+
+
+class Described(Exception):
+    """Stops `examine` before it counts what jobs need."""
+
+
+def described(source: Path) -> Diagnosis:
+    """What `examine` says that a checkpoint is."""
+
+    def stop(found: Diagnosis) -> None:
+        raise Described(found)
+
+    with pytest.raises(Described) as told:
+        examine(source, described=stop)
+    return told.value.args[0]
+
+
+@pytest.mark.parametrize("model_type", sorted(KNOWN))
+def test_it_agrees_with_the_class_of_transformers(model_type: str, tmp_path: Path) -> None:
+    source = saved(model_type, tmp_path)
+    first = glance(source)
+    assert first.problems == [] and first.layers
+    assert first.same_as(described(source))
+
+
+# Values that real checkpoints have and tiny ones do not, one architecture each.
+OTHERS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": dict(first_k_dense_replace=1, q_lora_rank=None, n_shared_experts=2),
+    "qwen3_moe": dict(mlp_only_layers=[1], attention_bias=True, tie_word_embeddings=True),
+    "qwen2_moe": dict(decoder_sparse_step=2, hidden_act="gelu_pytorch_tanh"),
+    "olmoe": dict(num_experts_per_tok=1, tie_word_embeddings=True),
+    "glm4_moe": dict(use_qk_norm=True, first_k_dense_replace=1),
+}
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_it_agrees_for_other_settings(model_type: str, tmp_path: Path) -> None:
+    config = tiny_config(model_type)
+    for name, value in {**OTHERS[model_type], "vocab_size": 4096}.items():
+        setattr(config, name, value)
+    model_class(model_type)(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve("tiny") / name, tmp_path / name)
+    first = glance(tmp_path)
+    assert first.problems == [] and first.layers
+    assert first.same_as(described(tmp_path))
+
+
+def test_what_it_does_not_know_it_leaves_to_transformers(tmp_path: Path) -> None:
+    source = saved("olmoe", tmp_path)
+    text = (source / "config.json").read_text()
+    for change in (
+        ("OlmoeForCausalLM", "Other"),
+        ('"olmoe"', '"other"'),
+        ('"num_hidden_layers": 2', '"num_hidden_layers": 1'),
+        ('"num_experts_per_tok": 2', '"num_experts_per_tok": 20'),
+    ):
+        assert change[0] in text
+        (source / "config.json").write_text(text.replace(*change))
+        assert glance(source).layers == [] and glance(source).problems == []
+    (source / "config.json").write_text(text)
+    shard = source / "model.safetensors"
+    shard.write_bytes(shard.read_bytes().replace(b"self_attn.q_proj", b"self_attn.z_proj", 1))
+    assert glance(source).layers == []
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (problem,) = glance(source).problems
+    assert "cut short" in problem
+
+
+def test_nothing_heavy_is_imported_for_it() -> None:
+    code = """
+import sys
+import flexmoe.cli
+from flexmoe.doctor.glance import glance
+from flexmoe.reports.report import size
+assert glance("tiny").layers
+assert not {"torch", "transformers", "numpy", "pandas"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_its_description_comes_first_and_only_once() -> None:
+    done = CliRunner().invoke(app, ["doctor", "tiny"])
+    assert done.exit_code == 0, done.output
+    assert done.output.count("MoE layers") == 1
+    assert done.output.index("MoE layers") < done.output.index("loading transformers")
