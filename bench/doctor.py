@@ -78,6 +78,7 @@ def worker(job: str, root: Path) -> None:
     from flexmoe.doctor.estimates import Estimator
     from flexmoe.exporter import export
     from flexmoe.learn import LearnConfig
+    from flexmoe.memory import give_back
     from flexmoe.pipeline import CompressConfig, compress
     from flexmoe.recover import recover
     from flexmoe.recover_config import RecoverConfig
@@ -97,6 +98,7 @@ def worker(job: str, root: Path) -> None:
         found = examine(family)
         need = next(need for need in found.needs if need.job.endswith(job))
     gc.collect()
+    give_back()  # what is free but kept would be counted as held before
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before, start = resident("VmRSS"), time.perf_counter()
     if first:

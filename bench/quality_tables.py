@@ -87,10 +87,10 @@ def redundancy() -> str:
                 if (row["model"], row["recipe"], row["seed"]) == (model, plan, 0)
             ]
             losses = " | ".join(f"{row[s]:.4f}" for s in shares)
-            kept = f"{_share(half, 'ratio')} | {_share(half, 'margin_ratio')}"
-            lines.append(
-                f"| {model} | {shape} | {plan} | {losses} | {kept if plan == 'learned' else ' | '} |"
-            )
+            kept = " | "
+            if plan == "learned":
+                kept = f"{_share(half, 'ratio')} | {_share(half, 'margin_ratio')}"
+            lines.append(f"| {model} | {shape} | {plan} | {losses} | {kept} |")
     note = "Increase of the held-out loss, seed 0, plans alone; pairs as in the table of pairs. "
     return "\n".join([*lines, "", note + measured_on(found, "python bench/family.py plans MODEL")])
 

@@ -196,7 +196,7 @@ def test_the_closed_form_layer_by_layer_goes_on_after_a_kill(family, tmp_path):
             if description == "refit":
                 if len(taken) == kill_at:
                     raise KeyboardInterrupt
-                taken.append(item[1])
+                taken.append(item)
             yield item
 
     with pytest.raises(KeyboardInterrupt):
