@@ -24,7 +24,7 @@ from flexmoe.statistics import LayerStatistics, Pairs, statistic
 SAME = 1e-3  # relative: the router as it is rebuilt here against the model's own, also in bf16
 
 
-@statistic("subset_loss_C", when="batch", reads=("router", "target"))
+@statistic("subset_loss_C", when="batch", reads=("router", "target"), whole=True)
 def subset_loss(pairs: Pairs) -> Tensor:
     """Norm of the change of the layer's output for every subset (bit e: expert e is kept); infinite
     for those with too few experts to choose from [C]."""
