@@ -95,6 +95,24 @@ def test_what_it_does_not_know_it_leaves_to_transformers(tmp_path: Path) -> None
     assert "cut short" in problem
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("config.json", b'"num_hidden_layers": 2', b'"num_hidden_layers": "2"'),
+        ("config.json", b'"hidden_act": "silu"', b'"hidden_act": ["silu"]'),
+        ("model.safetensors", b'"dtype":"F32"', b'"dtype":"F30"'),
+    ],
+)
+def test_nonsense_is_left_to_transformers(change: tuple[str, bytes, bytes], tmp_path: Path) -> None:
+    source = saved("olmoe", tmp_path)
+    name, before, after = change
+    content = (source / name).read_bytes()
+    assert before in content
+    (source / name).write_bytes(content.replace(before, after))
+    first = glance(source)
+    assert first.model_type == "olmoe" and first.layers == []
+
+
 def test_nothing_heavy_is_imported_for_it() -> None:
     code = """
 import sys

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -243,6 +244,23 @@ def test_the_same_bits_with_any_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(out, found[0]) for out in found)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_two_threads_at_once_do_not_meet(dtype):
+    """Memory is kept between calls: that of one thread must not be another's."""
+    if cpu._library()[0] is None:
+        pytest.skip("no compiler or no AVX2")
+    weights = make([17, 32, 5, 40], 48, dtype)
+    width_BE = torch.tensor([[17, 20, 5, 33]]).int()
+    calls = [(tokens(T, 48, dtype), *route(T, 4, 2), weights, width_BE) for T in (1, 7, 40)]
+    alone = [experts(*call, backend="cpu") for call in calls]
+
+    def run(n):
+        return all(torch.equal(experts(*calls[n], backend="cpu"), alone[n]) for _ in range(300))
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        assert all(pool.map(run, range(len(calls))))
 
 
 def test_experts_of_many_tokens_go_to_torch(monkeypatch):

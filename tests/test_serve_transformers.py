@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flexmoe
+from flexmoe import elastic
 from flexmoe.data import TINY
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
@@ -171,6 +172,26 @@ def test_memory_goes_and_comes_back_over_http(made, expected):
     assert refused.status_code == 503 and "not in memory" in refused.json()["error"]["message"]
     assert dial(budget="0")["released_bytes"] == 0 and expert_bytes(model) == whole
     assert {b: ask(b) for b in BUDGETS} == wanted
+    server.generation.shutdown()
+
+
+def test_what_was_read_of_weights_that_do_not_fit_goes_again(made, expected, monkeypatch):
+    server, read = Server(made[0] / "plan"), elastic._read
+    model = server.app.state.engine.memory.model
+    wish = {"budget": "40", "release": True}
+    server.ask(wish, path="/flexmoe/budget")
+    small, last = expert_bytes(model), max(layer.index for layer in expert_layers(model))
+
+    def out_of_memory(layer, *others):
+        if layer.index == last:
+            raise RuntimeError("out of memory")
+        return read(layer, *others)
+
+    monkeypatch.setattr(elastic, "_read", out_of_memory)
+    (answer,) = server.ask({"budget": "20"}, path="/flexmoe/budget")
+    assert answer.status_code == 503 and "out of memory" in answer.json()["error"]["message"]
+    assert expert_bytes(model) == small
+    assert server.text(body("40", PROMPTS[0])) == [expected["40", PROMPTS[0]]]
     server.generation.shutdown()
 
 

@@ -276,6 +276,22 @@ def test_a_source_without_a_window_is_left_out(tmp_path):
     assert list(got.sources) == list(gather(model, some, NAMES).sources) == ["a", "b"]
 
 
+def test_what_looks_at_whole_batches_gets_whole_batches(tmp_path, monkeypatch):
+    path = checkpoint("qwen3_moe", tmp_path / "base")
+    needs = ["weight_slope_EI", "subset_loss_C"]
+    model = load_stock(path, device="cpu", dtype=torch.float32)
+    got = streamed(path, tmp_path / "work", needs, batch_size=2, micro_batch=1).mixed()
+    for i, stats in gather(model, windows(), needs, batch_size=2).mixed().items():
+        for name in needs:
+            assert torch.allclose(got[i][name], stats[name], rtol=1e-3, atol=1e-9), name
+    sizes = {"micro_batch": torch.tensor(1), "chunk": torch.tensor(5)}
+    monkeypatch.setattr("flexmoe.streamed.fit.pick_sizes", lambda *_: sizes)
+    with LayerLoader(path, CPU, torch.float32) as loader:
+        with pytest.raises(FlexmoeError, match=r"of 2 windows 1 fit .* use --batch-size 1"):
+            how = {"batch_size": 2, "saved": saved(tmp_path / "other")}
+            gather_within(2 * held(CPU), loader, windows(), needs, **how)
+
+
 def test_every_statistic_of_every_method_in_all_their_passes(tmp_path):
     """Of the router, the residual stream and those that come after others, too."""
     path = checkpoint("qwen3_moe", tmp_path / "base")

@@ -164,6 +164,8 @@ def _read(
 
 def _swap(module: nn.Module, parameters: dict[str, Tensor], **attributes: Any) -> None:
     """Put these in the place of what ``module`` has; None takes an attribute away."""
+    before = dict(module.named_parameters(recurse=False))
+    _finish(module.down_proj.device)  # other threads may compute on streams of their own
     with STORAGE:
         for name, tensor in parameters.items():
             learns = getattr(module, name).requires_grad
@@ -173,6 +175,13 @@ def _swap(module: nn.Module, parameters: dict[str, Tensor], **attributes: Any) -
                 delattr(module, name)
             else:
                 setattr(module, name, value)
+    _finish(module.down_proj.device)  # what began with the parameters before: they go now
+    before.clear()
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _stored_bytes(model: PreTrainedModel) -> int:

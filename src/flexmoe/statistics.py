@@ -38,7 +38,8 @@ class Statistic:
     themselves; ``weights`` ones map (weight, gradient of the batch-mean loss), both [E, I, ...], to
     [E, I] once a batch. ``merge``: ``sum`` or ``max``. ``reads``: ``router``, ``residual``, ``ids``
     and ``target``, if the function looks at them. ``after``: statistics that must be known before;
-    the function gets the `LayerStatistics` of an earlier pass as second argument.
+    the function gets the `LayerStatistics` of an earlier pass as second argument. ``whole``: a
+    ``batch`` one that is no sum over tokens, so that a batch never goes in parts.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Statistic:
     function: Callable[..., Tensor]
     reads: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    whole: bool = False
 
     def zeros(self, layer: ExpertLayer) -> Tensor:
         """Its value [E, ...] before any token."""
@@ -75,6 +77,7 @@ def statistic(
     merge: str = "sum",
     reads: tuple[str, ...] = (),
     after: tuple[str, ...] = (),
+    whole: bool = False,
 ) -> Callable:
     """Declare a statistic (see `Statistic`); methods ask for it by name in ``needs``."""
     known = {"forward", "backward", "batch", "weights"}
@@ -90,7 +93,7 @@ def statistic(
         )
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        STATISTICS[name] = Statistic(name, when, merge, function, reads, after)
+        STATISTICS[name] = Statistic(name, when, merge, function, reads, after, whole)
         return function
 
     return register
@@ -279,12 +282,14 @@ def watched(
     Forward only when nothing asks for gradients. All weights are frozen but those a ``weights``
     statistic needs, so the backward pass is cheaper than a plain one. The loss is the sum over
     tokens: a token counts the same in any batch. Where memory runs out a batch goes in parts,
-    except for ``weights`` statistics, which look at the gradient of the whole batch.
+    except for ``weights`` statistics, which look at the gradient of the whole batch, and those that
+    are ``whole``.
     """
     layers = expert_layers(model)
     observers = [Observer(layer, wanted, earlier.get(layer.index)) for layer in layers]
     backward = goes_backward(wanted)
     of_weights = any(s.when == "weights" for s in wanted)
+    in_one = of_weights or any(s.whole for s in wanted)
     trainable = {p for p in model.parameters() if p.requires_grad}
     handles, tokens, micro = [], 1, MicroBatch(sys.maxsize)
     model.requires_grad_(False)
@@ -321,7 +326,7 @@ def watched(
                 if backward:
                     loss.backward()
 
-        if of_weights or is_sharded(model):  # gradients of a batch, or calls made by all together
+        if in_one or is_sharded(model):  # a batch as it is, or calls made by all together
             run(len(ids))
         else:
             micro.run(run, len(ids))

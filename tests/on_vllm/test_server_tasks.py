@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,10 @@ import httpx2
 from served import BUDGETS, KEEP, TASKS, make, prompts
 from test_server import NAME, Server, answer, body
 
+from flexmoe.errors import FlexmoeError
+from flexmoe.premoe import Store
 from flexmoe.serve.ids import label
+from flexmoe.serve.vllm.config import FlexmoeConfig
 
 LABELS = [label(share) for share in BUDGETS]
 
@@ -50,6 +55,28 @@ def test_tasks_are_model_ids_beside_the_budgets(client, tokens) -> None:
     for row in (*TASKS, "40"):
         for n in range(3):
             assert answer(client, f"moe:{row}", prompts()[n]) == tokens[row][n]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep": None}, "keep is None: expected the share"),
+        ({"keep": 1.5}, "1.5"),
+        ({"weights": "0" * 64}, "is a store of another model"),
+    ],
+)
+def test_what_is_wrong_with_tasks_is_said_before_workers_start(
+    folder, tmp_path, change, message
+) -> None:
+    """Of `vllm serve` alone, too, which no `flexmoe serve` has checked."""
+    shutil.copytree(folder / "patterns", tmp_path / "patterns")
+    asked = {"patterns": str(tmp_path / "patterns"), "keep": change.get("keep", KEEP)}
+    if weights := change.get("weights"):
+        for pattern in Store(tmp_path / "patterns").load_all():
+            recipe = pattern.recipe.model_copy(update={"weights_sha256": weights})
+            replace(pattern, recipe=recipe).save(tmp_path / "patterns")
+    with pytest.raises(FlexmoeError, match=message):
+        FlexmoeConfig(asked).maybe_update_config(str(folder / "family"))
 
 
 def test_the_prefix_cache_never_mixes_tasks(client) -> None:

@@ -55,8 +55,11 @@ def glance(model: str | Path) -> Diagnosis:
     table = json.loads(TABLE.read_bytes())
     known = table["architectures"].get(found.model_type)
     if headers and known and not config.get("quantization_config"):
-        if known["class"] in (config.get("architectures") or []):
-            _describe(found, headers, known, table["activations"])
+        try:
+            if known["class"] in (config.get("architectures") or []):
+                _describe(found, headers, known, table["activations"])
+        except (LookupError, TypeError, ValueError):
+            found.layers = []  # values of other kinds than any class takes: transformers says which
     return found
 
 

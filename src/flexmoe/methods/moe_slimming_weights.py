@@ -35,7 +35,7 @@ def input2(pairs: Pairs) -> Tensor:
     return pairs.all.x_TH[pairs.token_S].float().square()
 
 
-@statistic("weight_slope_EI", when="batch", reads=("residual",))
+@statistic("weight_slope_EI", when="batch", reads=("residual",), whole=True)
 def weight_slope(pairs: Pairs) -> Tensor:
     """Sum of |weight x its gradient| over a channel's row, mean over matrices [E, I]."""
     assert pairs.layer is not None

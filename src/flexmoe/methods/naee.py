@@ -24,7 +24,7 @@ from flexmoe.statistics import LayerStatistics, Pairs, statistic
 SAME = 1e-3  # relative: the router as it is rebuilt here against the model's own, also in bf16
 
 
-@statistic("subset_loss_C", when="batch", reads=("router", "target"))
+@statistic("subset_loss_C", when="batch", reads=("router", "target"), whole=True)
 def subset_loss(pairs: Pairs) -> Tensor:
     """Norm of the change of the layer's output for every subset (bit e: expert e is kept); infinite
     for those with too few experts to choose from [C]."""
@@ -40,7 +40,7 @@ def subset_loss(pairs: Pairs) -> Tensor:
             for e in range(E)
         ],
         1,
-    ).double()
+    )
     sums_to_one = torch.allclose(seen.weight_TK.float().sum(1), torch.ones(()).to(one_T1.device))
     share_TE = pairs.logits_TE.double().softmax(1)
     weight_TK, index_TK = share_TE.topk(K)
@@ -79,7 +79,7 @@ class Subsets:
 
     def change(self, share_TE: Tensor, y_TEH: Tensor, from_TH: Tensor) -> Tensor:
         """Norm of ``from_TH`` less the output of each subset [C], of the experts' outputs ``y_TEH``
-        and the router's softmax ``share_TE``, all in float64."""
+        and the router's softmax ``share_TE``; computed in float64."""
         at_once = max(1, 2**22 // 2**self.E)
         parts = zip(*(t.split(at_once) for t in (share_TE, y_TEH, from_TH)), strict=True)
         square_C = sum(self._squares(*part) for part in parts)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flexmoe.checkpoint import EXPORT_NAME
 from flexmoe.errors import FlexmoeError
 from flexmoe.family import find_folder
-from flexmoe.plan import JSON_NAME, read_manifest
+from flexmoe.plan import JSON_NAME, Recipe, read_manifest
 from flexmoe.premoe import Match, Pattern, Store, compile_plan, retrieve
 from flexmoe.premoe.store import fingerprint_of
 from flexmoe.serve.engine import ServedMember, ServedTask, ServeSettings
@@ -37,13 +37,7 @@ def served_tasks(
             "--patterns needs the full model, which answers where no task is near: serve the model "
             "itself or a family, with budget 0 among --budgets"
         )
-    recipe = read_manifest(folder).recipe if family else None
-    if recipe is not None and recipe.recovery:
-        raise FlexmoeError(
-            f"'{model}' has recovered weights, and patterns are of those it was made from: serve "
-            "that family, or the model itself"
-        )
-    store.check_weights(fingerprint_of(model) if recipe is None else recipe.weights_sha256, model)
+    check_store(store, model, read_manifest(folder).recipe if family else None)
     tasks = []
     for pattern in found:
         plan = compile_plan([pattern], keep)
@@ -57,6 +51,17 @@ def served_tasks(
             )
         )
     return tuple(tasks)
+
+
+def check_store(store: Store, model: str, recipe: Recipe | None) -> None:
+    """`FlexmoeError` unless the patterns of ``store`` are of the weights of ``model``; of those it
+    was made from where it has the ``recipe`` of a family or plan."""
+    if recipe is not None and recipe.recovery:
+        raise FlexmoeError(
+            f"'{model}' has recovered weights, and patterns are of those it was made from: serve "
+            "that family, or the model itself"
+        )
+    store.check_weights(fingerprint_of(model) if recipe is None else recipe.weights_sha256, model)
 
 
 def load_patterns(settings: ServeSettings) -> list[Pattern]:

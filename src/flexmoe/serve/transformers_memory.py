@@ -9,7 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flexmoe import elastic
+from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
+from flexmoe.headers import one_line
 
 
 class Memory:
@@ -22,12 +24,22 @@ class Memory:
 
     def keep(self, row: int) -> int:
         """Have in memory what the budget in this row needs, and no more; returns the bytes given
-        back, negative where some were read again. Other threads may go on computing."""
-        read = elastic.restore(self.model) if row < self.row else 0
+        back, negative where some were read again. Other threads may go on computing. A
+        `FlexmoeError` where they cannot be read: what had been read until then goes again."""
+        read = self._restore() if row < self.row else 0
         # before the channels go: a request whose client has left may run for some steps yet
         self._write(row)
         self.row = row
         return elastic.release(self.model) - read
+
+    def _restore(self) -> int:
+        try:
+            return elastic.restore(self.model)
+        except (FlexmoeError, MemoryError, OSError, RuntimeError) as error:  # torch's for memory
+            elastic.release(self.model)
+            if isinstance(error, FlexmoeError):
+                raise
+            raise FlexmoeError(f"the weights could not be read again: {one_line(error)}") from error
 
     def _write(self, row: int | None) -> None:
         for layer in expert_layers(self.model):

@@ -20,7 +20,7 @@ from flexmoe.evidence import Evidence
 from flexmoe.memory import MicroBatch, MostHeld, gib, held
 from flexmoe.progress import Track, silent
 from flexmoe.resume import Saved
-from flexmoe.statistics import passes
+from flexmoe.statistics import find_statistics, passes
 from flexmoe.streamed.activations import Activations
 from flexmoe.streamed.layer_loader import LayerLoader
 from flexmoe.streamed.streaming import Pass, gather_streamed
@@ -66,8 +66,8 @@ def gather_within(
     track: Track = silent,
 ) -> Evidence:
     """`gather_streamed` with as many windows of a batch, and tokens at the head, at a time as fit
-    into ``memory`` bytes. Raises `FlexmoeError` if one window does not fit, or the disk is too
-    small for the activations."""
+    into ``memory`` bytes. Raises `FlexmoeError` if one window does not fit (or one batch, of
+    statistics that look at whole ones), or the disk is too small for the activations."""
     kept = saved.work.stage("sizes")
     if (state := kept.load()) is None:  # measured once: with other sizes sums would round otherwise
         # of several passes the first one is the largest: what comes after is of whole experts
@@ -79,12 +79,18 @@ def gather_within(
         folder = saved.work.path / "rehearsal"
         state = 0, pick_sizes(memory, loader, windows, make, batch_size, folder)
         kept.save(*state)
+    fit, size = int(state[1]["micro_batch"]), min(batch_size, len(windows.ids))
+    if fit < size and (whole := [s.name for s in find_statistics(names) if s.whole]):
+        raise FlexmoeError(
+            f"{whole[0]} looks at batches as a whole, and of {size} windows {fit} fit into "
+            f"{gib(memory)} at a time: use --batch-size {fit}, or a larger --memory"
+        )
     return gather_streamed(
         loader,
         windows,
         names,
         batch_size=batch_size,
-        micro_batch=int(state[1]["micro_batch"]),
+        micro_batch=fit,
         chunk=int(state[1]["chunk"]),
         seed=seed,
         saved=saved,

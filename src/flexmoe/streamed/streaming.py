@@ -5,7 +5,7 @@ other, so that a layer's weights are read once. What a layer gives for each wind
 file and read as what the next one gets. Gradients go the same way back: the last norm and the head
 give the gradient at the last layer's output, then every layer is run again from its stored input
 with the graph recorded, and passes the gradient on. The sums are those of `statistics.observe`
-but for the rounding of other micro-batches.
+but for the rounding of other micro-batches; statistics of whole batches get these.
 """
 
 from __future__ import annotations
@@ -291,7 +291,10 @@ class Pass:
             for part in _split(batch.places, size):
                 work(part)
 
-        self.micro.run(run, len(batch.places))
+        if observer is not None and any(s.whole for s in self.wanted):
+            run(len(batch.places))
+        else:
+            self.micro.run(run, len(batch.places))
 
 
 def _leaves(output: Output) -> Output:

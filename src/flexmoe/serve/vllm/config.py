@@ -28,9 +28,8 @@ from flexmoe.family import check_base, find_folder
 from flexmoe.hf import FORMAT
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.premoe import Pattern, Store
-from flexmoe.premoe.store import fingerprint_of
 from flexmoe.serve.ids import label
-from flexmoe.serve.tasks import widths_of
+from flexmoe.serve.tasks import check_store, widths_of
 from flexmoe.serve.vllm import compat
 
 
@@ -101,10 +100,17 @@ class FlexmoeConfig(QuantizationConfig):
         if store is not None:
             if self.shares[0]:
                 raise FlexmoeError("tasks need the full model: serve budget 0, too")
-            patterns = load_patterns(store)
-            if not self.planned:
-                Store(store).check_weights(fingerprint_of(model_name), model_name)
-            self.tasks = tuple(pattern.task for pattern in patterns)
+            keep = self.asked.get("keep")
+            if not isinstance(keep, int | float):
+                raise FlexmoeError(
+                    f"patterns are given and keep is {keep!r}: expected the share of the experts "
+                    "that each task keeps, such as 0.5"
+                )
+            recipe = read_manifest(folder).recipe if self.planned else None
+            check_store(Store(store), model_name, recipe)
+            self.tasks = tuple(pattern.task for pattern in load_patterns(store))
+            for task in self.tasks:
+                task_widths(store, task, keep)  # refuses a share out of reach
 
     def _planned_shares(self, model_name: str, hf_config: Any) -> tuple[float, ...]:
         assert self.folder is not None
