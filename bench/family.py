@@ -311,7 +311,7 @@ def main() -> None:
     parser.add_argument("what", choices=("plans", "recovery", "pairs"))
     parser.add_argument("model", help="'tiny' or a folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=int, default=400_000, help="for recovery (0: pairs without)")
+    parser.add_argument("--tokens", type=int, default=400_000, help="to recover with, or 0")
     parser.add_argument("--only", nargs="+", default=(), help="recipes with one of these in them")
     parser.add_argument("--pairs", type=Path)
     parser.add_argument("--per-paradigm", type=int, default=None)
