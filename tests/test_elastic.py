@@ -9,7 +9,9 @@ import torch
 from transformers import OlmoeForCausalLM
 
 import flexmoe
+from flexmoe import elastic
 from flexmoe.errors import FlexmoeError
+from flexmoe.experts import expert_layers
 from flexmoe.exporter import write_family
 from flexmoe.statistics import observe
 from helpers import LOGIT_TOLERANCE, difference, expert_bytes, ids_of, logits, random_plan
@@ -56,6 +58,29 @@ def test_memory_is_given_back_and_comes_back(opened):
         assert difference(logits(model, ids), logits(whole, ids)) < LOGIT_TOLERANCE
     for mine, other in zip(model.parameters(), whole.parameters(), strict=True):
         assert torch.equal(mine, other) and mine.requires_grad == other.requires_grad
+
+
+def test_a_part_comes_back_without_the_whole_in_memory(opened, monkeypatch):
+    model, whole = opened
+    flexmoe.set_budget(model, 0.6, release=True)
+    poor, held = expert_bytes(model), []
+    read = elastic._read
+    monkeypatch.setattr(elastic, "_read", lambda *a: held.append(expert_bytes(model)) or read(*a))
+    width = model.flexmoe_plan.widths(0.2)
+    came = flexmoe.restore(model, width)
+    assert came == expert_bytes(model) - poor > 0
+    # before each layer is read, those before it hold their part and those after it what they had
+    layers = expert_layers(model)
+    assert len(held) == len(layers) and held == sorted(held) and held[-1] < poor + came
+    for layer in layers:
+        assert elastic.stored_widths(layer) == width[layer.index].tolist()
+    ids = ids_of(model)
+    for share in (0.2, 0.6):
+        flexmoe.set_budget(model, share)
+        flexmoe.set_budget(whole, share)
+        assert difference(logits(model, ids), logits(whole, ids)) < LOGIT_TOLERANCE
+    with pytest.raises(FlexmoeError, match="flexmoe.restore"):
+        flexmoe.set_budget(model, 0.0)
 
 
 def test_what_needs_released_channels_is_refused(opened, tmp_path):

@@ -47,27 +47,29 @@ def release(model: PreTrainedModel) -> int:
         )
     before = _stored_bytes(model)
     for layer in expert_layers(model):
-        module, width_E = layer.module, layer.module.flexmoe_width_E
-        if width_E == stored_widths(layer):
-            continue
-        kept = _kept(module, width_E)
-        offset_E = torch.tensor([0, *width_E]).cumsum(0).tolist()
-        refuse = module.__dict__.get("flexmoe_refuse_saving")
-        refuse = refuse or module.register_state_dict_pre_hook(_refuse_saving)
-        _swap(
-            module,
-            kept,
-            flexmoe_offset_E=offset_E,
-            flexmoe_full=(layer.E, layer.I, layer.H),
-            flexmoe_refuse_saving=refuse,
-        )
+        _release(layer, layer.module.flexmoe_width_E)
     _give_back(model)
     return before - _stored_bytes(model)
 
 
-def restore(model: PreTrainedModel) -> int:
-    """Read what was released from the checkpoint again, layer by layer; returns the bytes. The
-    budget stays what it is, and other threads may go on computing.
+def _release(layer: ExpertLayer, width_E: list[int]) -> None:
+    if width_E == stored_widths(layer):
+        return
+    module = layer.module
+    refuse = module.__dict__.get("flexmoe_refuse_saving")
+    _swap(
+        module,
+        _kept(module, width_E),
+        flexmoe_offset_E=torch.tensor([0, *width_E]).cumsum(0).tolist(),
+        flexmoe_full=(layer.E, layer.I, layer.H),
+        flexmoe_refuse_saving=refuse or module.register_state_dict_pre_hook(_refuse_saving),
+    )
+
+
+def restore(model: PreTrainedModel, width: dict[int, Tensor] | None = None) -> int:
+    """Read what was released from the checkpoint again, layer by layer, all of it or these first
+    channels of every expert [E], by layer; returns the bytes. The budget stays what it is, and
+    other threads may go on computing; beyond what is kept, a layer is in memory at once.
 
     Raises `FlexmoeError` if the checkpoint is gone or no longer has these weights.
     """
@@ -84,6 +86,8 @@ def restore(model: PreTrainedModel) -> int:
         layer.module.flexmoe_refuse_saving.remove()
         gone = dict.fromkeys(("flexmoe_offset_E", "flexmoe_full", "flexmoe_refuse_saving"))
         _swap(layer.module, whole, **gone)
+        if width is not None:
+            _release(layer, width[layer.index].tolist())
     _give_back(model)
     return _stored_bytes(model) - before
 

@@ -26,15 +26,15 @@ class Memory:
         """Have in memory what the budget in this row needs, and no more; returns the bytes given
         back, negative where some were read again. Other threads may go on computing. A
         `FlexmoeError` where they cannot be read: what had been read until then goes again."""
-        read = self._restore() if row < self.row else 0
+        read = self._restore(self.widths[row]) if row < self.row else 0
         # before the channels go: a request whose client has left may run for some steps yet
         self._write(row)
         self.row = row
         return elastic.release(self.model) - read
 
-    def _restore(self) -> int:
+    def _restore(self, width: dict[int, Tensor]) -> int:
         try:
-            return elastic.restore(self.model)
+            return elastic.restore(self.model, width)
         except (FlexmoeError, MemoryError, OSError, RuntimeError) as error:  # torch's for memory
             elastic.release(self.model)
             if isinstance(error, FlexmoeError):
