@@ -79,7 +79,7 @@ def test_a_part_comes_back_without_the_whole_in_memory(opened, monkeypatch):
         flexmoe.set_budget(model, share)
         flexmoe.set_budget(whole, share)
         assert difference(logits(model, ids), logits(whole, ids)) < LOGIT_TOLERANCE
-    with pytest.raises(FlexmoeError, match="flexmoe.restore"):
+    with pytest.raises(FlexmoeError, match=r"flexmoe\.restore"):
         flexmoe.set_budget(model, 0.0)
 
 
