@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import nn
@@ -37,17 +38,21 @@ def measure_rates(device: torch.device, dtype: torch.dtype, rows: int, model: nn
 
 
 def _repeated(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds a call."""
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start, calls = time.perf_counter(), 0
-    while (passed := time.perf_counter() - start) < MOMENT:
+    """Seconds a call, the median of those of a moment: one call in which a thread has to wait for a
+    core would count for a hundred."""
+
+    def timed() -> float:
+        start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        calls += 1
-    return passed / max(calls, 1)
+        return time.perf_counter() - start
+
+    timed()
+    calls, end = [timed()], time.perf_counter() + MOMENT
+    while time.perf_counter() < end:
+        calls.append(timed())
+    return median(calls)
 
 
 def free_memory(device: torch.device) -> int:
