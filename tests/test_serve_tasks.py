@@ -137,7 +137,7 @@ def test_chats_and_responses_have_a_task_too(server):
     [
         ({"prompt": ""}, "the prompt is empty"),
         ({}, "no prompt was found"),
-        ({"prompt": ["a"]}, "no prompt was found"),
+        ({"prompt": ["a"]}, "for one prompt"),
         ({"prompt": [5, 10**6]}, "token 1000000 is none of the model's 4096"),
         ({"messages": [{"content": 3}, 4]}, "do not fit the chat template"),
         ({"prompt": "a", "model": "moe:cod"}, "Did you mean 'moe:code'"),

@@ -23,7 +23,6 @@ from flexmoe.headers import (
     refuse_quantized,
 )
 from flexmoe.headers import TensorInfo as TensorInfo
-from flexmoe.headers import read_header as read_header
 from flexmoe.headers import read_json as read_json
 from flexmoe.headers import resolve as resolve
 from flexmoe.plan import JSON_NAME, TENSORS_NAME

@@ -108,7 +108,7 @@ def test_the_task_of_each_prompt_is_found_and_told(client, tokens) -> None:
         ("moe:cod", [5], 404, "Did you mean 'moe:code'"),
         ("moe:auto", [], 400, "the prompt is empty"),
         ("moe:auto", [5, 10**6], 400, "is none of the model's"),
-        ("moe:auto", [[5], [6]], 400, "no prompt was found"),
+        ("moe:auto", [[5], [6]], 400, "for one prompt"),
     ],
 )
 def test_what_is_wrong_is_said_and_the_server_stays_up(client, model, prompt, code, words) -> None:

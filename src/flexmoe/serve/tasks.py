@@ -113,6 +113,8 @@ class TaskFinder:
             if unknown := [token for token in prompt if not 0 <= token < size]:
                 raise FlexmoeError(f"token {unknown[0]} is none of the model's {size}")
             return prompt
+        if isinstance(prompt, list):
+            raise FlexmoeError("the task is found for one prompt: send the others on their own")
         messages = body.get("messages", body.get("input"))
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]

@@ -110,6 +110,11 @@ class FlexmoeConfig(QuantizationConfig):
             check_store(Store(store), model_name, recipe)
             self.tasks = tuple(pattern.task for pattern in load_patterns(store))
             for task in self.tasks:
+                if task in map(label, self.shares):
+                    raise FlexmoeError(
+                        f"task '{task}' of {store} is called as a budget is: delete it and profile "
+                        "it under another name"
+                    )
                 task_widths(store, task, keep)  # refuses a share out of reach
 
     def _planned_shares(self, model_name: str, hf_config: Any) -> tuple[float, ...]:
