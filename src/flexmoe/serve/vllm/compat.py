@@ -72,7 +72,7 @@ def mend_rotary_on_cpu() -> None:
         rows = [x.flatten(-2).contiguous() if x is not None and x.dim() > 2 else x for x in given]
         original(positions, *rows, *others, **named)
         for x, row in zip(given, rows, strict=True):
-            if row is not x:
+            if x is not None and row.data_ptr() != x.data_ptr():  # one token's row is x itself
                 x.copy_(row.view_as(x))
 
     rotary_embedding.flexmoe = True  # type: ignore[attr-defined]
