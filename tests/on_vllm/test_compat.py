@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+
+pytest.importorskip("vllm")
+
 from vllm import _custom_ops
 
 from flexmoe.serve.vllm.compat import mend_rotary_on_cpu
