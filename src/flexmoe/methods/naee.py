@@ -82,8 +82,7 @@ class Subsets:
         and the router's softmax ``share_TE``; computed in float64."""
         at_once = max(1, 2**22 // 2**self.E)
         parts = zip(*(t.split(at_once) for t in (share_TE, y_TEH, from_TH)), strict=True)
-        square_C = sum(self._squares(*part) for part in parts)
-        assert isinstance(square_C, Tensor)
+        square_C = torch.stack([self._squares(*part) for part in parts]).sum(0)
         return square_C.clamp_min(0).sqrt().masked_fill(~self.enough_C, torch.inf)
 
     def _squares(self, share_TE: Tensor, y_TEH: Tensor, from_TH: Tensor) -> Tensor:
