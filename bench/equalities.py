@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 import flexmoe
-from flexmoe.checkpoint import meta_model, resolve
+from flexmoe.checkpoint import meta_model
 from flexmoe.data import TINY
 from flexmoe.experts import expert_layers, experts_function
+from flexmoe.headers import resolve
 from helpers import difference, ids_of, logits, masked_logits, tensors
 from zoo import tiny_model
 

@@ -27,13 +27,13 @@ from transformers.utils import logging
 
 from common import RESULTS, environment
 from flexmoe.actions import ActionConfig
-from flexmoe.checkpoint import resolve
 from flexmoe.data import calibration_windows, evaluation_windows, load_tokenizer
 from flexmoe.distil import Schedule, Swapped, distil
 from flexmoe.evaluation.evaluate import budget_rows, evaluate, mean_nll
 from flexmoe.evaluation.members import budgets_of
 from flexmoe.evaluation.pairs import encode, pair_rows, read_pairs, right_pairs
 from flexmoe.experts import expert_layers, experts_function
+from flexmoe.headers import resolve
 from flexmoe.learn import LearnConfig
 from flexmoe.lora import lora_experts
 from flexmoe.pipeline import CompressConfig, Ranked, attach_plan, make_plan, rank_channels

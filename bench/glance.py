@@ -25,8 +25,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from common import save
-from flexmoe.checkpoint import INDEX_NAME
 from flexmoe.data import TINY
+from flexmoe.headers import INDEX_NAME
 
 LOOKS = 5
 WAITS = "loading transformers"  # how the line begins

@@ -26,11 +26,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from common import RESULTS, random_model, save
-from flexmoe.checkpoint import Checkpoint, resolve
+from flexmoe.checkpoint import Checkpoint
 from flexmoe.data import calibration_windows, evaluation_windows, load_tokenizer
 from flexmoe.evaluation.intervals import share_interval
 from flexmoe.evaluation.losses import loss_rows, window_losses
 from flexmoe.family import load as load_model
+from flexmoe.headers import resolve
 from flexmoe.memory import MostHeld, held
 from flexmoe.premoe import Pattern, Specialists, activate, compile_plan, load, profile, specialise
 from flexmoe.premoe.retrieval import nearest

@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from common import save
-from flexmoe.checkpoint import INDEX_NAME, Checkpoint
+from flexmoe.checkpoint import Checkpoint
 from flexmoe.data import TINY
 from flexmoe.evaluation.pick import parse_bytes
+from flexmoe.headers import INDEX_NAME
 from flexmoe.memory import gib
 from flexmoe.plan import Plan
 

@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flexmoe.checkpoint import resolve
 from flexmoe.cli import main
 from flexmoe.exporter import export
+from flexmoe.headers import resolve
 from flexmoe.methods import all_methods
 from flexmoe.pipeline import CompressConfig, compress
 from zoo import tiny_model, tiny_off_interface

@@ -13,10 +13,11 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
-from flexmoe.checkpoint import Checkpoint, meta_model, resolve
+from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError
 from flexmoe.exporter import export
 from flexmoe.files import refuse_existing, written_beside
+from flexmoe.headers import resolve
 from flexmoe.trace import trace
 from helpers import (
     LOGIT_TOLERANCE,

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from flexmoe import CompressConfig, FlexmoeError, compress
-from flexmoe.checkpoint import meta_model, resolve
+from flexmoe.checkpoint import meta_model
 from flexmoe.cli import app
 from flexmoe.comparison.entries import chosen, parse
 from flexmoe.comparison.inputs import CompareConfig
@@ -19,6 +19,7 @@ from flexmoe.evaluation.evaluate import measure
 from flexmoe.evaluation.inputs import EvaluateConfig
 from flexmoe.experts import expert_layers
 from flexmoe.family import load_stock
+from flexmoe.headers import resolve
 from flexmoe.methods import all_methods
 from minimal import made_pairs, write_pairs
 

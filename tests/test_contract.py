@@ -6,9 +6,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from flexmoe.around import router_weights
-from flexmoe.checkpoint import resolve
 from flexmoe.data import calibration_windows
 from flexmoe.experts import expert_layers
+from flexmoe.headers import resolve
 from flexmoe.methods import Text, all_methods, score_model
 from flexmoe.reference import ROUTER
 from flexmoe.statistics import (

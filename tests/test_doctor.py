@@ -14,7 +14,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
 from flexmoe.actions import ActionConfig
-from flexmoe.checkpoint import Checkpoint, meta_model, resolve
+from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.cli import app
 from flexmoe.doctor import dryrun
 from flexmoe.doctor.diagnosis import before_compress, examine
@@ -24,6 +24,7 @@ from flexmoe.doctor.meter import Meter
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import export
 from flexmoe.family import load_stock
+from flexmoe.headers import resolve
 from flexmoe.methods import find_method
 from flexmoe.methods.diep import loss_of
 from flexmoe.pipeline import CompressConfig, compress

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 import flexmoe
 from flexmoe import CompressConfig, FlexmoeError, compress, set_budget
 from flexmoe.allocate import allocate_experts
-from flexmoe.checkpoint import resolve
 from flexmoe.cli import app
 from flexmoe.experts import expert_layers
+from flexmoe.headers import resolve
 from flexmoe.methods import METHODS
 from flexmoe.plan import LayerRecord, Plan
 from flexmoe.score import score

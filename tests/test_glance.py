@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from flexmoe.checkpoint import resolve
 from flexmoe.cli import app
 from flexmoe.doctor.diagnosis import examine
 from flexmoe.doctor.found import Diagnosis
 from flexmoe.doctor.glance import TABLE, glance
+from flexmoe.headers import resolve
 from test_doctor import saved
 from zoo import DECODERS, model_class, tiny_config
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flexmoe.checkpoint import resolve
 from flexmoe.cli import app
 from flexmoe.data import load_tokenizer
 from flexmoe.family import load, load_stock
+from flexmoe.headers import resolve
 from flexmoe.plan import Plan
 from flexmoe.resume import work_folder
 

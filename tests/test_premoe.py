@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from flexmoe.checkpoint import Checkpoint, resolve
+from flexmoe.checkpoint import Checkpoint
 from flexmoe.cli import app, main
 from flexmoe.data import calibration_windows, load_tokenizer
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.family import load_stock
+from flexmoe.headers import resolve
 from flexmoe.methods import find_method, score_layers
 from flexmoe.premoe import Store, activate, compile_plan, load, profile, specialise
 from flexmoe.premoe.nearness import distances

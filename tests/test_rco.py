@@ -7,9 +7,9 @@ import torch
 
 import flexmoe
 from flexmoe import CompressConfig, FlexmoeError
-from flexmoe.checkpoint import resolve
 from flexmoe.data import calibration_windows, load_tokenizer
 from flexmoe.experts import expert_layers, experts_function
+from flexmoe.headers import resolve
 from flexmoe.methods import Text, all_methods
 from flexmoe.methods.diep import loss_of
 from flexmoe.pipeline import make_plan, rank_channels

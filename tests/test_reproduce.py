@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from flexmoe.checkpoint import read_json
 from flexmoe.cli import main
 from flexmoe.data import TINY
 from flexmoe.errors import FlexmoeError
 from flexmoe.exporter import export
+from flexmoe.headers import read_json
 from flexmoe.pipeline import CompressConfig, compress
 from flexmoe.plan import read_manifest
 from flexmoe.recover import recover

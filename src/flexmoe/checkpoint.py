@@ -13,18 +13,16 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.headers import CURVE_NAME as CURVE_NAME
 from flexmoe.headers import (
+    CURVE_NAME,
     DTYPE_NAMES,
     EXPORT_NAME,
     INDEX_NAME,
     Headers,
     one_line,
+    read_json,
     refuse_quantized,
 )
-from flexmoe.headers import TensorInfo as TensorInfo
-from flexmoe.headers import read_json as read_json
-from flexmoe.headers import resolve as resolve
 from flexmoe.plan import JSON_NAME, TENSORS_NAME
 
 # Weights of other formats would be stale beside new ones, so they are never copied.

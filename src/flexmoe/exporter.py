@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, resolve
+from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.evidence import Evidence
 from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_beside
+from flexmoe.headers import EXPORT_NAME, resolve
 from flexmoe.hf import CONSTANT, FORMAT, WITH_CONSTANTS
 from flexmoe.kernels.torch_loop import activations
 from flexmoe.memory import give_back

@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from flexmoe import elastic
-from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, read_json, resolve
+from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
+from flexmoe.headers import EXPORT_NAME, read_json, resolve
 from flexmoe.names import missing_parameters
 from flexmoe.plan import JSON_NAME, Member, Plan, read_manifest
 from flexmoe.routing.edits import choose_function

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 import flexmoe
-from flexmoe.checkpoint import Checkpoint, meta_model, resolve
+from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.config import SAMPLES, CompressConfig, check_config
 from flexmoe.data import (
     Windows,
@@ -24,6 +24,7 @@ from flexmoe.data import (
 )
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
+from flexmoe.headers import resolve
 from flexmoe.learn import check_halves
 from flexmoe.methods import find_method
 from flexmoe.routing.counts import builder, find_counts

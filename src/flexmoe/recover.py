@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 
 import flexmoe
 from flexmoe.around import router_weights
-from flexmoe.checkpoint import resolve
 from flexmoe.data import (
     calibration_windows,
     check_tokens,
@@ -39,6 +38,7 @@ from flexmoe.experts import expert_layers
 from flexmoe.exporter import copy_others
 from flexmoe.family import check_finite, find_folder, load, pick_device
 from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_beside
+from flexmoe.headers import resolve
 from flexmoe.lora import lora_experts
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.progress import Track, silent

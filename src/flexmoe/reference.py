@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flexmoe.checkpoint import Checkpoint, resolve
+from flexmoe.checkpoint import Checkpoint
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer
+from flexmoe.headers import resolve
 from flexmoe.methods import Method
 from flexmoe.statistics import Statistics
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flexmoe.checkpoint import meta_model, resolve
+from flexmoe.checkpoint import meta_model
 from flexmoe.config import SAMPLES
 from flexmoe.data import (
     calibration_windows,
@@ -24,6 +24,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.family import load_stock, pick_device
 from flexmoe.files import refuse_existing
+from flexmoe.headers import resolve
 from flexmoe.methods import Text, find_method, score_model
 from flexmoe.progress import Track, silent
 from flexmoe.reference import add_reference, check_reference

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from flexmoe.checkpoint import DTYPES, INDEX_NAME, Checkpoint, TensorInfo, meta_model
+from flexmoe.checkpoint import DTYPES, Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError
+from flexmoe.headers import INDEX_NAME, TensorInfo
 from flexmoe.hf import CONSTANT, LEAVES, SIDES_OF
 from flexmoe.names import parameter_names
 from flexmoe.plan import Plan

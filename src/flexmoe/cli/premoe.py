@@ -109,7 +109,8 @@ def specialise(
     """Write a checkpoint with the experts that some tasks need, reading no others."""
     import torch
 
-    from flexmoe.checkpoint import Checkpoint, resolve
+    from flexmoe.checkpoint import Checkpoint
+    from flexmoe.headers import resolve
     from flexmoe.memory import MostHeld, gib, held
     from flexmoe.premoe import specialise as run
     from flexmoe.progress import bar

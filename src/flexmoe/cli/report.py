@@ -29,10 +29,10 @@ def report(
     device: Device = "auto",
 ) -> None:
     """One HTML page of what pruning costs, from the measured curve: flexmoe eval FAMILY --save."""
-    from flexmoe.checkpoint import resolve
     from flexmoe.errors import FlexmoeError
     from flexmoe.evidence import FILE_NAME, Evidence
     from flexmoe.files import refuse_existing
+    from flexmoe.headers import resolve
     from flexmoe.plan import read_manifest
     from flexmoe.progress import bar
     from flexmoe.reports.page import build_page, measured_curve

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import flexmoe
-from flexmoe.checkpoint import meta_model, resolve
+from flexmoe.checkpoint import meta_model
 from flexmoe.comparison.entries import ALL, Entry, chosen
 from flexmoe.comparison.inputs import CompareConfig, Held, read_held, settings_of
 from flexmoe.comparison.results import Results
@@ -26,6 +26,7 @@ from flexmoe.evaluation.members import budgets_of
 from flexmoe.evidence import gather
 from flexmoe.experts import expert_layers, routed_parameters
 from flexmoe.family import check_finite, load_stock, pick_device
+from flexmoe.headers import resolve
 from flexmoe.learn import check_halves
 from flexmoe.memory import MostHeld, give_back
 from flexmoe.methods import Text, score_model

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from flexmoe.checkpoint import Checkpoint, meta_model, read_config, resolve
+from flexmoe.checkpoint import Checkpoint, meta_model, read_config
 from flexmoe.config import CompressConfig, check_config
 from flexmoe.data import load_tokenizer, pick_batch_size, pick_seq_len
 from flexmoe.doctor.estimates import Estimator
@@ -25,7 +25,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers, routed_parameters
 from flexmoe.family import pick_device
 from flexmoe.files import free_disk, refuse_existing
-from flexmoe.headers import local_folder
+from flexmoe.headers import local_folder, resolve
 from flexmoe.learn import check_halves
 from flexmoe.methods import find_method
 from flexmoe.names import missing_parameters

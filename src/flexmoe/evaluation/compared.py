@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, read_json, resolve
+from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.data import calibration_windows, check_tokens, load_tokenizer, pick_seq_len
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.members import BASE, How, Key, Members, Shelf, fit_together
 from flexmoe.family import SPREAD, find_folder, input_device, load
+from flexmoe.headers import EXPORT_NAME, read_json, resolve
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.policies import Fitted, parse
 from flexmoe.routing.rules import check_rule

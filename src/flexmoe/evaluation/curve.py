@@ -18,11 +18,12 @@ import transformers
 from pydantic import ValidationError
 
 import flexmoe
-from flexmoe.checkpoint import CURVE_NAME, Checkpoint
+from flexmoe.checkpoint import Checkpoint
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.compared import MODEL, Compared
 from flexmoe.evaluation.records import Curve, OfWeights
 from flexmoe.files import read_sealed, seal
+from flexmoe.headers import CURVE_NAME
 from flexmoe.plan import JSON_NAME, read_manifest
 from flexmoe.progress import Track, silent
 

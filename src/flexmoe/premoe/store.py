@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from flexmoe.checkpoint import Checkpoint, meta_model, resolve
+from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError, did_you_mean
+from flexmoe.headers import resolve
 from flexmoe.premoe.pattern import Pattern
 from flexmoe.trace import fingerprint, trace
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from flexmoe.checkpoint import EXPORT_NAME, read_json
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.curve import of_weights, shards_sha256
+from flexmoe.headers import EXPORT_NAME, read_json
 from flexmoe.plan import JSON_NAME, Recipe, read_manifest
 from flexmoe.progress import Track, silent
 from flexmoe.training import processes

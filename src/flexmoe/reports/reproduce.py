@@ -12,10 +12,11 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, resolve
+from flexmoe.checkpoint import Checkpoint
 from flexmoe.errors import FlexmoeError
 from flexmoe.exporter import export
 from flexmoe.files import refuse_existing
+from flexmoe.headers import EXPORT_NAME, resolve
 from flexmoe.pipeline import SETTINGS_OF, CompressConfig, compress
 from flexmoe.plan import JSON_NAME, Plan, Recipe
 from flexmoe.progress import Track, silent

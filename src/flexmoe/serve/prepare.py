@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flexmoe.checkpoint import EXPORT_NAME, Checkpoint, meta_model, read_json, resolve
+from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.evaluation.curve import load_curve
 from flexmoe.experts import routed_parameters
 from flexmoe.family import find_folder, find_weights
+from flexmoe.headers import EXPORT_NAME, read_json, resolve
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.serve.engine import ServedMember, ServeSettings, Slo
 from flexmoe.serve.ids import Budgets, label

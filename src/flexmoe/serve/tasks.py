@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flexmoe.checkpoint import EXPORT_NAME
 from flexmoe.errors import FlexmoeError
 from flexmoe.family import find_folder
+from flexmoe.headers import EXPORT_NAME
 from flexmoe.plan import JSON_NAME, Recipe, read_manifest
 from flexmoe.premoe import Match, Pattern, Store, compile_plan, retrieve
 from flexmoe.premoe.store import fingerprint_of
