@@ -29,14 +29,20 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from flexmoe.checkpoint import Checkpoint, meta_model, read_config
+from flexmoe.config import CompressConfig
 from flexmoe.doctor.diagnosis import activation_name, is_shared
 from flexmoe.doctor.dryrun import DryRun
-from flexmoe.doctor.glance import TABLE, pattern
+from flexmoe.doctor.estimates import Estimator
+from flexmoe.doctor.glance import TABLE, glance, pattern
+from flexmoe.doctor.least import EXPORT
+from flexmoe.doctor.machine import Rates
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.names import Names
+from flexmoe.recover_config import MODES, RecoverConfig
 from flexmoe.settings import Place, places
 from flexmoe.trace import trace
+from glance import write_headers
 from zoo import DECODERS, model_class, tiny_model
 
 LISTS: dict[str, list[Any]] = {  # layers of other kinds
@@ -265,6 +271,7 @@ def main() -> None:
     logging.disable_progress_bar()
     getLogger("torch._subclasses.fake_tensor").setLevel(CRITICAL)  # top-k of wrong shapes
     table = json.loads(TABLE.read_text())["architectures"] if sys.argv[1:] else {}
+    counted = work()
     for model_type in sys.argv[1:] or DECODERS:
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -277,14 +284,33 @@ def main() -> None:
         else:
             table[model_type] = entry
             print(model_type, len(entry["tensors"]), list(entry["coupled"]), flush=True)
-        write(table)  # of what there is so far
+        write(table, counted)  # of what there is so far
     print(f"wrote {TABLE}: {len(table)} architectures, {TABLE.stat().st_size} bytes")
 
 
-def write(table: dict[str, Any]) -> None:
+def work() -> dict[str, float]:
+    """Operations of jobs with default settings for every active parameter, of Qwen3-30B-A3B; of an
+    export the bytes moved for every byte of the checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_headers(Path(folder) / "large")
+        estimator = Estimator.open(Path(folder) / "large", "cpu")
+        active = glance(Path(folder) / "large").parameters["active"]
+        estimator._rates[torch.float32] = Rates(active, float("inf"))
+        needs = [estimator.compress(CompressConfig(data="tiny"))]
+        needs += [estimator.recover(RecoverConfig(mode=mode), 2**40) for mode in MODES]
+        estimator._rates[torch.float32] = Rates(float("inf"), estimator.checkpoint.bytes)
+        found = {need.job: float(f"{need.seconds:.3g}") for need in needs}
+        return found | {EXPORT: estimator.files}
+
+
+def write(table: dict[str, Any], counted: dict[str, float]) -> None:
     """One line an architecture, so that a change can be read."""
     lines = ",\n".join(f'"{name}": {json.dumps(table[name])}' for name in sorted(table))
-    head = {"transformers": transformers.__version__, "activations": activations()}
+    head = {
+        "transformers": transformers.__version__,
+        "work": counted,
+        "activations": activations(),
+    }
     TABLE.write_text(json.dumps(head)[:-1] + f',\n"architectures": {{\n{lines}\n}}}}\n')
 
 

@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from flexmoe.cli import app
+from flexmoe.config import CompressConfig
 from flexmoe.doctor.diagnosis import examine
-from flexmoe.doctor.found import Diagnosis
+from flexmoe.doctor.estimates import Estimator
+from flexmoe.doctor.found import Diagnosis, Need
 from flexmoe.doctor.glance import TABLE, glance
+from flexmoe.doctor.machine import Rates
 from flexmoe.headers import resolve
+from flexmoe.recover_config import MODES, RecoverConfig
 from test_doctor import saved
 from zoo import DECODERS, model_class, tiny_config
 
@@ -113,6 +118,49 @@ def test_nonsense_is_left_to_transformers(change: tuple[str, bytes, bytes], tmp_
     assert first.model_type == "olmoe" and first.layers == []
 
 
+@pytest.mark.parametrize(
+    "model_type", ["tiny", "deepseek_v3", "gpt_oss", "nemotron_h", "mixtral", "qwen2_moe"]
+)
+def test_what_jobs_take_at_least(model_type: str, tmp_path: Path) -> None:
+    """As the dry run says, but for activations."""
+    source = resolve("tiny") if model_type == "tiny" else saved(model_type, tmp_path)
+    first, whole = glance(source, "cpu"), examine(source)
+    assert first.same_as(whole) and first.device == whole.device == "cpu"
+    assert [need.job for need in first.needs] == [need.job for need in whole.needs]
+    for least, need in zip(first.needs, whole.needs, strict=True):
+        assert least.disk == need.disk and least.scratch == pytest.approx(need.scratch, rel=0.05)
+        assert least.seconds
+        if "activations" not in need.parts:  # the same, but for biases of routers
+            assert least.memory == pytest.approx(need.memory, rel=0.01)
+            continue
+        known = without(need)
+        if "reading them" in least.parts:  # more than what the work itself takes
+            assert known <= least.memory <= need.memory
+        else:
+            assert least.memory == pytest.approx(known, rel=0.01)
+
+
+def without(need: Need) -> int:
+    return need.memory - need.parts["activations"]
+
+
+def test_arithmetic_is_counted_the_same_in_all_models(tmp_path: Path) -> None:
+    """Operations for every active parameter, counted on Qwen3-30B-A3B, hold for another one."""
+    config = tiny_config("mixtral")
+    sizes = dict(hidden_size=1024, intermediate_size=512, max_position_embeddings=16384)
+    for name, value in {**sizes, "num_hidden_layers": 12, "vocab_size": 4096}.items():
+        setattr(config, name, value)
+    model_class("mixtral")(config).save_pretrained(tmp_path)
+    estimator = Estimator.open(tmp_path, "cpu")
+    active = glance(tmp_path).parameters["active"]
+    estimator._rates[torch.float32] = Rates(active, float("inf"))
+    work = json.loads(TABLE.read_text())["work"]
+    needs = [estimator.compress(CompressConfig(data="tiny"))]
+    needs += [estimator.recover(RecoverConfig(mode=mode), 2**40) for mode in MODES]
+    for need in needs:
+        assert need.seconds == pytest.approx(work[need.job], rel=0.3), need.job
+
+
 def test_nothing_heavy_is_imported_for_it() -> None:
     code = """
 import sys
@@ -121,6 +169,8 @@ from flexmoe.doctor.glance import glance
 from flexmoe.reports.report import size
 assert glance("tiny").layers
 assert not {"torch", "transformers", "numpy", "pandas"} & set(sys.modules)
+assert glance("tiny", "cpu").needs
+assert not {"torch", "transformers", "pandas"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -130,3 +180,5 @@ def test_its_description_comes_first_and_only_once() -> None:
     assert done.exit_code == 0, done.output
     assert done.output.count("MoE layers") == 1
     assert done.output.index("MoE layers") < done.output.index("loading transformers")
+    assert done.output.index("needed at least") < done.output.index("loading transformers")
+    assert done.output.index("loading transformers") < done.output.index("estimates on")

@@ -40,13 +40,14 @@ def doctor(
         found = _examine(model, device, lambda found: None)
         typer.echo(json.dumps(report(found), indent=1))
         raise typer.Exit(2 if found.problems else 0)
-    first = glance(model)
+    first = glance(model, device)
     if first.layers:
         _describe(first)
+        say(_needs(first, at_least=True))
     _say_problems(first.problems)
     if not first.model_type:  # there is nothing to look at
         raise typer.Exit(2)
-    say("loading transformers, to try the model and count what the jobs need ...")
+    say("loading transformers, to try the model and count activations ...")
     told = [first]
 
     def describe(found: Diagnosis) -> None:
@@ -135,28 +136,36 @@ def _widths(found: Diagnosis) -> Any:
     return table
 
 
-def _needs(found: Diagnosis) -> Any:
+def _needs(found: Diagnosis, at_least: bool = False) -> Any:
     from rich.table import Table
 
     from flexmoe.reports.report import size
 
-    title = (
-        f"estimates on {found.device}: {size(found.memory_free)} of memory and "
-        f"{size(found.disk_free)} of disk are free"
-    )
-    table = Table(title=title, title_justify="left")
+    what = "needed at least, without activations," if at_least else "estimates"
+    memory = f"{size(found.memory_free)} of memory and " if found.memory_free else ""
+    title = f"{what} on {found.device}: {memory}{size(found.disk_free)} of disk are free"
+    table, unknown = Table(title=title, title_justify="left"), "" if at_least else "unknown"
     for name in ("job", "memory", "of which", "time", "disk", "state beside"):
-        table.add_column(name, justify="left" if name in ("job", "of which") else "right")
+        if name != "of which" or not at_least:
+            table.add_column(name, justify="left" if name in ("job", "of which") else "right")
     for need in found.needs:
+        parts = ", ".join(f"{name} {size(number)}" for name, number in need.parts.items())
         table.add_row(
             need.job,
-            size(need.memory),
-            ", ".join(f"{name} {size(number)}" for name, number in need.parts.items()),
-            "unknown" if need.seconds is None else duration(need.seconds),
-            size(need.disk),
+            _within(need.memory, found.memory_free),
+            *([] if at_least else [parts]),
+            unknown if need.seconds is None else duration(need.seconds),
+            _within(need.disk, found.disk_free),
             size(need.scratch) if need.scratch else "",
         )
     return table
+
+
+def _within(needed: int, free: int) -> str:
+    """A size, in red where it is more than what is free (0: not known)."""
+    from flexmoe.reports.report import size
+
+    return f"[red]{size(needed)}[/red]" if 0 < free < needed else size(needed)
 
 
 def duration(seconds: float) -> str:

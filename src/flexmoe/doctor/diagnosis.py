@@ -21,6 +21,7 @@ from flexmoe.doctor.found import Diagnosis, Layer, widths
 from flexmoe.doctor.glance import open_headers
 from flexmoe.doctor.machine import free_memory
 from flexmoe.doctor.room import what_does_not_fit
+from flexmoe.doctor.sizes import EXPORTED
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers, routed_parameters
 from flexmoe.family import pick_device
@@ -31,11 +32,9 @@ from flexmoe.methods import find_method
 from flexmoe.names import missing_parameters
 from flexmoe.plan import JSON_NAME, Plan
 from flexmoe.recover_config import MODES, RecoverConfig
-from flexmoe.trace import TracedLayer, trace
+from flexmoe.trace import trace
 from flexmoe.uniform import uniform_config
 from flexmoe.widths import LAYOUTS
-
-EXPORTED = 0.4  # the member whose exports are looked at
 
 
 def examine(
@@ -194,36 +193,15 @@ def _estimate(
 def _exports(found: Diagnosis, estimator: Estimator) -> dict[str, int]:
     """Note which layouts cannot be written, and why; the bytes of those that can."""
     checkpoint, traced = estimator.checkpoint, dict(estimator.traced)
-    size = export_sizes(checkpoint, traced, found)
+    member = next(w for w in found.widths if w.pruned == EXPORTED)
+    size = estimator.sizes.export_bytes(member.width)
+    if (checkpoint.path / JSON_NAME).is_file():
+        plan = found.attempt(lambda: Plan.load(checkpoint.path))
+        if plan and plan.budgets[-1] >= EXPORTED:
+            size["ragged"] = plan.member(EXPORTED).bytes
     found.exports = dict.fromkeys(LAYOUTS, "")
     try:
         uniform_config(checkpoint, traced, found.widths[0].width // 2)
     except FlexmoeError as error:
         found.exports["uniform"] = str(error)
     return {layout: size[layout] for layout, reason in found.exports.items() if not reason}
-
-
-def export_sizes(
-    checkpoint: Checkpoint, traced: dict[int, TracedLayer], found: Diagnosis
-) -> dict[str, int]:
-    """Bytes of the tensors of each layout at `EXPORTED`: exact, but for a ragged export of what
-    has no plan yet."""
-    piece = next(iter(traced.values())).stored[0]
-    info = checkpoint.tensors[piece.name]
-    itemsize = info.bytes // max(1, torch.Size(info.shape).numel())
-    member = next(w for w in found.widths if w.pruned == EXPORTED)
-    removed = sum(
-        t.layer.E * (t.layer.I - member.width) * t.layer.shape.channel_parameters
-        for t in traced.values()
-    )
-    routed = sum(t.layer.shape.parameters for t in traced.values())
-    size = {
-        "uniform": checkpoint.bytes - itemsize * removed,
-        "masked": checkpoint.bytes,
-        "ragged": checkpoint.bytes - round(itemsize * EXPORTED * routed),
-    }
-    if (checkpoint.path / JSON_NAME).is_file():
-        plan = found.attempt(lambda: Plan.load(checkpoint.path))
-        if plan and plan.budgets[-1] >= EXPORTED:
-            size["ragged"] = plan.member(EXPORTED).bytes
-    return size

@@ -30,6 +30,7 @@ from flexmoe.doctor.dryrun import DryRun
 from flexmoe.doctor.found import Need
 from flexmoe.doctor.machine import Rates, measure_rates
 from flexmoe.doctor.meter import Cost
+from flexmoe.doctor.sizes import RANK, Experts, Sizes
 from flexmoe.experts import expert_layers, routed_parameters
 from flexmoe.family import pick_device
 from flexmoe.learn import CHECKED, MIXES, LearnConfig
@@ -40,10 +41,7 @@ from flexmoe.recover import trained_parameters
 from flexmoe.recover_config import TOKENS, RecoverConfig
 from flexmoe.reference import ROUTER
 from flexmoe.statistics import LayerStatistics, find_statistics
-from flexmoe.trace import CODED_HIDDEN, TracedLayer, trace
-
-VECTORS = 12  # float64 vectors over all channels that learning holds at a time
-FULL_STATE = 16  # bytes a trained parameter: the original, a gradient, two moments
+from flexmoe.trace import TracedLayer, trace
 
 
 @dataclass
@@ -112,32 +110,16 @@ class Estimator:
             self._dry[dtype] = DryRun(model, dtype, heap=self.device.type == "cpu")
         return self._dry[dtype]
 
-    def weights(self, dtype: torch.dtype) -> int:
-        """Bytes of the model in memory."""
-        return dtype.itemsize * sum(p.numel() for p in self.model.parameters())
-
-    def loading(self, dtype: torch.dtype) -> int:
-        """Bytes at the peak of loading: on the CPU the files are mapped while another dtype is
-        made of them, and an expert parameter is built from its parts."""
-        if self.device.type != "cpu":
-            return self.weights(dtype)
-        mapped = 0 if dtype == self.stored else self.checkpoint.bytes
-        largest = max(
-            p.numel() for layer in expert_layers(self.model) for p in layer.parameters.values()
-        )
-        return self.weights(dtype) + mapped + dtype.itemsize * largest
-
-    def mapped(self, dtype: torch.dtype) -> int:
-        """Bytes of files that stay in memory beside the weights: on the CPU, where nothing is
-        cast, most weights are the mapped file itself, and with it stays what experts that the
-        model holds as one tensor were copied from."""
-        if self.device.type != "cpu" or dtype != self.stored:
-            return 0
-        return sum(
-            self.checkpoint.tensors[piece.name].bytes
-            for traced in self.traced.values()
-            for piece in traced.stored
-            if piece.expert is not None
+    @cached_property
+    def sizes(self) -> Sizes:
+        layers = expert_layers(self.model)
+        return Sizes(
+            self.checkpoint.tensors,
+            {i: {p.name: p.expert is None for p in t.stored} for i, t in self.traced.items()},
+            [Experts(x.E, x.I, x.H, x.shape.channel_parameters) for x in layers],
+            sum(p.numel() for p in self.model.parameters()),
+            routed_parameters(self.model),
+            "has_gate" in layers[0].flags,
         )
 
     def seconds(self, cost: Cost, dtype: torch.dtype, tokens: int) -> float:
@@ -166,15 +148,9 @@ class Estimator:
         length = pick_seq_len(config.seq_len, self.model.config)
         size = pick_batch_size(config.batch_size, length)
         wanted = find_statistics(method.needs)
-        channels = sum(layer.E * layer.I for layer in expert_layers(self.model))
         learned = config.allocator == "learned"
         masks = learned or (config.allocator == "rco" and method.unit == "channel")
-        parts = {
-            "weights": self.weights(dtype),
-            "statistics": 8 * channels * (len(wanted) + 1 + masks * VECTORS),
-        }
-        scratch = 8 * channels if learned else 0
-        need = Need("compress", 0, parts, self.checkpoint.bytes, scratch)
+        need = self.sizes.compress(dtype.itemsize, len(wanted), masks, learned)
         if not config.needs_data:
             return self._need(need, Cost(), dtype, 1)
         cost = self._try(lambda: self._compress(config, size, length, dtype))
@@ -220,35 +196,22 @@ class Estimator:
         tokens = config.tokens or TOKENS[config.mode]
         steps = max(1, tokens // (size * length))
         layers = expert_layers(self.model)
-        parts = {"weights": self.weights(dtype)}
         if config.mode == "closed-form":
-            of_layer = [4 * layer.E * layer.I**2 for layer in layers]
-            held = max(max(of_layer), min(sum(of_layer), max(0, free - parts["weights"]) // 2))
-            parts["moments"] = held
-            passes = math.ceil(sum(of_layer) / held)
+            need = self.sizes.closed_form(free)
+            _, passes = self.sizes.moments(free)
             cost = self._try(lambda: self.dry(dtype).forward(size, length).times(steps * passes))
             work = sum(layer.E * layer.I**2 * (layer.I / 3 + 4 * layer.H) for layer in layers)
             work += sum(2 * layer.I**2 * (self.top_k or 1) * tokens for layer in layers)
             cost = cost and Cost(cost.peak, cost.operations + work, cost.moved)
-            need = Need("recover --mode closed-form", 0, parts, self.checkpoint.bytes)
             return self._need(need, cost, dtype, size * length)
-        parameters = trained_parameters(self.model, config.mode)
-        trained = sum(p.numel() for p in parameters.values())
         if config.mode == "lora":
-            rank = config.rank or 16
-            trained = sum(
-                rank * layer.E * (p.shape[1] + p.shape[2])
-                for layer in layers
-                for p in layer.parameters.values()
-                if p.dim() == 3
-            )
-            # the experts' weights with the adapter, which the backward pass keeps
-            parts["adapted weights"] = 4 * routed_parameters(self.model)
-        parts["training state"] = (12 if config.mode == "lora" else FULL_STATE) * trained
+            trained = self.sizes.adapters(config.rank or RANK)
+        else:
+            parameters = trained_parameters(self.model, config.mode)
+            trained = sum(p.numel() for p in parameters.values())
+        need = self.sizes.trained(config.mode, trained)
         micro = config.micro_batch or size
         cost = self._try(lambda: self._distil(config, size, micro, length, steps))
-        state = 2 * 12 * trained  # parameters and moments, two files in turn
-        need = Need(f"recover --mode {config.mode}", 0, parts, self.checkpoint.bytes, state)
         return self._need(need, cost, dtype, micro * length)
 
     def _distil(
@@ -285,39 +248,14 @@ class Estimator:
         return self._compared[key]
 
     def _need(self, need: Need, cost: Cost | None, dtype: torch.dtype, tokens: int) -> Need:
-        parts = dict(need.parts)
-        if mapped := self.mapped(dtype):
-            parts["mapped files"] = mapped
-        if cost is not None:
-            parts["activations"] = cost.peak
-        loading, working = self.loading(dtype), sum(parts.values())
-        if loading > working:
-            parts = {"weights": parts["weights"], "reading them": loading - parts["weights"]}
+        activations = None if cost is None else cost.peak
+        need = self.sizes.held(need, dtype.itemsize, self.device.type == "cpu", activations)
         seconds = None if cost is None else self.seconds(cost, dtype, tokens) + self.files
-        return replace(need, memory=max(loading, working), parts=parts, seconds=seconds)
+        return replace(need, seconds=seconds)
 
     def export(self, layout: str, size: int) -> Need:
-        """An export of ``size`` bytes. It goes tensor by tensor: the most that is held are two
-        copies of a tensor without channels, a tensor with all experts and one of them, or one
-        expert of either side in float32; or, before, the numbers of the trace."""
-        info = self.checkpoint.tensors
-        pieces = {piece.name: piece for t in self.traced.values() for piece in t.stored}
-        others = max((i.bytes for name, i in info.items() if name not in pieces), default=0)
-        E, I = max((t.layer.E, t.layer.I) for t in self.traced.values())
-        rebuilt = 0
-        for name, piece in pieces.items():
-            row = info[name].bytes // (E if piece.expert is None else 1)
-            rebuilt = max(rebuilt, 2 * row + (0 if layout == "ragged" else info[name].bytes))
-        expert = max(sum(info[p.name].bytes for p in t.stored) for t in self.traced.values()) // E
-        parts = {
-            "two copies of the largest tensor": 2 * others,
-            "a tensor of experts": rebuilt,
-            "an expert, read and written": 2 * expert + 4 * expert // self.stored.itemsize,
-            "the trace": 4 * 8 * CODED_HIDDEN * E * 2 * I,
-        }
-        largest = max(parts, key=lambda name: parts[name])
-        memory, parts = parts[largest], {largest: parts[largest]}
-        return Need(f"export --layout {layout}", memory, parts, size, seconds=self.files)
+        """An export of ``size`` bytes."""
+        return replace(self.sizes.export(layout, size), seconds=self.files)
 
 
 def _dealt(windows: int) -> list[int]:

@@ -1,4 +1,5 @@
-"""What a checkpoint is, in a fraction of a second: plain Python, without torch and transformers.
+"""What a checkpoint is and what jobs take at least, in a fraction of a second: plain Python,
+without torch and transformers.
 
 What shapes alone cannot tell of an architecture (its layout flags, which config value is the number
 of experts a token, what a tensor's name means) stands in ``known.json``, which
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flexmoe.doctor.found import Diagnosis, Layer, widths
+from flexmoe.doctor.least import at_least
+from flexmoe.doctor.sizes import Experts, Sizes
 from flexmoe.errors import FlexmoeError
 from flexmoe.headers import (
     DTYPE_NAMES,
@@ -39,9 +42,10 @@ DEPTH = [["num_hidden_layers"], ["text_config", "num_hidden_layers"]]
 Opened = TypeVar("Opened", bound=Headers)
 
 
-def glance(model: str | Path) -> Diagnosis:
-    """What the files say: everything but needs, and what only the model's class can refuse. Without
-    ``layers`` where they say too little, without ``model_type`` where there is no config.json."""
+def glance(model: str | Path, device: str | None = None) -> Diagnosis:
+    """What the files say: everything but what only the model's class can refuse; with ``device``
+    also what jobs take there at least. Without ``layers`` where the files say too little, without
+    ``model_type`` where there is no config.json."""
     found = Diagnosis(str(model))
     folder = found.attempt(lambda: local_folder(model))
     if folder is None:
@@ -57,7 +61,9 @@ def glance(model: str | Path) -> Diagnosis:
     if headers and known and not config.get("quantization_config"):
         try:
             if known["class"] in (config.get("architectures") or []):
-                _describe(found, headers, known, table["activations"])
+                sizes = _describe(found, headers, known, table["activations"])
+                if sizes and device:
+                    at_least(found, sizes, headers.config, device, table["work"])
         except (LookupError, TypeError, ValueError):
             found.layers = []  # values of other kinds than any class takes: transformers says which
     return found
@@ -93,8 +99,11 @@ def config_value(config: dict[str, Any], known: dict[str, Any]) -> Any:
 
 
 def _describe(
-    found: Diagnosis, headers: Headers, known: dict[str, Any], activations: dict[str, str]
-) -> None:
+    found: Diagnosis,
+    headers: Headers,
+    known: dict[str, Any],
+    activations: dict[str, str],
+) -> Sizes | None:
     tied = known["tie"] is None or config_value(headers.config, known["tie"])
     counted = set(known["tensors"]) | set(known["experts"])
     left_out = set(known["buffers"])
@@ -107,13 +116,14 @@ def _describe(
     total, present, numbers = 0, set[str](), set[int]()
     shared: dict[int, int] = defaultdict(int)
     routed: dict[int, dict[str, list[TensorInfo]]] = defaultdict(lambda: defaultdict(list))
+    stored: dict[int, dict[str, bool]] = defaultdict(dict)
     for name, info in headers.tensors.items():
         kind, number = pattern(name), _layer(name) if name.startswith(stack) else None
         beyond = number is not None and depth is not None and number >= depth
         if beyond or kind not in all_known:
             if ignored.search(name):
                 continue
-            return  # of another form than those that are known
+            return None  # of another form than those that are known
         if kind in left_out:
             continue
         present.add(kind)
@@ -121,6 +131,7 @@ def _describe(
         total += math.prod(info.shape)
         if kind in known["experts"]:
             routed[_layer(name)][kind].append(info)
+            stored[_layer(name)][name] = known["experts"][kind]["fused"]
         elif kind in known["shared"]:
             shared[_layer(name)] += math.prod(info.shape)
     activation = known["activation"]
@@ -130,15 +141,15 @@ def _describe(
     for i, tensors in sorted(routed.items()):
         sizes = _sizes(tensors, known["experts"])
         if sizes is None or activation is None:
-            return
+            return None
         layers.append(Layer(i, *sizes, activation, tuple(known["flags"]), shared[i]))
     top_k = config_value(headers.config, known["top_k"])
     narrowest = min((layer.channels for layer in layers), default=0)
     width = config_value(headers.config, {"places": [known["width"]], "default": None})
     if width != narrowest or not isinstance(top_k, int):
-        return
+        return None
     if top_k > min(layer.experts for layer in layers) or depth not in (None, len(numbers)):
-        return  # not as config.json says
+        return None  # not as config.json says
     sizes_of = {i: _parameters(tensors) for i, tensors in routed.items()}
     idle = sum(sizes_of[layer.index] * (1 - top_k / layer.experts) for layer in layers)
     first = next(iter(next(iter(routed.values())).values()))[0]
@@ -154,6 +165,12 @@ def _describe(
     found.widths, found.exports = widths(narrowest), dict.fromkeys(LAYOUTS, "")
     if kinds:
         found.exports["uniform"] = coupled_reason(known["width"], kinds)
+    gated, biased = (flag in known["flags"] for flag in ("has_gate", "has_bias"))
+    experts = [
+        Experts(x.experts, x.channels, x.hidden, (gated + 2) * x.hidden + (gated + 1) * biased)
+        for x in layers
+    ]
+    return Sizes(headers.tensors, stored, experts, total, found.parameters["routed"], gated)
 
 
 def _layer(name: str) -> int:

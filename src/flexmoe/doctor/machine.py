@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import nn
 
+from flexmoe.doctor.pace import repeated
+from flexmoe.doctor.room import free_ram
 from flexmoe.experts import expert_layers
-
-MOMENT = 0.05  # seconds each rate is measured for
 
 
 @dataclass(frozen=True)
@@ -41,28 +39,16 @@ def _repeated(work: Callable[[], object], device: torch.device) -> float:
     """Seconds a call, the median of those of a moment: one call in which a thread has to wait for a
     core would count for a hundred."""
 
-    def timed() -> float:
-        start = time.perf_counter()
+    def whole() -> None:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
 
-    timed()
-    calls, end = [timed()], time.perf_counter() + MOMENT
-    while time.perf_counter() < end:
-        calls.append(timed())
-    return median(calls)
+    return median(repeated(whole))
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; on the CPU what its control group leaves."""
+    """Bytes that are free on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil  # comes with accelerate
-
-    free = int(psutil.virtual_memory().available)
-    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
-        free = min(free, int(most) - int(used.read_text()))
-    return free
+    return free_ram()

@@ -1,6 +1,8 @@
-"""Which needs are more than what is free, and what helps."""
+"""What is free, which needs are more than that, and what helps."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from flexmoe.doctor.found import Need
 
@@ -51,3 +53,14 @@ def what_does_not_fit(
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:.3g} GB"
+
+
+def free_ram() -> int:
+    """Bytes of memory that are free: what the control group of this process leaves."""
+    import psutil  # comes with accelerate
+
+    free = int(psutil.virtual_memory().available)
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
+        free = min(free, int(most) - int(used.read_text()))
+    return free
