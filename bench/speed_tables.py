@@ -80,9 +80,9 @@ def vllm() -> str:
     return "\n".join([*lines, "", note + measured_on(found, "python bench/vllm_speed.py")])
 
 
-def kernels() -> str:
+def kernels(name: str = "kernels") -> str:
     """Ragged experts on the CPU against what else computes experts."""
-    found = json.loads((RESULTS / "kernels.json").read_text())
+    found = json.loads((RESULTS / f"{name}.json").read_text())
     peers = list(found["rows"][0]["seconds"])[:-4]
     short = [name.removeprefix("transformers ").removesuffix(" cpu_fused_moe") for name in peers]
     lines = [
@@ -115,9 +115,9 @@ def kernels() -> str:
     return "\n".join([*lines, "", note + measured_on(found, "python bench/kernel_speed.py")])
 
 
-def model_speed() -> str:
+def model_speed(name: str = "model_speed") -> str:
     """Whole models at every budget against transformers on the unpruned one."""
-    found = json.loads((RESULTS / "model_speed.json").read_text())
+    found = json.loads((RESULTS / f"{name}.json").read_text())
     batches = sorted({row["batch"] for row in found["rows"]})
     head = ["model", "dtype", "engine", "pruned", "weights"]
     head += [f"TTFT {b}" for b in batches] + [f"TPOT {b}" for b in batches]

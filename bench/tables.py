@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from quality_tables import MEASURED_WHOLE, ablations, pairs, redundancy
@@ -178,7 +179,8 @@ def trust() -> str:
     for name, row in looks["models"].items():
         what = "" if name == "tiny" else f", {looks['tensors']:,} tensors"
         lines.append(
-            f"| `doctor {name}`{what}: until it has said what the model is; until the end | "
+            f"| `doctor {name}`{what}: until it has said what the model is and what jobs take at "
+            f"least; until the end | "
             f"{row['first_seconds']:.2f} s ({row['first_cpu_seconds']:.2f} s of the processor); "
             f"{row['seconds']:.1f} s ({row['cpu_seconds']:.1f} s) |"
         )
@@ -348,7 +350,11 @@ PAGES = {
         "vllm": vllm,
         "vllm-architectures": vllm_architectures,
     },
-    HERE.parent / "docs" / "kernels.md": {"kernels": kernels, "model_speed": model_speed},
+    HERE.parent / "docs" / "kernels.md": {
+        name: partial(table, name)
+        for table in (kernels, model_speed)
+        for name in (table.__name__, f"{table.__name__}-avx2")
+    },
 }
 
 if __name__ == "__main__":

@@ -140,6 +140,16 @@ def test_what_jobs_take_at_least(model_type: str, tmp_path: Path) -> None:
             assert least.memory == pytest.approx(known, rel=0.01)
 
 
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is seen without torch; its speed is not known, and weights stay as they are stored."""
+    gpu, cpu = glance("tiny", "cuda"), glance("tiny", "cpu")
+    assert gpu.needs[0].seconds is None and gpu.needs[0].memory < cpu.needs[0].memory
+    assert glance("tiny", "cuda:1").device == "cuda:1"
+    assert glance("tiny", "teapot").needs == [] == glance("tiny").needs
+    monkeypatch.setattr("flexmoe.doctor.least._has_gpu", lambda: True)
+    assert glance("tiny", "auto").device == "cuda"
+
+
 def without(need: Need) -> int:
     return need.memory - need.parts["activations"]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flexmoe.doctor.found import Diagnosis, Layer, widths
-from flexmoe.doctor.least import at_least
+from flexmoe.doctor.least import CONTEXT, at_least
 from flexmoe.doctor.sizes import Experts, Sizes
 from flexmoe.errors import FlexmoeError
 from flexmoe.headers import (
@@ -37,6 +37,7 @@ from flexmoe.widths import LAYOUTS, coupled_reason
 TABLE = Path(__file__).parent / "known.json"
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
+WINDOW = [["max_position_embeddings"], ["text_config", "max_position_embeddings"]]
 DEPTH = [["num_hidden_layers"], ["text_config", "num_hidden_layers"]]
 
 Opened = TypeVar("Opened", bound=Headers)
@@ -63,7 +64,8 @@ def glance(model: str | Path, device: str | None = None) -> Diagnosis:
             if known["class"] in (config.get("architectures") or []):
                 sizes = _describe(found, headers, known, table["activations"])
                 if sizes and device:
-                    at_least(found, sizes, headers.config, device, table["work"])
+                    context = config_value(config, {"places": WINDOW, "default": CONTEXT})
+                    at_least(found, sizes, context, device, table["work"])
         except (LookupError, TypeError, ValueError):
             found.layers = []  # values of other kinds than any class takes: transformers says which
     return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from flexmoe.doctor.found import Diagnosis, Need
 from flexmoe.doctor.room import free_ram
@@ -25,23 +24,24 @@ EXPORT = "export"  # of such jobs ``work`` has the bytes moved for every byte of
 def at_least(
     found: Diagnosis,
     sizes: Sizes,
-    config: Mapping[str, Any],
+    context: int,
     device: str,
     work: Mapping[str, float],
 ) -> None:
-    """Fill in ``needs`` and what is free; without times on a GPU, which only torch can ask."""
+    """Fill in ``needs`` on a device as of torch, or ``auto``, and what is free there; without times
+    on a GPU, which only torch can ask. ``context``: of the model, in tokens."""
+    if device not in ("auto", "cpu") and not device.startswith("cuda"):
+        return  # torch refuses it later
     found.device = device if device != "auto" else ("cuda" if _has_gpu() else "cpu")
     cpu = found.device == "cpu"
     found.memory_free, found.disk_free = free_ram() if cpu else 0, free_disk(".")
-    needs = list(_needs(sizes, found))
+    needs = _needs(sizes, found)
     if cpu:
         from flexmoe.doctor.pace import pace
 
         layer = sizes.layers[0]
         operations, moved = pace(layer.H, layer.I)
         active = found.parameters["active"]
-        text = config.get("text_config") or config
-        context = text.get("max_position_embeddings") or CONTEXT
         for n, need in enumerate(needs):
             if need.job.startswith(EXPORT):
                 seconds = work[EXPORT] * sizes.bytes / moved
@@ -56,6 +56,7 @@ def at_least(
 
 
 def _needs(sizes: Sizes, found: Diagnosis) -> list[Need]:
+    """Without times."""
     cpu = found.device == "cpu"
     itemsize = 4 if cpu else sizes.itemsize
     compress = sizes.compress(itemsize, STATISTICS, masks=True, learned=True)
