@@ -20,7 +20,7 @@ from common import random_model, save
 from flexmoe.data import TINY
 from flexmoe.family import load_stock
 from flexmoe.methods import all_methods
-from flexmoe.statistics import observe
+from flexmoe.observe import observe
 
 VARIANTS = ("plain", "fisher", "heapr", "taylor", "camera")
 MODELS = {

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flexmoe.experts import expert_layers
 from flexmoe.methods import find_method, score_layers
+from flexmoe.observe import observe
 from flexmoe.pipeline import Ranked
-from flexmoe.statistics import observe
 
 Score = dict[int, Tensor]
 

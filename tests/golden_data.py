@@ -10,7 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flexmoe.methods import Text, all_methods, score_model
-from flexmoe.statistics import Statistics, observe
+from flexmoe.observe import observe
+from flexmoe.statistics import (
+    Statistics,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -12,7 +12,7 @@ from flexmoe.experts import (
     routed_parameters,
 )
 from flexmoe.kernels import cpu, torch_loop
-from flexmoe.statistics import observe
+from flexmoe.observe import observe
 from helpers import difference, ids_of, logits
 from zoo import (
     DECODERS,

@@ -10,14 +10,13 @@ from flexmoe.data import calibration_windows
 from flexmoe.experts import expert_layers
 from flexmoe.headers import resolve
 from flexmoe.methods import Text, all_methods, score_model
+from flexmoe.observe import observe, watched
 from flexmoe.reference import ROUTER
 from flexmoe.statistics import (
     beside,
     empty_statistics,
     find_statistics,
-    observe,
     passes,
-    watched,
 )
 from golden_data import golden
 

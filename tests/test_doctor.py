@@ -27,10 +27,13 @@ from flexmoe.family import load_stock
 from flexmoe.headers import resolve
 from flexmoe.methods import find_method
 from flexmoe.methods.diep import loss_of
+from flexmoe.observe import observe
 from flexmoe.pipeline import CompressConfig, compress
 from flexmoe.rco import RcoConfig, learn_order
 from flexmoe.recover import trained_parameters
-from flexmoe.statistics import find_statistics, observe
+from flexmoe.statistics import (
+    find_statistics,
+)
 from flexmoe.trace import trace
 from zoo import tiny_model
 

@@ -13,7 +13,7 @@ from flexmoe import elastic
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import write_family
-from flexmoe.statistics import observe
+from flexmoe.observe import observe
 from helpers import LOGIT_TOLERANCE, difference, expert_bytes, ids_of, logits, random_plan
 from zoo import tiny_model
 

@@ -13,10 +13,10 @@ from flexmoe.data import TINY, calibration_windows, load_tokenizer
 from flexmoe.errors import FlexmoeError
 from flexmoe.evidence import FILE_NAME, Evidence, gather
 from flexmoe.family import load_stock
+from flexmoe.observe import observe
 from flexmoe.pipeline import CompressConfig, compress
 from flexmoe.plan import Plan
 from flexmoe.reweigh import reweigh
-from flexmoe.statistics import observe
 
 NAMES = ("fisher_EI", "energy_max_EI")
 CONFIG = CompressConfig(

@@ -7,7 +7,7 @@ import zoo
 from flexmoe.experts import expert_layers
 from flexmoe.learn import LearnConfig, learn_positions
 from flexmoe.memory import MicroBatch, MostHeld, gib, held, out_of_memory
-from flexmoe.statistics import observe
+from flexmoe.observe import observe
 
 CPU = torch.device("cpu")
 # Sums of the same float32 numbers, grouped otherwise.

@@ -8,9 +8,9 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers, experts_function
 from flexmoe.methods import METHODS, Method, all_methods, find_method, score_layers
 from flexmoe.methods.camera import energy
+from flexmoe.observe import observe
 from flexmoe.statistics import (
     THIN,
-    observe,
     thin_experts,
     token_loss,
 )

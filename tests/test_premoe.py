@@ -21,6 +21,7 @@ from flexmoe.experts import expert_layers
 from flexmoe.family import load_stock
 from flexmoe.headers import resolve
 from flexmoe.methods import find_method, score_layers
+from flexmoe.observe import observe
 from flexmoe.premoe import Store, activate, compile_plan, load, profile, specialise
 from flexmoe.premoe.nearness import distances
 from flexmoe.premoe.pattern import Reach
@@ -33,7 +34,6 @@ from flexmoe.premoe.signature import (
     router_logits,
     signatures,
 )
-from flexmoe.statistics import observe
 from flexmoe.trace import trace
 from helpers import LOGIT_TOLERANCE, difference, ids_of, logits, masked_logits, same_model
 from patterns import made_pattern

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from flexmoe.experts import expert_layers
+from flexmoe.observe import observe
 from flexmoe.policies import Fitted, parse
 from flexmoe.routing.edits import choose_function
 from flexmoe.routing.rules import mean_outputs, reroute
-from flexmoe.statistics import observe
 from golden_data import golden, golden_logits, relative
 from helpers import logits
 

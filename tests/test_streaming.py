@@ -15,9 +15,9 @@ from flexmoe.evidence import gather
 from flexmoe.family import load_stock
 from flexmoe.memory import held
 from flexmoe.methods import all_methods
+from flexmoe.observe import observe
 from flexmoe.pipeline import compress
 from flexmoe.resume import Work
-from flexmoe.statistics import observe
 from flexmoe.streamed import fit, streaming
 from flexmoe.streamed.fit import check_weights, gather_within
 from flexmoe.streamed.layer_loader import LayerLoader

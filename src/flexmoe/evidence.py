@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from flexmoe.data import Windows
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
+from flexmoe.observe import watched
 from flexmoe.progress import Steps, Track, silent
 from flexmoe.resume import Saved
 from flexmoe.sharding import is_sharded
@@ -31,7 +32,6 @@ from flexmoe.statistics import (
     beside,
     empty_statistics,
     passes,
-    watched,
 )
 from flexmoe.training import processes, share
 

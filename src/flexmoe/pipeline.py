@@ -23,6 +23,7 @@ from flexmoe.exporter import check_room, write_family
 from flexmoe.family import attach, check_finite, load_stock, pick_device
 from flexmoe.learn import LearnConfig, learn_positions
 from flexmoe.methods import Text, find_method, score_layers, score_model
+from flexmoe.observe import observe
 from flexmoe.plan import JSON_NAME, LayerRecord, Plan, Recipe
 from flexmoe.prepare import Prepared, prepare
 from flexmoe.progress import Track, silent
@@ -33,7 +34,10 @@ from flexmoe.resume import Saved, Work
 from flexmoe.routing.rules import mean_outputs
 from flexmoe.sequential import score_sequential
 from flexmoe.sharding import gathered, shard_model
-from flexmoe.statistics import Statistics, observe, thin_experts
+from flexmoe.statistics import (
+    Statistics,
+    thin_experts,
+)
 from flexmoe.streamed.fit import check_weights, gather_within
 from flexmoe.streamed.layer_loader import LayerLoader
 from flexmoe.training import by_first

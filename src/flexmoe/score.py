@@ -26,9 +26,9 @@ from flexmoe.family import load_stock, pick_device
 from flexmoe.files import refuse_existing
 from flexmoe.headers import resolve
 from flexmoe.methods import Text, find_method, score_model
+from flexmoe.observe import observe
 from flexmoe.progress import Track, silent
 from flexmoe.reference import add_reference, check_reference
-from flexmoe.statistics import observe
 
 
 def score(

@@ -30,12 +30,17 @@ from flexmoe.headers import resolve
 from flexmoe.learn import check_halves
 from flexmoe.memory import MostHeld, give_back
 from flexmoe.methods import Text, score_model
+from flexmoe.observe import observe
 from flexmoe.pipeline import TWO_TOKENS, Ranked, Seen, attach_plan, make_plan, put_in_order
 from flexmoe.prepare import Prepared, pick_quantum, prepare, router_groups
 from flexmoe.progress import Track, silent
 from flexmoe.reference import add_reference
 from flexmoe.routing.rules import restore
-from flexmoe.statistics import Statistics, empty_statistics, find_statistics, observe
+from flexmoe.statistics import (
+    Statistics,
+    empty_statistics,
+    find_statistics,
+)
 
 COSTS = (
     "no data",

@@ -149,7 +149,7 @@ class DryRun:
     # --- the steps ----------------------------------------------------------------------------
 
     def observe(self, windows: int, length: int, wanted: Sequence[Statistic]) -> Cost:
-        """One batch of `flexmoe.statistics.observe`."""
+        """One batch of `flexmoe.observe.observe`."""
         backward = goes_backward(wanted)
         of_weights = [s for s in wanted if s.when == "weights"]
 

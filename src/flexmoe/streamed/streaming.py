@@ -4,7 +4,7 @@ Instead of batch after batch through all layers, all batches go through one deco
 other, so that a layer's weights are read once. What a layer gives for each window is written to a
 file and read as what the next one gets. Gradients go the same way back: the last norm and the head
 give the gradient at the last layer's output, then every layer is run again from its stored input
-with the graph recorded, and passes the gradient on. The sums are those of `statistics.observe`
+with the graph recorded, and passes the gradient on. The sums are those of `observe`
 but for the rounding of other micro-batches; statistics of whole batches get these.
 """
 
@@ -24,11 +24,11 @@ from flexmoe.data import Windows
 from flexmoe.evidence import Evidence
 from flexmoe.experts import Routing, experts_function
 from flexmoe.memory import MicroBatch
+from flexmoe.observe import Observer
 from flexmoe.progress import Steps, Track, silent
 from flexmoe.resume import Saved
 from flexmoe.statistics import (
     LayerStatistics,
-    Observer,
     Statistic,
     empty_statistics,
     goes_backward,
