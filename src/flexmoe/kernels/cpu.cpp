@@ -43,15 +43,23 @@ struct Strides {  // between values of two experts (ragged: not used), two chann
   int64_t expert, channel, within;
 };
 
-struct Layer {  // `_Layer` in cpu.py; shapes in interface.py
-  const void *up, *down, *up_bias, *down_bias, *x;
+struct Stored {  // what stays the same between calls: `_Stored` in cpu.py; shapes in interface.py
+  const void *up, *down;
+  const int32_t* offset;
+  Strides up_by, bias_by, down_by;
+  int32_t I, sides, activation, weights_bf16;
+};
+
+struct Call {  // `CALL` in cpu.py
+  const void *up_bias, *down_bias, *x;
   const int64_t* index;
   const float* weight;
-  const int32_t *offset, *width, *token_budget;
+  const int32_t *width, *token_budget;
   float* out;  // what it points to is bfloat16 if x is
-  Strides up_by, bias_by, down_by;
-  int32_t T, K, E, B, I, H, sides, activation, budget, weights_bf16, x_bf16, threads;
+  int32_t T, K, E, B, H, budget, x_bf16, threads;
+};
 
+struct Layer : Stored, Call {
   bool columns_are_rows() const { return down_by.within != 1; }
   template <class T>
   const T* of(const void* all, const Strides& by, int expert) const {
@@ -336,9 +344,10 @@ void experts(const Layer& given) {
 }  // namespace
 
 // Null, or what is wrong
-extern "C" const char* flexmoe_experts(const Layer* layer) try {
-  if (layer->weights_bf16) experts<bf16>(*layer);
-  else experts<float>(*layer);
+extern "C" const char* flexmoe_experts(const Stored* stored, const Call* call) try {
+  Layer layer{*stored, *call};
+  if (layer.weights_bf16) experts<bf16>(layer);
+  else experts<float>(layer);
   return nullptr;
 } catch (const std::out_of_range&) {
   return "a token's budget is not in the table of widths";

@@ -10,11 +10,12 @@ import ctypes
 import hashlib
 import logging
 import os
+import struct
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -48,15 +49,18 @@ DTYPES = (torch.float32, torch.bfloat16)
 log = logging.getLogger(__name__)
 
 
-class _Layer(ctypes.Structure):
-    """The struct `Layer` of the source."""
+# The struct `Call` of the source: eight pointers, eight numbers. Little is done in Python in a
+# call, for caches full of weights have nothing of it.
+CALL = struct.Struct("8P8i")
+
+
+class _Stored(ctypes.Structure):
+    """The struct `Stored` of the source."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in "up down up_bias down_bias x index weight".split()),
-        *((name, ctypes.c_void_p) for name in "offset width token_budget out".split()),
+        *((name, ctypes.c_void_p) for name in "up down offset".split()),
         *((name, ctypes.c_int64 * 3) for name in "up_by bias_by down_by".split()),
-        *((name, ctypes.c_int32) for name in "T K E B I H sides activation budget".split()),
-        *((name, ctypes.c_int32) for name in "weights_bf16 x_bf16 threads".split()),
+        *((name, ctypes.c_int32) for name in "I sides activation weights_bf16".split()),
     )
 
 
@@ -112,46 +116,65 @@ def _compiled(
     if library is None:
         raise FlexmoeError(f"the kernel 'cpu' cannot run: {reason}")
     T, H = x_TH.shape
+    B, E = width_BE.shape
     out_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
-    tensors = {  # kept in a name until the call is over
-        "up": weights.up,
-        "down": weights.down,
-        "up_bias": weights.up_bias,
-        "down_bias": _as(weights.down_bias_EH, weights.up.dtype),
-        "x": _as(x_TH, x_TH.dtype),
-        "index": _as(index_TK, torch.int64),
-        "weight": _as(weight_TK, torch.float32),
-        "offset": _as(weights.offset_E, torch.int32),
-        "width": _as(width_BE, torch.int32),
-        "token_budget": _as(None if token_budget_T is None else token_budget_T[:T], torch.int32),
-        "out": out_TH,
-    }
-    layer = _Layer(
-        **{name: t.data_ptr() for name, t in tensors.items() if t is not None},
-        up_by=_strides(weights.up, weights)[:3],
-        bias_by=(0, 0, 0) if weights.up_bias is None else _strides(weights.up_bias, weights),
-        down_by=_strides(weights.down, weights),
-        T=T,
-        K=index_TK.shape[1],
-        E=width_BE.shape[1],
-        B=width_BE.shape[0],
-        I=0 if weights.offset_E is not None else weights.up.shape[1],
-        H=H,
-        sides=weights.up.shape[-2],
-        activation=list(ACTIVATIONS).index(weights.activation),
-        budget=budget,
-        weights_bf16=weights.up.dtype is torch.bfloat16,
-        x_bf16=x_TH.dtype is torch.bfloat16,
-        threads=torch.get_num_threads(),
+    x_TH, index_TK = _as(x_TH, x_TH.dtype), _as(index_TK, torch.int64)
+    weight_TK, width_BE = _as(weight_TK, torch.float32), _as(width_BE, torch.int32)
+    up_bias, bias_EH = weights.up_bias, weights.down_bias_EH
+    if bias_EH is not None:
+        bias_EH = _as(bias_EH, weights.up.dtype)
+    if token_budget_T is not None:
+        token_budget_T = _as(token_budget_T[:T], torch.int32)
+    call = CALL.pack(
+        0 if up_bias is None else up_bias.data_ptr(),
+        0 if bias_EH is None else bias_EH.data_ptr(),
+        x_TH.data_ptr(),
+        index_TK.data_ptr(),
+        weight_TK.data_ptr(),
+        width_BE.data_ptr(),
+        0 if token_budget_T is None else token_budget_T.data_ptr(),
+        out_TH.data_ptr(),
+        T,
+        index_TK.shape[1],
+        E,
+        B,
+        H,
+        budget,
+        x_TH.dtype is torch.bfloat16,
+        torch.get_num_threads(),
     )
-    if problem := library.flexmoe_experts(ctypes.byref(layer)):
+    if problem := library.flexmoe_experts(_stored(weights), call):
         raise FlexmoeError(f"the kernel 'cpu': {problem.decode()}")
     return out_TH
 
 
-def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The tensor, contiguous. Few calls of torch: caches full of weights have nothing of them."""
-    if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous()):
+def _stored(weights: Weights) -> Any:
+    """A pointer to what the source has to know of the weights, made anew when they move."""
+    up, down = weights.up.data_ptr(), weights.down.data_ptr()
+    made = weights.kept.get("cpu")
+    if made is None or made[:2] != (up, down):
+        offset_E, bias = weights.offset_E, weights.up_bias
+        if offset_E is not None:
+            offset_E = _as(offset_E, torch.int32)
+        stored = _Stored(
+            up=up,
+            down=down,
+            offset=0 if offset_E is None else offset_E.data_ptr(),
+            up_by=_strides(weights.up, weights)[:3],
+            bias_by=(0, 0, 0) if bias is None else _strides(bias, weights),
+            down_by=_strides(weights.down, weights),
+            I=0 if offset_E is not None else weights.up.shape[1],
+            sides=weights.up.shape[-2],
+            activation=list(ACTIVATIONS).index(weights.activation),
+            weights_bf16=weights.up.dtype is torch.bfloat16,
+        )
+        made = weights.kept["cpu"] = (up, down, ctypes.byref(stored), offset_E)
+    return made[2]
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor, contiguous."""
+    if tensor.dtype is dtype and tensor.is_contiguous():
         return tensor
     return tensor.to(dtype).contiguous()
 

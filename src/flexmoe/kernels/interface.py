@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ class Weights:
     up_scale: Tensor | None = None
     down_scale: Tensor | None = None
 
+    @cached_property
+    def kept(self) -> dict[Any, Any]:
+        """What `experts` and back ends found out about these weights, for the calls that follow."""
+        return {}
+
     @property
     def tensors(self) -> list[Tensor]:
         """The parameters, without the table of offsets."""
@@ -84,9 +90,16 @@ def experts(
 
 def _backend(weights: Weights, x_TH: Tensor, weight_TK: Tensor, forced: str | None) -> Any:
     if forced is None:
-        return next(
+        plain = type(x_TH) is Tensor and type(weight_TK) is Tensor and not torch.is_grad_enabled()
+        key = (x_TH.dtype, x_TH.device)
+        if plain and key in weights.kept:  # nothing else of a call decides
+            return weights.kept[key]
+        found = next(
             back for back in BACKENDS.values() if _why_not(back, weights, x_TH, weight_TK) is None
         )
+        if plain:
+            weights.kept[key] = found
+        return found
     if forced not in BACKENDS:
         raise did_you_mean(forced, BACKENDS, "kernel")
     if reason := _why_not(BACKENDS[forced], weights, x_TH, weight_TK):
