@@ -9,7 +9,7 @@ import torch
 
 import flexmoe
 from flexmoe.around import router_weights
-from flexmoe.distil import STRATA, Swapped, parts_of_step
+from flexmoe.distil import LABELS, STRATA, Swapped, parts_of_step
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.family import load, set_budget
@@ -69,6 +69,9 @@ def test_the_schemes_draw_their_members():
     # the loss is summed over rows: a stratum counts by its weight, not by its rows again
     uneven = parts_of_step("family", 0.4, 0.8, 6, 0, [0.4, 0.3, 0.2, 0.1], 0)
     assert [part.divergence for part in uneven] == [0.4, 0.3, 0.2, 0.1]
+    assert [part.cross_entropy for part in uneven] == [LABELS * w for w in (0.4, 0.3, 0.2, 0.1)]
+    alone = parts_of_step("family", 0.4, 0.8, 6, 0, [0.4, 0.3, 0.2, 0.1], 0, labels=0.0)
+    assert all(part.cross_entropy == 0 for part in alone)
     drawn = [parts_of_step("family", 0.4, 0.9, 1, step, [1.0] * STRATA, 0) for step in range(4)]
     assert all(len(parts) == 1 for parts in drawn)
     assert [round(parts[0].pruned // 0.3) for parts in drawn[1:]] == [0, 1, 2]

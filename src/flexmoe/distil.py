@@ -6,7 +6,9 @@ which members a step looks at.
 
 - ``family`` (default): the windows of every step are dealt to strata of the pruned share, 0 among
   them, so that each step improves all budgets at once at the cost of one. Each stratum's loss is
-  divided by the root of what it was at the start, or the poorest would drown the others.
+  divided by the root of what it was at the start, or the poorest would drown the others. Beside
+  the teacher the next token itself counts a little (``labels``), which the paper's schemes have
+  with a weight of 1.
 - ``sp``: the paper's single point (arXiv 2606.27866, eq. 13-16): one budget, whose result serves
   all. The paper trains LoRA on the channels that this member keeps, by cross-entropy and KL.
 - ``cp``: the paper's alternative: the full model by cross-entropy, and by KL the poorest member and
@@ -41,6 +43,7 @@ from flexmoe.training import (
 )
 
 SCHEMES = ("family", "sp", "cp")
+LABELS = 0.1  # weight of the next token's cross-entropy beside the teacher's KL, see docs/log.md
 STRATA = 4  # the full model, and equal stretches of pruned shares up to the poorest of the plan
 
 
@@ -96,6 +99,7 @@ def parts_of_step(
     step: int,
     weights: Sequence[float],
     seed: int,
+    labels: float = LABELS,
 ) -> list[Part]:
     """Which member is trained on which rows of the batch of ``step``, drawn by ``seed``."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -111,7 +115,7 @@ def parts_of_step(
         pruned = low + (high - low) * float(torch.rand(1, generator=generator))
         mine = every[(every + step * rows) % STRATA == k]
         if len(mine):
-            parts.append(Part(pruned, mine, weights[k], 0.0))
+            parts.append(Part(pruned, mine, weights[k], labels * weights[k]))
     return parts
 
 
@@ -164,6 +168,7 @@ def distil(
     *,
     scheme: str = "family",
     at: float = 0.4,
+    labels: float = LABELS,
     checkpointing: bool = False,
     autocast: torch.dtype | None = None,
     saved: Saved | None = None,
@@ -199,7 +204,9 @@ def distil(
                 for group in optimizer.param_groups:
                     group["lr"] = schedule.rate(step)
                 rows = len(order[step])
-                parts = parts_of_step(scheme, at, poorest, rows, step, weights, schedule.seed)
+                parts = parts_of_step(
+                    scheme, at, poorest, rows, step, weights, schedule.seed, labels
+                )
                 work = partial(backward, ids[order[step]], parts)
                 if is_sharded(model):  # all processes make the same calls
                     work(micro.size)

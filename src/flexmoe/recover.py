@@ -30,7 +30,7 @@ from flexmoe.data import (
     pick_batch_size,
     pick_seq_len,
 )
-from flexmoe.distil import Schedule, Swapped, distil, whole
+from flexmoe.distil import LABELS, Schedule, Swapped, distil, whole
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.curve import hardware, versions
 from flexmoe.evidence import FILE_NAME as EVIDENCE_NAME
@@ -42,7 +42,7 @@ from flexmoe.headers import resolve
 from flexmoe.lora import lora_experts
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.progress import Track, silent
-from flexmoe.recover_config import TOKENS, RecoverConfig, check_recovery, default_rate
+from flexmoe.recover_config import TOKENS, RecoverConfig, check_recovery, default_rate, is_family
 from flexmoe.refit import refit
 from flexmoe.reports.card import write_card
 from flexmoe.reports.provenance import given
@@ -227,7 +227,11 @@ def _record(ready: Prepared, device: torch.device) -> dict[str, Any]:
     """What the manifest keeps of any recovery."""
     config = ready.config
     return {
-        **{name: value for name, value in asdict(config).items() if value not in (None, False)},
+        **{
+            name: value
+            for name, value in asdict(config).items()
+            if value is not None and value is not False
+        },
         "data_sha256": ready.data_sha256,
         "windows": len(ready.ids),
         "options": given(config),
@@ -260,11 +264,12 @@ def train(
     if config.mode == "closed-form":
         report = refit(model, ready.plan, ready.ids, batch_size=schedule.batch_size, track=track)
         return {"seconds": round(report.seconds, 1)}
-    scheme = config.scheme or ("family" if config.at is None else "sp")
+    scheme = config.scheme or ("family" if is_family(config) else "sp")
     at = 0.4 if config.at is None else config.at
     options: dict[str, Any] = {
         "scheme": scheme,
         "at": at,
+        "labels": LABELS if config.labels is None else config.labels,
         "checkpointing": config.checkpointing,
         "autocast": torch.bfloat16 if pick_device(config.device).type == "cuda" else None,
         "saved": work.stage("recover"),

@@ -24,7 +24,8 @@ class RecoverConfig:
     """What `recover` can be told; None means the default of the mode (docs/log.md says why).
 
     ``scheme`` is ``family`` (all budgets in every step), ``sp`` (one budget, ``at``, the paper's;
-    the default when ``at`` is given) or ``cp`` (the paper's sandwich). ``tokens`` of text are read
+    the default when ``at`` is given) or ``cp`` (the paper's sandwich). ``labels``: how much the
+    next token counts beside the teacher in ``family`` (0: not at all). ``tokens`` of text are read
     once, more are drawn again.
     ``shard`` splits the model over all processes, see `sharding`. With ``memory`` (bytes) the
     closed form goes layer by layer and no more is held.
@@ -33,6 +34,7 @@ class RecoverConfig:
     mode: str = "full"
     scheme: str | None = None
     at: float | None = None
+    labels: float | None = None
     data: str = "tiny"
     tokens: int | None = None
     seq_len: int | None = None
@@ -56,6 +58,7 @@ def check_recovery(config: RecoverConfig) -> None:
     unread = {
         "at": config.mode != "closed-form" and config.scheme in (None, "sp"),
         "scheme": config.mode != "closed-form",
+        "labels": config.mode != "closed-form" and is_family(config),
         "lr": config.mode != "closed-form",
         "micro_batch": config.mode != "closed-form",
         "checkpointing": config.mode != "closed-form",
@@ -64,8 +67,10 @@ def check_recovery(config: RecoverConfig) -> None:
         "memory": config.mode == "closed-form",
     }
     for name, read in unread.items():
-        if getattr(config, name) not in (None, False) and not read:
-            hint = " (it belongs to scheme 'sp')" if name == "at" else ""
+        value = getattr(config, name)
+        if value is not None and value is not False and not read:
+            scheme = {"at": "sp", "labels": "family"}.get(name)
+            hint = f" (it belongs to scheme '{scheme}')" if scheme else ""
             raise FlexmoeError(
                 f"{name} has no effect with mode '{config.mode}'{hint}: leave it out"
             )
@@ -77,12 +82,19 @@ def check_recovery(config: RecoverConfig) -> None:
             raise FlexmoeError(f"{name} must be at least 1, found {value}")
     if config.lr is not None and not 0 < config.lr < 1:
         raise FlexmoeError(f"lr must lie between 0 and 1, found {config.lr:g}")
+    if config.labels is not None and not 0 <= config.labels <= 10:
+        raise FlexmoeError(f"labels must lie between 0 and 10, found {config.labels:g}")
     pick_batch_size(config.batch_size, 1)
     pick_device(config.device)
     if config.shard:
         check_processes()
     if config.memory is not None and processes()[1] > 1:
         raise FlexmoeError("a limit of memory works with one process: leave out torchrun")
+
+
+def is_family(config: RecoverConfig) -> bool:
+    """Whether all budgets are trained together."""
+    return config.scheme == "family" or (config.scheme is None and config.at is None)
 
 
 def default_rate(mode: str, hidden: int) -> float:

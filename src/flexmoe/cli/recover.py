@@ -40,6 +40,10 @@ def recover(
         typer.Option(help="family: all budgets (default); sp: one; cp: sandwich (the paper's)"),
     ] = None,
     at: Annotated[float | None, typer.Option(help="recover at this one budget (scheme sp)")] = None,
+    labels: Annotated[
+        float | None,
+        typer.Option(help="weight of the next token beside the teacher (family); default: 0.1"),
+    ] = None,
     data: Annotated[
         str, typer.Option(help="text: FILE, folder or hub id[:WEIGHT],...; default: tiny")
     ] = "tiny",
@@ -79,6 +83,7 @@ def recover(
             mode=mode,
             scheme=scheme,
             at=at,
+            labels=labels,
             data=data,
             tokens=tokens,
             seq_len=seq_len,

@@ -258,7 +258,8 @@ class DryRun:
             self._counted(lambda routing, h_SI: h_SI) as found,
         ):
             taught, count = torch.empty(shape, dtype=self.dtype), max(rows)
-            divergence(self._logits(count, length), taught[:count]).backward()
+            logits, ids = self._logits(count, length), torch.zeros(count, length, dtype=torch.long)
+            (divergence(logits, taught[:count]) + token_loss(logits, ids)).backward()
         return teacher.then(found[0].times(sum(rows) / count))
 
 
