@@ -41,7 +41,7 @@ from flexmoe.plan import Plan
 from flexmoe.progress import bar
 from flexmoe.rco import RcoConfig, Units, learn_mask
 from flexmoe.recover import trained_parameters
-from flexmoe.recover_config import default_rate
+from flexmoe.recover_config import RANK, default_rate
 from flexmoe.refit import refit
 from flexmoe.reports.report import merge_rows
 from rivals import progressive
@@ -273,7 +273,7 @@ def train(
     """`distil` as `flexmoe recover` calls it, on the model in memory."""
     model, how = ranked.model, {"scheme": scheme, "at": at, "track": bar}
     if mode == "lora":
-        with lora_experts(model, rank=16, seed=schedule.seed) as adapter:
+        with lora_experts(model, rank=RANK, seed=schedule.seed) as adapter:
             if scheme == "sp":
                 adapter.only_first(plan.widths(at))
             distil(model, adapter.parameters, adapter.off, ids, schedule, **how)

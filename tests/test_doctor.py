@@ -21,6 +21,7 @@ from flexmoe.doctor.diagnosis import before_compress, examine
 from flexmoe.doctor.dryrun import DryRun
 from flexmoe.doctor.estimates import Estimator
 from flexmoe.doctor.meter import Meter
+from flexmoe.doctor.sizes import TRACED
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import export
 from flexmoe.family import load_stock
@@ -34,7 +35,7 @@ from flexmoe.recover import trained_parameters
 from flexmoe.statistics import (
     find_statistics,
 )
-from flexmoe.trace import trace
+from flexmoe.trace import CODED_HIDDEN, trace
 from zoo import tiny_model
 
 FISHER = find_statistics(("fisher_EI",))
@@ -236,6 +237,22 @@ def test_learning_is_part_of_the_estimate(deep: Path) -> None:
     assert channels.parts["statistics"] > plain.parts["statistics"]
     assert channels.seconds is not None and plain.seconds is not None
     assert channels.seconds > plain.seconds
+
+
+def test_tables_of_what_does_not_fit_are_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("least.free_ram", "machine.free_ram"):
+        monkeypatch.setattr(f"flexmoe.doctor.{place}", lambda: 10**6)
+    done = CliRunner().invoke(app, ["doctor", "tiny", "--device", "cpu"])
+    assert done.exit_code == 2 and done.output.count("1 MB of memory") == 2
+    assert "[red]" not in done.output and "needed at least" in done.output
+    assert (
+        "needed at least" not in CliRunner().invoke(app, ["doctor", "tiny", "--device", "x"]).output
+    )
+
+
+def test_the_trace_takes_what_is_said() -> None:
+    """Numbers of 8 bytes, four times, of gate and up with `CODED_HIDDEN` values a channel."""
+    assert TRACED == 4 * 8 * CODED_HIDDEN * 2
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "nemotron_h", "qwen3_next"])

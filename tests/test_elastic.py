@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from copy import deepcopy
 
 import pytest
 import torch
@@ -32,6 +33,23 @@ def opened(request, tmp_path):
     else:  # a plan alone, on the base model
         plan.save(tmp_path / "family")
     return [flexmoe.load(tmp_path / "family", device="cpu", dtype=torch.float32) for _ in range(2)]
+
+
+def test_copies_and_models_of_another_dtype_compute_with_their_own_weights(opened):
+    """What kernels keep of a model's weights between calls is not taken for those of another."""
+    model, other = opened
+    for one in opened:
+        flexmoe.set_budget(one, 0.4)
+    ids, before = ids_of(model), logits(model, ids_of(model))
+    copied = deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert torch.equal(logits(copied, ids), before)
+    assert not torch.equal(logits(model, ids), before)
+    moved = logits(other.double(), ids)
+    assert difference(moved.float(), before) < LOGIT_TOLERANCE
+    assert torch.equal(logits(other.float(), ids), before)
 
 
 def test_memory_is_given_back_and_comes_back(opened):

@@ -124,7 +124,7 @@ def test_nonsense_is_left_to_transformers(change: tuple[str, bytes, bytes], tmp_
 def test_what_jobs_take_at_least(model_type: str, tmp_path: Path) -> None:
     """As the dry run says, but for activations."""
     source = resolve("tiny") if model_type == "tiny" else saved(model_type, tmp_path)
-    first, whole = glance(source, "cpu"), examine(source)
+    first, whole = glance(source, "cpu"), examine(source, CompressConfig(device="cpu"))
     assert first.same_as(whole) and first.device == whole.device == "cpu"
     assert [need.job for need in first.needs] == [need.job for need in whole.needs]
     for least, need in zip(first.needs, whole.needs, strict=True):

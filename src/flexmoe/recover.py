@@ -42,7 +42,14 @@ from flexmoe.headers import resolve
 from flexmoe.lora import lora_experts
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.progress import Track, silent
-from flexmoe.recover_config import TOKENS, RecoverConfig, check_recovery, default_rate, is_family
+from flexmoe.recover_config import (
+    RANK,
+    TOKENS,
+    RecoverConfig,
+    check_recovery,
+    default_rate,
+    is_family,
+)
 from flexmoe.refit import refit
 from flexmoe.reports.card import write_card
 from flexmoe.reports.provenance import given
@@ -276,7 +283,7 @@ def train(
         "track": track,
     }
     if config.mode == "lora":
-        with lora_experts(model, rank=config.rank or 16, seed=config.seed) as adapter:
+        with lora_experts(model, rank=config.rank or RANK, seed=config.seed) as adapter:
             if scheme == "sp":
                 adapter.only_first(ready.plan.widths(at))
             distil(model, adapter.parameters, adapter.off, ready.ids, schedule, **options)
@@ -287,4 +294,5 @@ def train(
         swapped = Swapped(parameters)
         distil(model, parameters, swapped.original, ready.ids, schedule, **options)
     tokens = schedule.steps * schedule.batch_size * ready.ids.shape[1]
-    return {"steps": schedule.steps, "tokens_trained": tokens, "lr": schedule.lr}
+    done = {"steps": schedule.steps, "tokens_trained": tokens, "lr": schedule.lr, "scheme": scheme}
+    return done | ({"labels": options["labels"]} if scheme == "family" else {})

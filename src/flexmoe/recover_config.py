@@ -16,6 +16,7 @@ MODES = ("closed-form", "router", "lora", "full")
 # for Adam on whole matrices (1/H), more gently where little changes. Rules of thumb beyond that.
 RATES = {"full": 1e-3, "lora": 1e-3, "router": 1e-3}
 MEASURED_HIDDEN = 128
+RANK = 16  # of LoRA
 TOKENS = {"closed-form": 131_072, "router": 600_000, "lora": 1_200_000, "full": 1_200_000}
 
 
@@ -69,7 +70,8 @@ def check_recovery(config: RecoverConfig) -> None:
     for name, read in unread.items():
         value = getattr(config, name)
         if value is not None and value is not False and not read:
-            scheme = {"at": "sp", "labels": "family"}.get(name)
+            schemes = {} if config.mode == "closed-form" else {"at": "sp", "labels": "family"}
+            scheme = schemes.get(name)
             hint = f" (it belongs to scheme '{scheme}')" if scheme else ""
             raise FlexmoeError(
                 f"{name} has no effect with mode '{config.mode}'{hint}: leave it out"

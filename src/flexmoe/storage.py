@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flexmoe.kernels import Weights
+from flexmoe.kernels import Kept, Weights
 from flexmoe.kernels.activations import name_of
 
 # Held while a module's parameters are replaced by those of another storage (see `elastic`), and
@@ -36,6 +36,7 @@ def stored_weights(module: nn.Module) -> Weights:
     known = module.__dict__
     if "flexmoe_activation" not in known:
         known["flexmoe_activation"] = name_of(activate, module.has_gate, up.device)
+        known["flexmoe_kept"] = Kept()
     return Weights(
         up=up,
         down=down,
@@ -45,7 +46,7 @@ def stored_weights(module: nn.Module) -> Weights:
         up_bias=bias,
         down_bias_EH=module.down_proj_bias if module.has_bias else None,
         norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
-    )
+    ).knowing(known["flexmoe_kept"])
 
 
 def _sides(tensor: Tensor, sides: int, concatenated: bool) -> Tensor:

@@ -43,6 +43,7 @@ def doctor(
     first = glance(model, device)
     if first.layers:
         _describe(first)
+    if first.needs:
         say(_needs(first, at_least=True))
     _say_problems(first.problems)
     if not first.model_type:  # there is nothing to look at
@@ -152,20 +153,22 @@ def _needs(found: Diagnosis, at_least: bool = False) -> Any:
         parts = ", ".join(f"{name} {size(number)}" for name, number in need.parts.items())
         table.add_row(
             need.job,
-            _within(need.memory, found.memory_free),
+            _within(need.memory, found.memory_free or None),
             *([] if at_least else [parts]),
             unknown if need.seconds is None else duration(need.seconds),
-            _within(need.disk, found.disk_free),
+            _within(need.disk, found.disk_free - need.scratch),
             size(need.scratch) if need.scratch else "",
         )
     return table
 
 
-def _within(needed: int, free: int) -> str:
-    """A size, in red where it is more than what is free (0: not known)."""
+def _within(needed: int, free: int | None) -> Any:
+    """A size, in red where it is more than what is free (None: not known)."""
+    from rich.text import Text
+
     from flexmoe.reports.report import size
 
-    return f"[red]{size(needed)}[/red]" if 0 < free < needed else size(needed)
+    return Text(size(needed), style="" if free is None or needed <= free else "red")
 
 
 def duration(seconds: float) -> str:

@@ -30,7 +30,7 @@ from flexmoe.doctor.dryrun import DryRun
 from flexmoe.doctor.found import Need
 from flexmoe.doctor.machine import Rates, measure_rates
 from flexmoe.doctor.meter import Cost
-from flexmoe.doctor.sizes import RANK, Experts, Sizes
+from flexmoe.doctor.sizes import Experts, Sizes
 from flexmoe.experts import expert_layers, routed_parameters
 from flexmoe.family import pick_device
 from flexmoe.learn import CHECKED, MIXES, LearnConfig
@@ -38,7 +38,7 @@ from flexmoe.methods import Method, check_shape, find_method, score_layer
 from flexmoe.methods.diep import EPOCHS, WINDOWS
 from flexmoe.rco import RcoConfig
 from flexmoe.recover import trained_parameters
-from flexmoe.recover_config import TOKENS, RecoverConfig, is_family
+from flexmoe.recover_config import RANK, TOKENS, RecoverConfig, is_family
 from flexmoe.reference import ROUTER
 from flexmoe.statistics import LayerStatistics, find_statistics
 from flexmoe.trace import TracedLayer, trace

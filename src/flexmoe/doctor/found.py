@@ -45,8 +45,8 @@ class Width:
 class Need:
     """``memory``: bytes at the peak, ``parts`` what they are of. ``disk``: bytes of the tensors
     written; ``scratch``: what lies beside them at most until the job is done. ``seconds``: None
-    where the architecture's forward pass cannot be tried without data; ``memory`` is without
-    activations then."""
+    where the architecture's forward pass cannot be tried without data, ``memory`` is without
+    activations then; and of `glance` on a GPU."""
 
     job: str
     memory: int

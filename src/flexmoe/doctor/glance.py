@@ -65,8 +65,10 @@ def glance(model: str | Path, device: str | None = None) -> Diagnosis:
                 sizes = _describe(found, headers, known, table["activations"])
                 if sizes and device:
                     context = config_value(config, {"places": WINDOW, "default": CONTEXT})
+                    if not isinstance(context, int) or context < 1:
+                        context = CONTEXT
                     at_least(found, sizes, context, device, table["work"])
-        except (LookupError, TypeError, ValueError):
+        except (ArithmeticError, LookupError, TypeError, ValueError):
             found.layers = []  # values of other kinds than any class takes: transformers says which
     return found
 

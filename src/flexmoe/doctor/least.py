@@ -7,8 +7,10 @@ Qwen3-30B-A3B counts them (``bench/known.py``): they hardly differ from model to
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 from flexmoe.doctor.found import Diagnosis, Need
@@ -16,7 +18,7 @@ from flexmoe.doctor.room import free_ram
 from flexmoe.doctor.sizes import EXPORTED, Sizes
 from flexmoe.files import free_disk
 
-STATISTICS = 1  # a channel, of the default method
+STATISTICS, RANK = 1, 16  # a channel, of the default method; of LoRA: its module imports torch
 CONTEXT = 8192  # of which a quarter is a window of text; models with less see fewer tokens
 EXPORT = "export"  # of such jobs ``work`` has the bytes moved for every byte of the checkpoint
 
@@ -61,7 +63,7 @@ def _needs(sizes: Sizes, found: Diagnosis) -> list[Need]:
     itemsize = 4 if cpu else sizes.itemsize
     compress = sizes.compress(itemsize, STATISTICS, masks=True, learned=True)
     routers = sum(layer.E * layer.H for layer in sizes.layers)
-    trained = {"router": routers, "lora": sizes.adapters(), "full": sizes.routed + routers}
+    trained = {"router": routers, "lora": sizes.adapters(RANK), "full": sizes.routed + routers}
     recover = [sizes.closed_form(found.memory_free)]
     recover += [sizes.trained(mode, number) for mode, number in trained.items()]
     narrow = next(w.width for w in found.widths if w.pruned == EXPORTED)
@@ -74,4 +76,7 @@ def _needs(sizes: Sizes, found: Diagnosis) -> list[Need]:
 
 
 def _has_gpu() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+    """Whether torch will find a GPU, as far as can be told without it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    built = "+cpu" not in metadata.version("torch")
+    return built and not hidden and any(Path("/dev").glob("nvidia[0-9]*"))

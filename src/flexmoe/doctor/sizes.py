@@ -18,7 +18,6 @@ from flexmoe.headers import TensorInfo
 VECTORS = 12  # float64 vectors over all channels that learning holds at a time
 FULL_STATE = 16  # bytes a trained parameter: the original, a gradient, two moments
 EXPORTED = 0.4  # the member whose exports are looked at
-RANK = 16  # of LoRA
 TRACED = 192  # bytes a channel for a moment, while `trace` finds where channels are
 
 
@@ -96,7 +95,7 @@ class Sizes:
         passes that takes."""
         of_layer = [4 * layer.E * layer.I**2 for layer in self.layers]
         held = max(max(of_layer), min(sum(of_layer), max(0, free - 4 * self.total) // 2))
-        return held, math.ceil(sum(of_layer) / held)
+        return held, math.ceil(sum(of_layer) / max(1, held))
 
     def closed_form(self, free: int) -> Need:
         """Where so many bytes of memory are free."""
@@ -112,7 +111,7 @@ class Sizes:
         state = 2 * 12 * parameters  # parameters and moments, two files in turn
         return Need(f"recover --mode {mode}", sum(parts.values()), parts, self.bytes, state)
 
-    def adapters(self, rank: int = RANK) -> int:
+    def adapters(self, rank: int) -> int:
         """Parameters of LoRA on all experts."""
         sides = 2 if self.gated else 1
         rows = (layer.E * ((sides + 1) * layer.I + 2 * layer.H) for layer in self.layers)
@@ -124,11 +123,10 @@ class Sizes:
         """Bytes of the tensors of each layout at `EXPORTED`, with experts of ``width`` in a
         uniform one: exact, but for a ragged export, which has its plan's widths."""
         removed = sum(layer.E * (layer.I - width) * layer.channel for layer in self.layers)
-        routed = sum(layer.E * layer.I * layer.channel for layer in self.layers)
         return {
             "uniform": self.bytes - self.itemsize * removed,
             "masked": self.bytes,
-            "ragged": self.bytes - round(self.itemsize * EXPORTED * routed),
+            "ragged": self.bytes - round(self.itemsize * EXPORTED * self.routed),
         }
 
     def export(self, layout: str, size: int) -> Need:

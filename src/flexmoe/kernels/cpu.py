@@ -151,9 +151,11 @@ def _compiled(
 def _stored(weights: Weights) -> Any:
     """A pointer to what the source has to know of the weights, made anew when they move."""
     up, down = weights.up.data_ptr(), weights.down.data_ptr()
+    offset_E, bias = weights.offset_E, weights.up_bias
+    key = (up, down, weights.layout, None if bias is None else bias.stride())
     made = weights.kept.get("cpu")
-    if made is None or made[:2] != (up, down):
-        offset_E, bias = weights.offset_E, weights.up_bias
+    if made is None or made[0] is not offset_E or made[1] != key:
+        given = offset_E
         if offset_E is not None:
             offset_E = _as(offset_E, torch.int32)
         stored = _Stored(
@@ -168,7 +170,7 @@ def _stored(weights: Weights) -> Any:
             activation=list(ACTIVATIONS).index(weights.activation),
             weights_bf16=weights.up.dtype is torch.bfloat16,
         )
-        made = weights.kept["cpu"] = (up, down, ctypes.byref(stored), offset_E)
+        made = weights.kept["cpu"] = (given, key, ctypes.byref(stored), offset_E)
     return made[2]
 
 

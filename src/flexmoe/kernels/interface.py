@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +16,17 @@ from flexmoe.kernels import cpu, torch_loop, triton_gpu
 # Back ends, the first that can run is taken. Each is a module with `experts`, of the signature
 # below, and `can_run(weights, x_TH)`: None, or the reason why it cannot.
 BACKENDS: dict[str, Any] = {"cpu": cpu, "triton": triton_gpu, "torch": torch_loop}
+
+
+class Kept(dict[Any, Any]):
+    """What `experts` and back ends found out about weights, for the calls that follow. Copies are
+    of other weights, and empty."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class Weights:
     ``activation`` is its name for compiled back ends, "" if only `activate` can say what it does.
     ``norm`` maps whole outputs of experts [n, H], bias included, to what the routing weight
     multiplies; None where nothing does.
+    ``kept``: found out in earlier calls, see `knowing`.
     """
 
     up: Tensor
@@ -50,11 +61,20 @@ class Weights:
     norm: Callable[[Tensor], Tensor] | None = None
     up_scale: Tensor | None = None
     down_scale: Tensor | None = None
+    kept: Kept = field(default_factory=Kept, init=False, compare=False, repr=False)
 
-    @cached_property
-    def kept(self) -> dict[Any, Any]:
-        """What `experts` and back ends found out about these weights, for the calls that follow."""
-        return {}
+    def knowing(self, kept: Kept) -> Weights:
+        """These weights, made anew for a call, with what earlier calls found out about the same
+        experts. Other tensors may have taken the place of theirs; all else must be as it was."""
+        object.__setattr__(self, "kept", kept)
+        return self
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """All that can change when other tensors take the place of these, but where they are."""
+        up, down = self.up, self.down
+        kinds = (type(up), type(down), up.dtype, down.dtype, up.device)
+        return (*kinds, up.shape, up.stride(), down.stride())
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -91,15 +111,16 @@ def experts(
 def _backend(weights: Weights, x_TH: Tensor, weight_TK: Tensor, forced: str | None) -> Any:
     if forced is None:
         plain = type(x_TH) is Tensor and type(weight_TK) is Tensor and not torch.is_grad_enabled()
-        key = (x_TH.dtype, x_TH.device)
-        if plain and key in weights.kept:  # nothing else of a call decides
-            return weights.kept[key]
-        found = next(
-            back for back in BACKENDS.values() if _why_not(back, weights, x_TH, weight_TK) is None
-        )
-        if plain:
-            weights.kept[key] = found
-        return found
+        key = (x_TH.dtype, x_TH.device, weights.layout) if plain else None
+        if key is None or (name := weights.kept.get(key)) is None:
+            name = next(
+                name
+                for name, back in BACKENDS.items()
+                if _why_not(back, weights, x_TH, weight_TK) is None
+            )
+            if key is not None:
+                weights.kept[key] = name
+        return BACKENDS[name]
     if forced not in BACKENDS:
         raise did_you_mean(forced, BACKENDS, "kernel")
     if reason := _why_not(BACKENDS[forced], weights, x_TH, weight_TK):
