@@ -13,6 +13,8 @@ from flexmoe.doctor.pace import repeated
 from flexmoe.doctor.room import free_ram
 from flexmoe.experts import expert_layers
 
+MOMENT = 0.05  # seconds each rate is measured for
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -44,7 +46,7 @@ def _repeated(work: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    return median(repeated(whole))
+    return median(repeated(whole, MOMENT))
 
 
 def free_memory(device: torch.device) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-MOMENT = 0.05  # seconds each rate is measured for
+MOMENT = 0.02  # seconds each rate is measured for
 ROWS, WIDEST = 256, 2048  # sizes of the product: larger ones are as fast and take seconds
 
 
@@ -23,7 +23,7 @@ def pace(hidden: int, channels: int) -> tuple[float, float]:
     return 2 * a.size * channels / product, source.nbytes / copy
 
 
-def repeated(work: Callable[[], object]) -> list[float]:
+def repeated(work: Callable[[], object], moment: float = MOMENT) -> list[float]:
     """Seconds of each of the calls that a moment has room for, after one that does not count."""
 
     def timed() -> float:
@@ -32,7 +32,7 @@ def repeated(work: Callable[[], object]) -> list[float]:
         return time.perf_counter() - start
 
     timed()
-    calls, end = [timed()], time.perf_counter() + MOMENT
+    calls, end = [timed()], time.perf_counter() + moment
     while time.perf_counter() < end:
         calls.append(timed())
     return calls

@@ -49,6 +49,37 @@ class Sizes:
         return sum(info.bytes for info in self.tensors.values())
 
     @cached_property
+    def whole(self) -> dict[str, bool]:
+        """Of each tensor of experts, whether it holds all experts of its layer."""
+        return {name: fused for names in self.stored.values() for name, fused in names.items()}
+
+    @cached_property
+    def apart(self) -> int:
+        """Bytes of the tensors of single experts."""
+        return sum(self.tensors[name].bytes for name, fused in self.whole.items() if not fused)
+
+    @cached_property
+    def other(self) -> int:
+        """Bytes of the largest tensor that is none of experts."""
+        others = (info.bytes for name, info in self.tensors.items() if name not in self.whole)
+        return max(others, default=0)
+
+    @cached_property
+    def largest(self) -> dict[bool, int]:
+        """Bytes of the largest tensor of a single expert (False) and of all experts (True)."""
+        found = {False: 0, True: 0}
+        for name, fused in self.whole.items():
+            found[fused] = max(found[fused], self.tensors[name].bytes)
+        return found
+
+    @cached_property
+    def layer(self) -> int:
+        """Bytes of the experts of the largest layer."""
+        return max(
+            sum(self.tensors[name].bytes for name in names) for names in self.stored.values()
+        )
+
+    @cached_property
     def itemsize(self) -> int:
         """Bytes of a stored parameter of the experts."""
         info = self.tensors[next(iter(next(iter(self.stored.values()))))]
@@ -64,9 +95,8 @@ class Sizes:
         file, and with it stays what experts that the model holds as one tensor were copied from."""
         parts, loading = dict(need.parts), itemsize * self.total
         if cpu and itemsize == self.itemsize:
-            apart = [n for names in self.stored.values() for n, fused in names.items() if not fused]
-            if apart:
-                parts["mapped files"] = sum(self.tensors[name].bytes for name in apart)
+            if self.apart:
+                parts["mapped files"] = self.apart
         elif cpu:
             loading += self.bytes
         if activations is not None:
@@ -133,18 +163,14 @@ class Sizes:
         """An export of ``size`` bytes. It goes tensor by tensor: the most that is held are two
         copies of a tensor without channels, a tensor with all experts and one of them, or one
         expert of either side in float32; or, before, the numbers of the trace."""
-        pieces = {name: fused for names in self.stored.values() for name, fused in names.items()}
-        others = max((i.bytes for name, i in self.tensors.items() if name not in pieces), default=0)
         E, I, *_ = max(self.layers, key=lambda layer: (layer.E, layer.I))
         rebuilt = 0
-        for name, fused in pieces.items():
-            row = self.tensors[name].bytes // (E if fused else 1)
-            whole = 0 if layout == "ragged" else self.tensors[name].bytes
+        for fused, size_of in self.largest.items():
+            row, whole = size_of // (E if fused else 1), 0 if layout == "ragged" else size_of
             rebuilt = max(rebuilt, 2 * row + whole)
-        layers = (sum(self.tensors[name].bytes for name in names) for names in self.stored.values())
-        expert = max(layers) // E
+        expert = self.layer // E
         parts = {
-            "two copies of the largest tensor": 2 * others,
+            "two copies of the largest tensor": 2 * self.other,
             "a tensor of experts": rebuilt,
             "an expert, read and written": 2 * expert + 4 * expert // self.itemsize,
             "the trace": TRACED * E * I,
