@@ -98,6 +98,7 @@ class Bench:
             "seconds": round(seconds, 1),
             "date": where["date"],
             "commit": where["commit"],
+            "cpu": where["cpu"],
             **more,
         }
         settings = {

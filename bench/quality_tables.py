@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from speed_tables import measured_on
+from speed_tables import measured_in_parts, measured_on
 
 RESULTS = Path(__file__).with_name("results")
 MEASURED_WHOLE = ("tiny", "olmoe")  # the models on which all recipes are compared
@@ -42,7 +42,8 @@ def ablations() -> str:
     (model,) = {row["model"] for row in found["rows"]}
     (seed,) = {row["seed"] for row in found["rows"]}
     note = f"Increase of the held-out loss, `{model}`, seed {seed}; windows as for the plans. "
-    return "\n".join([*lines, "", note + measured_on(found, f"python bench/ablations.py {model}")])
+    told = measured_in_parts(found, found["rows"], f"python bench/ablations.py {model}")
+    return "\n".join([*lines, "", note + told])
 
 
 def pairs() -> str:
@@ -78,21 +79,21 @@ def redundancy() -> str:
         "pairs kept at 50 % | of their margin |",
         "|---" * (len(shares) + 5) + "|",
     ]
+    shown = []
     for model, shape in REDUNDANT.items():
         half = _pairs_of(model)["rows"]["plan alone"]["0.5"]
         for plan in ("learned", "global fisher", "uniform fisher"):
-            (row,) = [
-                row["nll_increase"]
-                for row in found["rows"]
-                if (row["model"], row["recipe"], row["seed"]) == (model, plan, 0)
-            ]
-            losses = " | ".join(f"{row[s]:.4f}" for s in shares)
+            wanted = (model, plan, 0)
+            (row,) = [r for r in found["rows"] if (r["model"], r["recipe"], r["seed"]) == wanted]
+            shown.append(row)
+            losses = " | ".join(f"{row['nll_increase'][s]:.4f}" for s in shares)
             kept = " | "
             if plan == "learned":
                 kept = f"{_share(half, 'ratio')} | {_share(half, 'margin_ratio')}"
             lines.append(f"| {model} | {shape} | {plan} | {losses} | {kept} |")
     note = "Increase of the held-out loss, seed 0, plans alone; pairs as in the table of pairs. "
-    return "\n".join([*lines, "", note + measured_on(found, "python bench/family.py plans MODEL")])
+    told = measured_in_parts(found, shown, "python bench/family.py plans MODEL")
+    return "\n".join([*lines, "", note + told])
 
 
 def _pairs_of(model: str) -> dict:

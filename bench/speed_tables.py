@@ -24,6 +24,17 @@ def measured_on(found: dict, command: str) -> str:
     )
 
 
+def measured_in_parts(found: dict, rows: list[dict], command: str) -> str:
+    """The same for rows that were measured one by one."""
+    where, dates = found["environment"], sorted({row["date"] for row in rows})
+    cpus = " or ".join(sorted({row["cpu"] for row in rows}))
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return (
+        f"`{command}`; 1 core of {cpus}, torch {where['torch']}, transformers "
+        f"{where['transformers']}, {when}; each row of the results has its own commit."
+    )
+
+
 def serve() -> str:
     """Load on the two engines while the default budget moves."""
     head = "| engine | load | requests | failed | other answer than alone | tokens/s |"
