@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flexmoe.plan import Plan
     from flexmoe.statistics import statistic
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "CompressConfig": "config",
