@@ -245,6 +245,9 @@ def test_tables_of_what_does_not_fit_are_plain_text(monkeypatch: pytest.MonkeyPa
     done = CliRunner().invoke(app, ["doctor", "tiny", "--device", "cpu"])
     assert done.exit_code == 2 and done.output.count("1 MB of memory") == 2
     assert "[red]" not in done.output and "needed at least" in done.output
+    quick = CliRunner().invoke(app, ["doctor", "tiny", "--device", "cpu", "--quick"])
+    assert quick.exit_code == 2
+    assert "compress: the weights alone take 0.01 GB" in " ".join(quick.output.split())
     assert (
         "needed at least" not in CliRunner().invoke(app, ["doctor", "tiny", "--device", "x"]).output
     )

@@ -192,3 +192,27 @@ def test_its_description_comes_first_and_only_once() -> None:
     assert done.output.index("MoE layers") < done.output.index("loading transformers")
     assert done.output.index("needed at least") < done.output.index("loading transformers")
     assert done.output.index("loading transformers") < done.output.index("estimates on")
+
+
+def test_quick_says_it_without_transformers(tmp_path: Path) -> None:
+    code = """
+import sys
+from typer.testing import CliRunner
+from flexmoe.cli import app
+print(CliRunner().invoke(app, ["doctor", "tiny", "--quick", "--json"]).stdout)
+assert CliRunner().invoke(app, ["doctor", "tiny", "--quick"]).exit_code == 0
+assert not {"torch", "transformers"} & set(sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    said = json.loads(run.stdout)
+    assert said["needs"][0]["job"] == "compress" and said["parameters"]["active"] > 0
+    text = CliRunner().invoke(app, ["doctor", "tiny", "--quick"]).output
+    assert "needed at least" in text and "loading transformers" not in text
+    source = saved("olmoe", tmp_path)
+    config = (source / "config.json").read_text()
+    (source / "config.json").write_text(config.replace('"olmoe"', '"other"'))
+    for more in ([], ["--json"]):
+        unknown = CliRunner().invoke(app, ["doctor", str(source), "--quick", *more])
+        assert unknown.exit_code != 0 and "leave out --quick" in str(unknown.exception)
+    (source / "config.json").write_text("{")
+    assert CliRunner().invoke(app, ["doctor", str(source), "--quick"]).exit_code == 2

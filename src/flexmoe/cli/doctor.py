@@ -20,6 +20,8 @@ EXAMPLES = """\
   flexmoe doctor ./Qwen3-30B-A3B
 
   flexmoe doctor families/tiny --json
+
+  flexmoe doctor ./Qwen3-30B-A3B --quick --json     in a second, without torch
 """
 
 
@@ -27,27 +29,33 @@ def doctor(
     model: Annotated[str, typer.Argument(help="folder, model in the hub's cache, or 'tiny'")],
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="only what the files say, at once")
+    ] = False,
 ) -> None:
     """What a checkpoint is, what works with it, what that takes, and why it would fail.
 
     Reads configs and headers, no weights. Memory and time are estimates for default settings.
-    Exit code 2 if compress would fail.
+    Exit code 2 if compress would fail. With --quick transformers is not loaded and the model not
+    tried: needs are what jobs take at least.
     """
     from flexmoe.doctor.found import report
     from flexmoe.doctor.glance import glance
 
     if as_json:
-        found = _examine(model, device, lambda found: None)
+        found = _quick(model, device) if quick else _examine(model, device, lambda found: None)
         typer.echo(json.dumps(report(found), indent=1))
         raise typer.Exit(2 if found.problems else 0)
-    first = glance(model, device)
+    first = _quick(model, device) if quick else glance(model, device)
     if first.layers:
         _describe(first)
     if first.needs:
         say(_needs(first, at_least=True))
     _say_problems(first.problems)
-    if not first.model_type:  # there is nothing to look at
-        raise typer.Exit(2)
+    if quick:
+        _say_warnings(first.warnings)
+    if not first.model_type or quick:  # there is nothing else to look at
+        raise typer.Exit(2 if first.problems else 0)
     say("loading transformers, to try the model and count activations ...")
     told = [first]
 
@@ -64,13 +72,28 @@ def doctor(
         _describe(found)
     if found.needs:
         say(_needs(found))
-    for line in found.warnings:
-        say(f"warning: {line}", style="yellow")
+    _say_warnings(found.warnings)
     said = first.problems if first.layers else []  # others stand far above by now
     _say_problems([line for line in found.problems if line not in said])
     if found.problems:
         raise typer.Exit(2)
     say(f"next: flexmoe compress {model} -o FAMILY")
+
+
+def _quick(model: str, device: str) -> Diagnosis:
+    """What the files alone say, and what they say does not fit."""
+    from flexmoe.doctor.glance import glance
+    from flexmoe.doctor.room import note_what_does_not_fit
+    from flexmoe.errors import FlexmoeError
+
+    found = glance(model, device)
+    if not found.problems and not found.needs:
+        raise FlexmoeError(
+            f"the files of {model} alone say too little (architecture '{found.model_type}', or a "
+            "device that is neither cpu nor cuda): leave out --quick"
+        )
+    note_what_does_not_fit(found)
+    return found
 
 
 def _examine(model: str, device: str, described: Callable[[Diagnosis], None]) -> Diagnosis:
@@ -79,6 +102,11 @@ def _examine(model: str, device: str, described: Callable[[Diagnosis], None]) ->
 
     quiet()
     return examine(model, CompressConfig(device=device), described=described)
+
+
+def _say_warnings(warnings: list[str]) -> None:
+    for line in warnings:
+        say(f"warning: {line}", style="yellow")
 
 
 def _say_problems(problems: list[str]) -> None:

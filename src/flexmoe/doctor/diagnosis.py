@@ -20,7 +20,7 @@ from flexmoe.doctor.estimates import Estimator
 from flexmoe.doctor.found import Diagnosis, Layer, widths
 from flexmoe.doctor.glance import open_headers
 from flexmoe.doctor.machine import free_memory
-from flexmoe.doctor.room import what_does_not_fit
+from flexmoe.doctor.room import note_what_does_not_fit
 from flexmoe.doctor.sizes import EXPORTED
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers, routed_parameters
@@ -180,14 +180,9 @@ def _estimate(
         need = found.attempt(partial(estimator.recover, recover, found.memory_free))
         found.needs += [need] if need else []
     found.needs += [estimator.export(layout, size) for layout, size in exported.items()]
-    for need in found.needs:
-        # of several processes each needs less, and a limit of memory is kept by another way
-        if not config.shard and config.memory is None:
-            problem, warnings = what_does_not_fit(
-                need, found.device, found.memory_free, found.disk_free
-            )
-            found.problems += problem
-            found.warnings += warnings
+    # of several processes each needs less, and a limit of memory is kept by another way
+    if not config.shard and config.memory is None:
+        note_what_does_not_fit(found)
 
 
 def _exports(found: Diagnosis, estimator: Estimator) -> dict[str, int]:

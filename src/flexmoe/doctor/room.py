@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flexmoe.doctor.found import Need
+from flexmoe.doctor.found import Diagnosis, Need
 
 FEWER = "lower --batch-size or --seq-len"
 SMALLER_STEPS = f"{FEWER}, or use --micro-batch 1 --checkpointing"
@@ -25,6 +25,16 @@ TRAINED = (
     "recover with --mode closed-form --memory, or on several devices with --shard",
     SMALLER_STEPS,
 )
+
+
+def note_what_does_not_fit(found: Diagnosis) -> None:
+    """Add to ``problems`` and ``warnings`` what its needs say, where free memory is known."""
+    for need in found.needs if found.memory_free else ():
+        problems, warnings = what_does_not_fit(
+            need, found.device, found.memory_free, found.disk_free
+        )
+        found.problems += problems
+        found.warnings += warnings
 
 
 def what_does_not_fit(
