@@ -16,10 +16,8 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
 def on_device(weights):
-    moved = {
-        k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in vars(weights).items()
-    }
-    return type(weights)(**moved)
+    moved = {k: v.to(DEVICE) for k, v in vars(weights).items() if isinstance(v, torch.Tensor)}
+    return replace(weights, **moved)
 
 
 def run(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T=None, budget=0):
