@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from speed_tables import measured_in_parts, measured_on
+from speed_tables import measured_in_parts, measured_on, results
 
 RESULTS = Path(__file__).with_name("results")
 MEASURED_WHOLE = ("tiny", "olmoe")  # the models on which all recipes are compared
@@ -27,7 +27,7 @@ PARTS = {  # as the rows are called, and what the table says of them
 
 def ablations() -> str:
     """What each part of the recipe is worth, one model and seed."""
-    found = json.loads((RESULTS / "ablations.json").read_text())
+    found = results("ablations")
     shares = ("0", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8")
     lines = [f"| | {' | '.join(f'{float(s):.0%}' for s in shares)} |", "|---" * 9 + "|"]
     for part, title in PARTS.items():
@@ -72,7 +72,7 @@ def pairs() -> str:
 
 def redundancy() -> str:
     """The same recipe on models with more experts, wider ones, or upcycled from a dense one."""
-    found = json.loads((RESULTS / "family.json").read_text())
+    found = results("family")
     shares = ("0.2", "0.4", "0.5", "0.6", "0.8")
     lines = [
         f"| model | experts x channels | plan | {' | '.join(f'{float(s):.0%}' for s in shares)} | "

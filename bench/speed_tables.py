@@ -13,6 +13,10 @@ PARTS = {
 }
 
 
+def results(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
 def measured_on(found: dict, command: str) -> str:
     """Command, hardware, versions, date and commit of a result."""
     where = found["environment"]
@@ -93,7 +97,7 @@ def vllm() -> str:
 
 def kernels(name: str = "kernels") -> str:
     """Ragged experts on the CPU against what else computes experts."""
-    found = json.loads((RESULTS / f"{name}.json").read_text())
+    found = results(name)
     peers = list(found["rows"][0]["seconds"])[:-4]
     short = [name.removeprefix("transformers ").removesuffix(" cpu_fused_moe") for name in peers]
     lines = [
@@ -128,7 +132,7 @@ def kernels(name: str = "kernels") -> str:
 
 def model_speed(name: str = "model_speed") -> str:
     """Whole models at every budget against transformers on the unpruned one."""
-    found = json.loads((RESULTS / f"{name}.json").read_text())
+    found = results(name)
     batches = sorted({row["batch"] for row in found["rows"]})
     head = ["model", "dtype", "engine", "pruned", "weights"]
     head += [f"TTFT {b}" for b in batches] + [f"TPOT {b}" for b in batches]
