@@ -11,9 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flexmoe.methods import Text, all_methods, score_model
 from flexmoe.observe import observe
-from flexmoe.statistics import (
-    Statistics,
-)
+from flexmoe.statistics import Statistics
 
 GOLDEN = Path(__file__).parent / "golden"
 

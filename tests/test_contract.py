@@ -12,12 +12,7 @@ from flexmoe.headers import resolve
 from flexmoe.methods import Text, all_methods, score_model
 from flexmoe.observe import observe, watched
 from flexmoe.reference import ROUTER
-from flexmoe.statistics import (
-    beside,
-    empty_statistics,
-    find_statistics,
-    passes,
-)
+from flexmoe.statistics import beside, empty_statistics, find_statistics, passes
 from golden_data import golden
 
 METHODS = all_methods()

@@ -32,9 +32,7 @@ from flexmoe.observe import observe
 from flexmoe.pipeline import CompressConfig, compress
 from flexmoe.rco import RcoConfig, learn_order
 from flexmoe.recover import trained_parameters
-from flexmoe.statistics import (
-    find_statistics,
-)
+from flexmoe.statistics import find_statistics
 from flexmoe.trace import CODED_HIDDEN, trace
 from zoo import tiny_model
 

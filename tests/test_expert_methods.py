@@ -8,10 +8,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.grouping import STAYS, absorbed
 from flexmoe.observe import observe
-from flexmoe.statistics import (
-    STATISTICS,
-    statistic,
-)
+from flexmoe.statistics import STATISTICS, statistic
 from golden_data import golden, golden_logits, relative, scores
 from helpers import ids_of
 from zoo import tiny_model

@@ -9,11 +9,7 @@ from flexmoe.experts import expert_layers, experts_function
 from flexmoe.methods import METHODS, Method, all_methods, find_method, score_layers
 from flexmoe.methods.camera import energy
 from flexmoe.observe import observe
-from flexmoe.statistics import (
-    THIN,
-    thin_experts,
-    token_loss,
-)
+from flexmoe.statistics import THIN, thin_experts, token_loss
 from golden_data import golden, golden_logits, golden_model, relative, scores
 
 TOLERANCE = 1e-4  # relative, as recommended for scores from gradients or float32 squares

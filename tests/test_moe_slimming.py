@@ -9,10 +9,7 @@ from flexmoe.methods.moe_slimming import activity, attribution, layer_loss
 from flexmoe.methods.moe_slimming_saliency import contributed, gradient, saliency, slopes
 from flexmoe.methods.moe_slimming_weights import size, size_times_input
 from flexmoe.observe import observe
-from flexmoe.statistics import (
-    STATISTICS,
-    statistic,
-)
+from flexmoe.statistics import STATISTICS, statistic
 from golden_data import golden, relative, scores
 from helpers import ids_of
 from zoo import tiny_model

@@ -26,13 +26,7 @@ from flexmoe.observe import watched
 from flexmoe.progress import Steps, Track, silent
 from flexmoe.resume import Saved
 from flexmoe.sharding import is_sharded
-from flexmoe.statistics import (
-    LayerStatistics,
-    Statistics,
-    beside,
-    empty_statistics,
-    passes,
-)
+from flexmoe.statistics import LayerStatistics, Statistics, beside, empty_statistics, passes
 from flexmoe.training import processes, share
 
 FILE_NAME = "statistics.safetensors"

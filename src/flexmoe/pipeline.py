@@ -34,10 +34,7 @@ from flexmoe.resume import Saved, Work
 from flexmoe.routing.rules import mean_outputs
 from flexmoe.sequential import score_sequential
 from flexmoe.sharding import gathered, shard_model
-from flexmoe.statistics import (
-    Statistics,
-    thin_experts,
-)
+from flexmoe.statistics import Statistics, thin_experts
 from flexmoe.streamed.fit import check_weights, gather_within
 from flexmoe.streamed.layer_loader import LayerLoader
 from flexmoe.training import by_first

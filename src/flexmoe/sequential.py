@@ -29,11 +29,7 @@ from flexmoe.observe import Observer
 from flexmoe.progress import Track, silent
 from flexmoe.routing.edits import Work, edited_forward
 from flexmoe.routing.rules import reroute, restore
-from flexmoe.statistics import (
-    Statistics,
-    empty_statistics,
-    passes,
-)
+from flexmoe.statistics import Statistics, empty_statistics, passes
 from flexmoe.training import processes
 
 

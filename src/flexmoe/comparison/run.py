@@ -36,11 +36,7 @@ from flexmoe.prepare import Prepared, pick_quantum, prepare, router_groups
 from flexmoe.progress import Track, silent
 from flexmoe.reference import add_reference
 from flexmoe.routing.rules import restore
-from flexmoe.statistics import (
-    Statistics,
-    empty_statistics,
-    find_statistics,
-)
+from flexmoe.statistics import Statistics, empty_statistics, find_statistics
 
 COSTS = (
     "no data",

@@ -27,13 +27,7 @@ from flexmoe.memory import MicroBatch
 from flexmoe.observe import Observer
 from flexmoe.progress import Steps, Track, silent
 from flexmoe.resume import Saved
-from flexmoe.statistics import (
-    LayerStatistics,
-    Statistic,
-    empty_statistics,
-    goes_backward,
-    passes,
-)
+from flexmoe.statistics import LayerStatistics, Statistic, empty_statistics, goes_backward, passes
 from flexmoe.streamed.activations import Activations, Output, same_form, tensors_of
 from flexmoe.streamed.layer_loader import LayerLoader
 from flexmoe.streamed.one_layer import not_finite, run_layer
