@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -24,6 +25,8 @@ def _commit() -> str:
     changed = subprocess.run(
         [*git, "status", "--porcelain", "--", "../src"], capture_output=True, text=True
     )
+    if commit.returncode:  # a copy without its history; who made it says what of
+        return os.environ.get("COMMIT", "unknown")
     return commit.stdout.strip() + (" + changes" if changed.stdout.strip() else "")
 
 
@@ -55,7 +58,9 @@ def save(name: str, result: dict[str, Any]) -> None:
     print(f"wrote {path}")
 
 
-def random_model(layers: int, experts: int, channels: int, hidden: int, top_k: int) -> Any:
+def random_model(
+    layers: int, experts: int, channels: int, hidden: int, top_k: int, device: str = "cpu"
+) -> Any:
     """A random Qwen3-MoE of the given shape, float32, vocabulary 4096."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
@@ -71,7 +76,8 @@ def random_model(layers: int, experts: int, channels: int, hidden: int, top_k: i
         num_experts_per_tok=top_k,
         max_position_embeddings=2048,
     )
-    return Qwen3MoeForCausalLM(config).eval()
+    with torch.device(device):
+        return Qwen3MoeForCausalLM(config).eval()
 
 
 def expert_bytes(model: Any) -> int:

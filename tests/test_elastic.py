@@ -183,3 +183,24 @@ def test_the_process_shrinks(tmp_path):
     assert freed == back > 20e6
     assert abs(before - small - freed) < 0.1 * freed
     assert after - small > 0.9 * back
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_memory_of_a_gpu_is_given_back_and_budget_0_is_the_same_to_the_bit(tmp_path):
+    model = tiny_model("olmoe")
+    model.save_pretrained(tmp_path / "base")
+    plan = random_plan(model, tmp_path / "base")
+    write_family(tmp_path / "base", plan, tmp_path / "family")
+    model = flexmoe.load(tmp_path / "family", device="cuda", dtype=torch.float32)
+    ids = ids_of(model).cuda()
+    flexmoe.set_budget(model, 0.4)
+    poorer = logits(model, ids)
+    flexmoe.set_budget(model, 0.0)
+    whole, before = logits(model, ids), torch.cuda.memory_allocated()
+    flexmoe.set_budget(model, 0.4, release=True)
+    assert torch.cuda.memory_allocated() < before
+    assert difference(logits(model, ids), poorer) < LOGIT_TOLERANCE
+    assert flexmoe.restore(model) > 0
+    flexmoe.set_budget(model, 0.0)
+    assert torch.equal(logits(model, ids), whole)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.kernels import experts, triton_gpu
+from flexmoe.kernels import experts, triton_gpu, triton_pairs
 from test_kernels import ONE, make, naive, route, stock, tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,6 +59,31 @@ def test_odd_sizes_and_ragged_widths(dtype, T, H):
     width_BE = torch.tensor([[5, 1, 63, 0, 0, 37]]).int()
     weights = make([5, 1, 64, 0, 33, 40], H, dtype)
     check(tokens(T, H, dtype), *route(T, 6, 3, dtype), weights, width_BE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("gate", [True, False])
+def test_many_pairs_of_an_expert_are_read_by_rows(dtype, full, gate, monkeypatch):
+    seen = []
+    by_rows = triton_gpu._by_rows
+    monkeypatch.setattr(triton_gpu, "_by_rows", lambda *a: seen.append(by_rows(*a)) or seen[-1])
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the GPU has no such descriptors")
+    weights = make([40, 72, 72, 72] if not full else [72] * 4, 64, dtype, gate=gate)
+    routed = (tokens(200, 64, dtype), *route(200, 4, 2, dtype))
+    width_BE = torch.tensor([[40, 72, 0, 65], [7, 64, 1, 0]]).int()
+    check(*routed, weights, width_BE, torch.arange(200) % 2)
+    for e, widest in enumerate((7, 64, 1, 0)):  # what lies beyond a width is not used
+        beyond = slice(int(weights.offset_E[e]) + widest, int(weights.offset_E[e + 1]))
+        weights.up[beyond] = weights.down[beyond] = float("nan")
+    check(*routed, weights, width_BE, None, 1)
+    assert all(seen)
+    if full:
+        seen.clear()
+        exact = make([72] * 4, 64, dtype, gate=gate)
+        check(*routed, stock(exact), width_BE, torch.arange(200) % 2)
+        assert seen[::2] == [True] * (len(seen) // 2) and not any(seen[1::2])
 
 
 @pytest.mark.parametrize("name", list(ONE))
@@ -142,20 +167,24 @@ def test_channels_beyond_a_width_are_never_read():
     check(tokens(70, 40), *route(70, 4, 3), weights, width_BE, torch.arange(70) % 2)
 
 
-def test_blocks_hold_every_pair_once_and_their_number_is_enough():
-    for T, E, K, B, size in [(1, 5, 2, 1, 16), (40, 3, 2, 4, 16), (200, 2, 1, 1, 32)]:
-        index_TK = torch.randint(-1, E + 1, (T, K), generator=torch.Generator().manual_seed(T))
-        budget_T = torch.arange(T) % B
-        position_S, group_N, start_N, stop_N = triton_gpu.Blocks.of(index_TK, E, budget_T, B, size)
-        found = []
-        for group, start, stop in zip(group_N, start_N, stop_N, strict=True):
-            assert 0 <= stop - start <= size
-            for position in position_S[start:stop].tolist():
-                assert int(index_TK.view(-1)[position]) == group // B
-                assert int(budget_T[position // K]) == group % B
-                found.append(position)
-        local = ((index_TK >= 0) & (index_TK < E)).view(-1)
-        assert sorted(found) == local.nonzero().flatten().tolist()
+@pytest.mark.parametrize(
+    "T, E, K, B, size", [(1, 5, 2, 1, 16), (40, 3, 2, 4, 16), (5000, 6, 1, 3, 32)]
+)
+def test_blocks_hold_every_pair_once_and_their_number_is_enough(T, E, K, B, size):
+    index_TK = torch.randint(-1, E + 1, (T, K), generator=torch.Generator().manual_seed(T))
+    budget_T = torch.arange(T) % B
+    moved = index_TK.to(DEVICE), E, budget_T.to(DEVICE), B, size
+    position_S, *blocks = (t.cpu() for t in triton_pairs.sort(*moved))
+    found = []
+    for expert, start, stop in zip(*blocks, strict=True):
+        assert 0 <= stop - start <= size
+        for position in position_S[start:stop].tolist():
+            assert int(index_TK.view(-1)[position]) == expert
+            found.append(position)
+    local = ((index_TK >= 0) & (index_TK < E)).view(-1).nonzero().flatten().tolist()
+    assert sorted(found) == local
+    order = [(int(index_TK.view(-1)[p]), int(budget_T[p // K]), p) for p in found]
+    assert order == sorted(order)
 
 
 def test_the_largest_expert_is_read_again_when_offsets_change_in_place():

@@ -94,15 +94,18 @@ def limits() -> dict[str, Any]:
     return {"flop_per_s": rates, "bytes_per_s": data.nbytes / read_s}
 
 
-def switch(layers: int = 48, E: int = 128, B: int = 4) -> float:
-    """Seconds to write the widths of another budget into the tables of all layers."""
-    table_LBE = torch.randint(0, 1024, (layers, B, E), dtype=torch.int32)
-    active = [torch.zeros(1, E, dtype=torch.int32) for _ in range(layers)]
+def switch(layers: int = 48, E: int = 128, B: int = 4, device: str = "cpu") -> float:
+    """Seconds to write the widths of another budget into the tables of all layers; on a GPU, until
+    it is done."""
+    table_LBE = torch.randint(0, 1024, (layers, B, E), dtype=torch.int32, device=device)
+    active = [torch.zeros(1, E, dtype=torch.int32, device=device) for _ in range(layers)]
     new = [row[None] for row in table_LBE[:, 1]]
 
     def write() -> None:
         for now, widths in zip(active, new, strict=True):
             now.copy_(widths)
+        if device != "cpu":
+            torch.cuda.synchronize()
 
     return median(_times(write, 101))
 

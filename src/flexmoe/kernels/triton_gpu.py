@@ -1,4 +1,4 @@
-"""Back end in Triton, for GPUs: two grouped GEMMs over blocks of pairs of one expert and budget.
+"""Back end in Triton, for GPUs: two grouped GEMMs over blocks of pairs of one expert.
 
 Every launch has a shape that follows from the shapes of the arguments alone and nothing is read
 back to the host, so a captured CUDA graph stays right when widths, budgets of tokens or routing
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from flexmoe.kernels.interface import Weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALLEST, LARGEST = 16, 128  # pairs of a block; no matrix instruction takes fewer
 SCALED = torch.float8_e4m3fn  # multiplied in the dtype of the tokens
 
 # offset_E -> (its version, channels of the largest expert)
@@ -58,34 +60,56 @@ def experts(
     """See `flexmoe.kernels.interface.experts`. All tensors on the device of ``x_TH``; ``budget``
     is a number of the host, so a captured graph keeps it."""
     from flexmoe.kernels import triton_device as device
+    from flexmoe.kernels import triton_tiles as tiles
+    from flexmoe.kernels.triton_pairs import sort, sorted_tokens
 
     T, K = index_TK.shape
     C, H = weights.up.shape[-2:]
     out_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
-    if T * K == 0:
+    S, E = T * K, width_BE.shape[1]
+    if S == 0:
         return out_TH.zero_()
-    E = width_BE.shape[1]
     if token_budget_T is None:
         width_BE = width_BE[budget : budget + 1]
     else:
-        token_budget_T = token_budget_T[:T]
-    width_BE = width_BE.contiguous()
-    B = width_BE.shape[0]
-    block = _block(T * K / (E * B))
-    blocks = Blocks.of(index_TK, E, token_budget_T, B, block)
-    offset_E = weights.offset_E
-    table = (*blocks, offset_E, width_BE, E, B)
-    N = blocks.group_N.shape[0]
-
-    widest = max(1, weights.up.shape[1] if offset_E is None else largest(offset_E))
-    bias, bias_EH = weights.up_bias, weights.down_bias_EH
+        token_budget_T = token_budget_T[:T].contiguous()
+    width_BE, index_TK = width_BE.contiguous(), index_TK.contiguous()
+    bias, bias_EH, offset_E = weights.up_bias, weights.down_bias_EH, weights.offset_E
     scale, down_scale = weights.up_scale, weights.down_scale
+    up_by, down_by = _strides(weights.up, offset_E), _strides(weights.down, offset_E)
+    widest = weights.up.shape[1] if offset_E is None else largest(offset_E)
+    padded = -(-max(1, widest) // device.PAD) * device.PAD
+
     dtype = x_TH.dtype if weights.down.dtype == SCALED else weights.down.dtype
-    h_SI = x_TH.new_empty(T * K, widest, dtype=dtype)
-    device.gate_up[lambda tile: (N, -(-widest // tile["BLOCK_N"]))](
-        x_TH.to(dtype).contiguous(),
+    x_TH = x_TH.to(dtype).contiguous()
+    block = _block(S / E)
+    alone = T == 1  # a token's experts differ: every pair is a block, and nothing is sorted
+    if alone:
+        N, blocks = S, (None, index_TK, None, None)
+    else:
+        blocks = sort(index_TK, E, token_budget_T, width_BE.shape[0], block)
+        N = blocks.expert_N.shape[0]
+    table = (*blocks, offset_E, width_BE, token_budget_T, N, E, K)
+    common = {
+        "H": H,
+        "C": C,
+        "RAGGED": offset_E is not None,
+        "MIXED": token_budget_T is not None,
+        "ALONE": alone,
+        "BLOCK_M": block,
+    }
+    h_SI = x_TH.new_empty(S, padded)
+    x_rows = up_rows = None
+    if block == LARGEST and _by_rows(weights.up, up_by):
+        x_SH = sorted_tokens(x_TH, blocks[0], K)
+        x_rows = _rows(x_SH, H, LARGEST, tiles.DEPTH)
+        up_rows = _rows(weights.up, up_by[1], tiles.UP_COLUMNS, tiles.DEPTH)
+    device.gate_up[lambda tile: (N * -(-padded // tile["BLOCK_N"]),)](
+        x_TH,
+        x_rows,
         weights.up,
-        *_strides(weights.up, offset_E),
+        up_rows,
+        *up_by,
         bias,
         *((0, 0, 0) if bias is None else _strides(bias, offset_E)),
         scale,
@@ -94,80 +118,75 @@ def experts(
         *((0, 0) if down_scale is None else _strides(down_scale, offset_E)),
         h_SI,
         *table,
-        K,
-        widest,
-        H=H,
-        C=C,
-        RAGGED=offset_E is not None,
+        padded,
         ACTIVATION=weights.activation,
         SCALED=scale is not None,
         BIAS=bias is not None,
-        BLOCK_M=block,
+        PAD=device.PAD,
+        ROWS=up_rows is not None,
+        **common,
     )
-    y_SH = x_TH.new_empty(T * K, H, dtype=torch.float32)
-    device.down[lambda tile: (N, -(-H // tile["BLOCK_N"]))](
+    h_rows = down_rows = None
+    if block == LARGEST and _by_rows(weights.down, down_by):
+        h_rows = _rows(h_SI, padded, LARGEST, tiles.DEPTH)
+        down_rows = _rows(weights.down, down_by[1], tiles.DEPTH, tiles.DOWN_COLUMNS)
+    split = _split(min(S, E), H) if block == SMALLEST else 1
+    y_ZSH = out_TH.new_empty(split, S, H, dtype=torch.float32 if block < 64 else out_TH.dtype)
+    device.down[lambda tile: (N * -(-H // tile["BLOCK_N"]), split)](
         h_SI,
+        h_rows,
         weights.down,
-        *_strides(weights.down, offset_E),
+        down_rows,
+        *down_by,
         None if bias_EH is None else bias_EH.contiguous(),
         weight_TK.contiguous(),
-        y_SH,
+        y_ZSH,
         *table,
-        widest,
-        H=H,
-        C=C,
-        RAGGED=offset_E is not None,
+        padded,
+        S,
         BIAS=bias_EH is not None,
-        BLOCK_M=block,
+        ROUND=8 if down_by[1] == 1 and widest % 8 == 0 else 1,
+        SPLIT=split,
+        ROWS=down_rows is not None,
+        **common,
     )
     columns = 1024
     device.combine[(T, -(-H // columns))](
-        y_SH, index_TK.contiguous(), out_TH, E, K, H=H, BLOCK=columns
+        y_ZSH, index_TK, out_TH, S, E, H=H, K=K, SPLIT=split, BLOCK=columns
     )
     return out_TH
+
+
+def _by_rows(tensor: Tensor, by: tuple[int, ...]) -> bool:
+    """Whether rows of weights lie so that descriptors can fetch tiles of them."""
+    if tensor.dtype not in (torch.bfloat16, torch.float16) or not _roomy(tensor.device):
+        return False
+    H, (by_e, by_c) = tensor.shape[-1], by[:2]
+    aligned = tensor.data_ptr() % 16 == 0 and by_c % 8 == 0
+    return aligned and by[-1] == 1 and by_c >= H and H % 64 == 0 and by_e % by_c == 0
+
+
+@cache
+def _roomy(device: torch.device) -> bool:
+    """Hopper or later, with the shared memory that the tiles need; or Triton's interpreter."""
+    if device.type == "cpu":
+        return True
+    properties = torch.cuda.get_device_properties(device)
+    hopper = torch.version.hip is None and properties.major >= 9
+    return hopper and properties.shared_memory_per_block_optin >= 200 * 1024
+
+
+def _rows(tensor: Tensor, length: int, *tile: int) -> Any:
+    """A descriptor of the memory of a tensor as rows, of which tiles can be fetched."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    last = sum((n - 1) * by for n, by in zip(tensor.shape, tensor.stride(), strict=True))
+    return TensorDescriptor(tensor, [last // length + 1, length], [length, 1], [*tile])
 
 
 def _strides(tensor: Tensor, offset_E: Tensor | None) -> tuple[int, ...]:
     """Between values of two experts (ragged: not used), two channels, and on."""
     return tensor.stride() if offset_E is None else (0, *tensor.stride())
-
-
-class Blocks(NamedTuple):
-    """Pairs sorted by (expert, budget) and cut into blocks of one such group each.
-
-    ``position_S`` is the place t * K + k of each sorted pair; block n holds the sorted pairs
-    ``start_N[n]`` to ``stop_N[n]`` of group ``group_N[n]`` = expert * B + budget. N is the most
-    there can be of them; those too many are empty.
-    """
-
-    position_S: Tensor
-    group_N: Tensor
-    start_N: Tensor
-    stop_N: Tensor
-
-    @classmethod
-    def of(
-        cls, index_TK: Tensor, E: int, token_budget_T: Tensor | None, B: int, size: int
-    ) -> Blocks:
-        """Made on the device by operations of fixed size."""
-        S, G = index_TK.numel(), E * B
-        key_TK = index_TK.long() * B
-        if token_budget_T is not None:
-            key_TK = key_TK + token_budget_T[:, None]
-        elsewhere = (index_TK < 0) | (index_TK >= E)
-        key_S, position_S = key_TK.masked_fill(elsewhere, G).view(-1).sort(stable=True)
-        first_G1 = torch.searchsorted(key_S, torch.arange(G + 1, device=key_S.device))
-        blocks_G = (first_G1.diff() + (size - 1)) // size
-        end_G = blocks_G.cumsum(0)
-        filled = min(S, G)  # groups that are not empty, at most
-        n_N = torch.arange(filled + (S - filled) // size, device=key_S.device)
-        group_N = torch.searchsorted(end_G, n_N, right=True)
-        valid_N = group_N < G
-        group_N = group_N.clamp_max(G - 1)
-        start_N = first_G1[group_N] + (n_N - (end_G - blocks_G)[group_N]) * size
-        stop_N = torch.minimum(start_N + size, first_G1[group_N + 1])
-        stop_N = torch.where(valid_N, stop_N, start_N)
-        return cls(position_S, group_N, start_N, stop_N)
 
 
 def largest(offset_E: Tensor) -> int:
@@ -181,9 +200,18 @@ def largest(offset_E: Tensor) -> int:
 
 
 def _block(pairs: float) -> int:
-    """Pairs in a block: the power of two above the mean of a group, 16 (the smallest matrix
-    instruction) to 128."""
-    size = 16
-    while size < min(pairs, 128):
+    """Pairs in a block: the power of two from twice the mean of an expert on, within limits. Most
+    experts are one block then, which reads their weights once."""
+    size = SMALLEST
+    while size < min(2 * pairs, LARGEST):
         size *= 2
     return size
+
+
+def _split(blocks: int, H: int) -> int:
+    """Parts of the sum over channels, so that few blocks keep a whole GPU busy: some hundred
+    programs of 256 columns."""
+    parts = 1
+    while parts < 8 and parts * blocks * H < 96 * 256:
+        parts *= 2
+    return parts
