@@ -25,8 +25,8 @@ def _commit() -> str:
     changed = subprocess.run(
         [*git, "status", "--porcelain", "--", "../src"], capture_output=True, text=True
     )
-    if commit.returncode:  # a copy without its history; who made it says what of
-        return os.environ.get("COMMIT", "unknown")
+    if "COMMIT" in os.environ:  # a copy whose history is elsewhere; who made it says what of
+        return os.environ["COMMIT"]
     return commit.stdout.strip() + (" + changes" if changed.stdout.strip() else "")
 
 
