@@ -130,6 +130,51 @@ def kernels(name: str = "kernels") -> str:
     return "\n".join([*lines, "", note + measured_on(found, "python bench/kernel_speed.py")])
 
 
+def kernels_gpu() -> str:
+    """Ragged experts on a GPU against what else computes experts."""
+    found = results("kernels_gpu")
+    peers = ("torch grouped_mm", "vLLM")
+    lines = [
+        "| layer | T | grouped_mm | vLLM | flexmoe 100 % | of fastest | of limit | 50 % | "
+        "of fastest | of limit | fastest peer over 80, 60, 40 % | three budgets | mixed |",
+        "|" + "---|" * 13,
+    ]
+    for row in found["rows"]:
+        seconds, roof_s = row["seconds"], row["roof_s"]
+        fastest = min(seconds[name] for name in peers)
+        cells = [row["layer"], str(row["T"])]
+        cells += [f"{seconds[name] * 1e6:.0f}" for name in peers]
+        for budget in ("100 %", "50 % ragged"):
+            own = seconds[budget]
+            cells += [f"{own * 1e6:.0f}", f"{own / fastest:.2f}", f"{roof_s[budget] / own:.2f}"]
+        cells.append(", ".join(f"x{fastest / seconds[b]:.2f}" for b in ("80 %", "60 %", "40 %")))
+        mixed = seconds["three budgets"] / seconds["three batches"]
+        cells += [f"{seconds['three budgets'] * 1e6:.0f}", f"{mixed:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    machine, where = found["machine"], found["environment"]
+    shapes = {row["layer"]: row["shape"].values() for row in found["rows"]}
+    layers = ", ".join(f"{name} {'/'.join(map(str, shape))}" for name, shape in shapes.items())
+    errors = [e for row in found["rows"] for name, e in row["error"].items() if name not in peers]
+    others = [e for row in found["rows"] for name, e in row["error"].items() if name in peers]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Microseconds, bfloat16, {found['clock']}; E/H/I/top-k: {layers}. vLLM: its kernel as "
+            "tuned for this GPU, without its sorting of pairs. 50 %: widths of 10 to 90 % of all "
+            "channels; 80, 60 and 40 %: as far around their mean as fits; at T = 1 every expert is "
+            "drawn once. Of limit: what the best measured arithmetic or reads of memory take for "
+            f"the work left ({machine['flop_per_s'] / 1e12:.0f} TFLOP/s, "
+            f"{machine['bytes_per_s'] / 1e12:.2f} TB/s), over the time. Mixed: one batch of three "
+            "budgets over a batch for each. Error against float64, norm over norm: at most "
+            f"{max(errors):.4f}, of the others {max(others):.4f}. Switching 48 layers of 128 "
+            f"experts: {found['switch_s'] * 1e3:.2f} ms. `python bench/kernels_gpu.py --vllm "
+            f"FOLDER`; {where['gpu']}, torch {where['torch']}, Triton {found['triton']}, "
+            f"{where['date']}, commit {where['commit']}.",
+        ]
+    )
+
+
 def model_speed(name: str = "model_speed") -> str:
     """Whole models at every budget against transformers on the unpruned one."""
     found = results(name)

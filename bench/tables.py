@@ -16,6 +16,7 @@ from premoe_tables import premoe_bytes, premoe_loss, premoe_retrieval, premoe_sc
 from quality_tables import MEASURED_WHOLE, ablations, pairs, redundancy
 from speed_tables import (
     kernels,
+    kernels_gpu,
     measured_in_parts,
     measured_on,
     model_speed,
@@ -250,9 +251,12 @@ PAGES = {
         "vllm-architectures": vllm_architectures,
     },
     HERE.parent / "docs" / "kernels.md": {
-        name: partial(table, name)
-        for table in (kernels, model_speed)
-        for name in (table.__name__, f"{table.__name__}-avx2")
+        "kernels_gpu": kernels_gpu,
+        **{
+            name: partial(table, name)
+            for table in (kernels, model_speed)
+            for name in (table.__name__, f"{table.__name__}-avx2")
+        },
     },
 }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,56 +60,73 @@ def experts(
     """See `flexmoe.kernels.interface.experts`. All tensors on the device of ``x_TH``; ``budget``
     is a number of the host, so a captured graph keeps it."""
     from flexmoe.kernels import triton_device as device
-    from flexmoe.kernels import triton_tiles as tiles
-    from flexmoe.kernels.triton_pairs import sort, sorted_tokens
+    from flexmoe.kernels.triton_pairs import sort
 
-    T, K = index_TK.shape
-    C, H = weights.up.shape[-2:]
+    (T, K), E, H = index_TK.shape, width_BE.shape[1], x_TH.shape[1]
     out_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
-    S, E = T * K, width_BE.shape[1]
-    if S == 0:
+    if T * K == 0:
         return out_TH.zero_()
     if token_budget_T is None:
         width_BE = width_BE[budget : budget + 1]
     else:
         token_budget_T = token_budget_T[:T].contiguous()
     width_BE, index_TK = width_BE.contiguous(), index_TK.contiguous()
-    bias, bias_EH, offset_E = weights.up_bias, weights.down_bias_EH, weights.offset_E
-    scale, down_scale = weights.up_scale, weights.down_scale
-    up_by, down_by = _strides(weights.up, offset_E), _strides(weights.down, offset_E)
-    widest = weights.up.shape[1] if offset_E is None else largest(offset_E)
-    padded = -(-max(1, widest) // device.PAD) * device.PAD
-
-    dtype = x_TH.dtype if weights.down.dtype == SCALED else weights.down.dtype
-    x_TH = x_TH.to(dtype).contiguous()
-    block = _block(S / E)
-    alone = T == 1  # a token's experts differ: every pair is a block, and nothing is sorted
-    if alone:
-        N, blocks = S, (None, index_TK, None, None)
+    block = _block(T * K / E)
+    if T == 1:  # a token's experts differ: every pair is a block, and nothing is sorted
+        N, blocks = K, (None, index_TK, None, None)
     else:
         blocks = sort(index_TK, E, token_budget_T, width_BE.shape[0], block)
         N = blocks.expert_N.shape[0]
-    table = (*blocks, offset_E, width_BE, token_budget_T, N, E, K)
-    common = {
-        "H": H,
-        "C": C,
-        "RAGGED": offset_E is not None,
-        "MIXED": token_budget_T is not None,
-        "ALONE": alone,
-        "BLOCK_M": block,
-    }
-    h_SI = x_TH.new_empty(S, padded)
+    pairs = Pairs(
+        T * K,
+        N,
+        block,
+        (*blocks, weights.offset_E, width_BE, token_budget_T, N, E, K),
+        {"MIXED": token_budget_T is not None, "ALONE": T == 1, "BLOCK_M": block},
+    )
+    h_SI = _activations(x_TH, weights, pairs)
+    y_ZSH = _outputs(h_SI, weight_TK, weights, pairs, out_TH)
+    columns = 1024
+    device.combine[(T, -(-H // columns))](
+        y_ZSH, index_TK, out_TH, T * K, E, H=H, K=K, SPLIT=len(y_ZSH), BLOCK=columns
+    )
+    return out_TH
+
+
+class Pairs(NamedTuple):
+    """S routed pairs in N blocks of up to ``block``; what kernels are told of them, to look up and
+    compiled in."""
+
+    S: int
+    N: int
+    block: int
+    table: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+def _activations(x_TH: Tensor, weights: Weights, pairs: Pairs) -> Tensor:
+    """Of sorted pairs [S, I], I being the channels of the largest expert, padded."""
+    from flexmoe.kernels import triton_device as device
+    from flexmoe.kernels import triton_tiles as tiles
+    from flexmoe.kernels.triton_pairs import sorted_tokens
+
+    up, bias, offset_E = weights.up, weights.up_bias, weights.offset_E
+    scale, down_scale = weights.up_scale, weights.down_scale
+    x_TH = x_TH.to(x_TH.dtype if up.dtype == SCALED else up.dtype).contiguous()
+    padded = -(-max(1, _widest(weights)) // device.PAD) * device.PAD
+    h_SI = x_TH.new_empty(pairs.S, padded)
+    by = _strides(up, offset_E)
     x_rows = up_rows = None
-    if block == LARGEST and _by_rows(weights.up, up_by):
-        x_SH = sorted_tokens(x_TH, blocks[0], K)
-        x_rows = _rows(x_SH, H, LARGEST, tiles.DEPTH)
-        up_rows = _rows(weights.up, up_by[1], tiles.UP_COLUMNS, tiles.DEPTH)
-    device.gate_up[lambda tile: (N * -(-padded // tile["BLOCK_N"]),)](
+    if pairs.block == LARGEST and _by_rows(up, by):
+        position_S, K = pairs.table[0], pairs.table[-1]
+        x_rows = _rows(sorted_tokens(x_TH, position_S, K), x_TH.shape[1], LARGEST, tiles.DEPTH)
+        up_rows = _rows(up, by[1], tiles.UP_COLUMNS, tiles.DEPTH)
+    device.gate_up[lambda tile: (pairs.N * -(-padded // tile["BLOCK_N"]),)](
         x_TH,
         x_rows,
-        weights.up,
+        up,
         up_rows,
-        *up_by,
+        *by,
         bias,
         *((0, 0, 0) if bias is None else _strides(bias, offset_E)),
         scale,
@@ -117,44 +134,60 @@ def experts(
         down_scale,
         *((0, 0) if down_scale is None else _strides(down_scale, offset_E)),
         h_SI,
-        *table,
+        *pairs.table,
         padded,
+        H=x_TH.shape[1],
+        C=up.shape[-2],
+        RAGGED=offset_E is not None,
         ACTIVATION=weights.activation,
         SCALED=scale is not None,
         BIAS=bias is not None,
         PAD=device.PAD,
         ROWS=up_rows is not None,
-        **common,
+        **pairs.constants,
     )
+    return h_SI
+
+
+def _outputs(
+    h_SI: Tensor, weight_TK: Tensor, weights: Weights, pairs: Pairs, like_TH: Tensor
+) -> Tensor:
+    """Weighted, of pairs at their places [t * K + k], in Z parts to add up [Z, S, H]."""
+    from flexmoe.kernels import triton_device as device
+    from flexmoe.kernels import triton_tiles as tiles
+
+    down, bias_EH, offset_E = weights.down, weights.down_bias_EH, weights.offset_E
+    (S, padded), H, E = h_SI.shape, like_TH.shape[1], pairs.table[-2]
+    by = _strides(down, offset_E)
     h_rows = down_rows = None
-    if block == LARGEST and _by_rows(weights.down, down_by):
+    if pairs.block == LARGEST and _by_rows(down, by):
         h_rows = _rows(h_SI, padded, LARGEST, tiles.DEPTH)
-        down_rows = _rows(weights.down, down_by[1], tiles.DEPTH, tiles.DOWN_COLUMNS)
-    split = _split(min(S, E), H) if block == SMALLEST else 1
-    y_ZSH = out_TH.new_empty(split, S, H, dtype=torch.float32 if block < 64 else out_TH.dtype)
-    device.down[lambda tile: (N * -(-H // tile["BLOCK_N"]), split)](
+        down_rows = _rows(down, by[1], tiles.DEPTH, tiles.DOWN_COLUMNS)
+    split = _split(min(S, E), H) if pairs.block == SMALLEST else 1
+    dtype = torch.float32 if pairs.block < 64 else like_TH.dtype  # few are no load for the memory
+    y_ZSH = like_TH.new_empty(split, S, H, dtype=dtype)
+    device.down[lambda tile: (pairs.N * -(-H // tile["BLOCK_N"]), split)](
         h_SI,
         h_rows,
-        weights.down,
+        down,
         down_rows,
-        *down_by,
+        *by,
         None if bias_EH is None else bias_EH.contiguous(),
         weight_TK.contiguous(),
         y_ZSH,
-        *table,
+        *pairs.table,
         padded,
         S,
+        H=H,
+        C=weights.up.shape[-2],
+        RAGGED=offset_E is not None,
         BIAS=bias_EH is not None,
-        ROUND=8 if down_by[1] == 1 and widest % 8 == 0 else 1,
+        ROUND=8 if by[1] == 1 and _widest(weights) % 8 == 0 else 1,
         SPLIT=split,
         ROWS=down_rows is not None,
-        **common,
+        **pairs.constants,
     )
-    columns = 1024
-    device.combine[(T, -(-H // columns))](
-        y_ZSH, index_TK, out_TH, S, E, H=H, K=K, SPLIT=split, BLOCK=columns
-    )
-    return out_TH
+    return y_ZSH
 
 
 def _by_rows(tensor: Tensor, by: tuple[int, ...]) -> bool:
@@ -189,8 +222,14 @@ def _strides(tensor: Tensor, offset_E: Tensor | None) -> tuple[int, ...]:
     return tensor.stride() if offset_E is None else (0, *tensor.stride())
 
 
+def _widest(weights: Weights) -> int:
+    """Channels of the largest stored expert."""
+    full = weights.offset_E is None
+    return weights.up.shape[1] if full else largest(weights.offset_E)
+
+
 def largest(offset_E: Tensor) -> int:
-    """Channels of the largest stored expert. Read from the device once for every content of
+    """The most channels between two offsets. Read from the device once for every content of
     ``offset_E``, as far as its version tells."""
     version = 0 if offset_E.is_inference() else offset_E._version
     known = _largest.get(offset_E)
