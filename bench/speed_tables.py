@@ -133,7 +133,7 @@ def kernels(name: str = "kernels") -> str:
 def kernels_gpu() -> str:
     """Ragged experts on a GPU against what else computes experts."""
     found = results("kernels_gpu")
-    peers = ("torch grouped_mm", "vLLM")
+    peers = ("torch grouped_mm", "vLLM")  # --vllm
     lines = [
         "| layer | T | grouped_mm | vLLM | flexmoe 100 % | of fastest | of limit | 50 % | "
         "of fastest | of limit | fastest peer over 80, 60, 40 % | three budgets | mixed |",
@@ -149,7 +149,8 @@ def kernels_gpu() -> str:
             cells += [f"{own * 1e6:.0f}", f"{own / fastest:.2f}", f"{roof_s[budget] / own:.2f}"]
         cells.append(", ".join(f"x{fastest / seconds[b]:.2f}" for b in ("80 %", "60 %", "40 %")))
         mixed = seconds["three budgets"] / seconds["three batches"]
-        cells += [f"{seconds['three budgets'] * 1e6:.0f}", f"{mixed:.2f}"]
+        of_one = row["T"] == 1  # which has one budget
+        cells += ["", ""] if of_one else [f"{seconds['three budgets'] * 1e6:.0f}", f"{mixed:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     machine, where = found["machine"], found["environment"]
     shapes = {row["layer"]: row["shape"].values() for row in found["rows"]}

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from copy import deepcopy
+from itertools import count
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import write_family
 from flexmoe.observe import observe
+from flexmoe.storage import stored_weights
 from helpers import LOGIT_TOLERANCE, difference, expert_bytes, ids_of, logits, random_plan
 from zoo import tiny_model
 
@@ -58,6 +60,9 @@ def test_memory_is_given_back_and_comes_back(opened):
     assert flexmoe.release(model) == 0  # at budget 0 there is nothing to give
     figures = flexmoe.set_budget(model, 0.2, release=True)
     freed = before - expert_bytes(model)
+    for layer in expert_layers(model):  # kernels keep by it what they found out
+        offset_E = stored_weights(layer.module).offset_E
+        assert offset_E is not None and stored_weights(layer.module).offset_E is offset_E
     layers = model.flexmoe_plan.member(0.0).routed_parameters - figures.routed_parameters
     assert freed == 4 * layers > 0
     assert flexmoe.release(model) == 0
@@ -142,13 +147,15 @@ def test_serving_goes_on_meanwhile(opened):
     server = threading.Thread(target=serve)
     server.start()
     try:
-        for _ in range(5):
+        for turn in count():  # five, or on a busy machine until as many answers are there
             assert flexmoe.release(model) > 0
             assert flexmoe.restore(model) > 0
+            if turn > 4 and len(seen) > 5:
+                break
     finally:
         stop.set()
         server.join()
-    assert len(seen) > 5 and all(difference(out, want) < LOGIT_TOLERANCE for out in seen)
+    assert all(difference(out, want) < LOGIT_TOLERANCE for out in seen)
 
 
 PROGRAM = """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ def stored_weights(module: nn.Module) -> Weights:
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     offset_E = getattr(module, "flexmoe_offset_E", None)
     if offset_E is not None:
-        offset_E = table(module, "offset_E", [offset_E], up.device)[0]
+        offset_E = table(module, "offset_E", offset_E, up.device)
         if gate == 1:
             up, bias = up.unsqueeze(1), None if bias is None else bias.unsqueeze(1)
     else:
@@ -56,14 +58,14 @@ def _sides(tensor: Tensor, sides: int, concatenated: bool) -> Tensor:
     return tensor.unflatten(1, (-1, sides))
 
 
-def table(module: nn.Module, name: str, rows: list[list[int]], device: torch.device) -> Tensor:
-    """``rows`` as int32 on ``device``, made anew when they change: to a GPU each making is a copy
-    for which everything waits."""
-    made: dict[str, tuple[list[list[int]], Tensor]]
+def table(module: nn.Module, name: str, rows: list[Any], device: torch.device) -> Tensor:
+    """Numbers or ``rows`` of them as int32 on ``device``, the same tensor until they change: to a
+    GPU each making is a copy for which everything waits."""
+    made: dict[str, tuple[list[Any], Tensor]]
     made = module.__dict__.setdefault("flexmoe_tables", {})
     if name not in made or made[name][0] != rows or made[name][1].device != device:
         table = torch.tensor(rows, dtype=torch.int32, device=device)
-        made[name] = [list(row) for row in rows], table
+        made[name] = deepcopy(rows), table
     return made[name][1]
 
 

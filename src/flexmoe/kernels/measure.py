@@ -107,7 +107,7 @@ def switch(layers: int = 48, E: int = 128, B: int = 4, device: str = "cpu") -> f
         if device != "cpu":
             torch.cuda.synchronize()
 
-    return median(_times(write, 101))
+    return median(_times(write, 101, time.thread_time if device == "cpu" else time.perf_counter))
 
 
 def _rows(
@@ -236,11 +236,11 @@ def _interleaved(calls: dict[str, Call], repeats: int) -> dict[str, float]:
     return {name: median(found) for name, found in times.items()}
 
 
-def _times(call: Call, repeats: int) -> list[float]:
+def _times(call: Call, repeats: int, clock: Callable[[], float] = time.thread_time) -> list[float]:
     other, times = torch.ones(LARGER_THAN_CACHES // 4), []
     for _ in range(repeats):
         other.sum()
-        start = time.thread_time()
+        start = clock()
         call()
-        times.append(time.thread_time() - start)
+        times.append(clock() - start)
     return times

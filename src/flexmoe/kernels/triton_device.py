@@ -9,7 +9,6 @@ import triton.language as tl
 from flexmoe.kernels.triton_pairs import jit
 from flexmoe.kernels.triton_tiles import DEPTH, DOWN_COLUMNS, UP_COLUMNS, tuned
 
-PAD = 128  # activations of a block are zero from its width to the next multiple of it
 GROUP = tl.constexpr(8)  # blocks side by side
 
 # The interpreter multiplies bfloat16 as the integers that hold it; in float32 products are exact.
@@ -149,6 +148,7 @@ def gate_up(
     BLOCK_K: tl.constexpr,
 ):
     """Activations of a block of pairs at BLOCK_N channels; zeros beyond a pair's width."""
+    tl.static_assert(PAD % BLOCK_N == 0)
     block, tile = _tile(N, tl.cdiv(I, BLOCK_N))
     expert, start, stop = _block(expert_N, start_N, stop_N, block, E, ALONE)
     if start >= stop:
@@ -248,6 +248,7 @@ def down(
     ALONE: tl.constexpr,
     ROWS: tl.constexpr,
     BIAS: tl.constexpr,
+    PAD: tl.constexpr,
     ROUND: tl.constexpr,  # channels read together, as far as memory is there
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -256,6 +257,7 @@ def down(
 ):
     """Weighted outputs of a block of pairs at BLOCK_N of H, each at its place [token, choice]; the
     sum runs over the channels of the prefix alone, or over one part of SPLIT of them."""
+    tl.static_assert(PAD % BLOCK_K == 0)
     block, tile = _tile(N, tl.cdiv(H, BLOCK_N))
     expert, start, stop = _block(expert_N, start_N, stop_N, block, E, ALONE)
     if start >= stop:

@@ -31,6 +31,8 @@ _largest: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def can_run(weights: Weights, x_TH: Tensor) -> str | None:
     """None, or why the kernel cannot run."""
+    if weights.up.dtype == SCALED and x_TH.is_cuda and not _has_float8(x_TH.device):
+        return "weights are float8_e4m3fn, which the GPU does not have"
     if not x_TH.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tensors are on {x_TH.device}, it needs a GPU"
     if importlib.util.find_spec("triton") is None:
@@ -60,48 +62,69 @@ def experts(
     """See `flexmoe.kernels.interface.experts`. All tensors on the device of ``x_TH``; ``budget``
     is a number of the host, so a captured graph keeps it."""
     from flexmoe.kernels import triton_device as device
-    from flexmoe.kernels.triton_pairs import sort
 
     (T, K), E, H = index_TK.shape, width_BE.shape[1], x_TH.shape[1]
     out_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
     if T * K == 0:
         return out_TH.zero_()
-    if token_budget_T is None:
-        width_BE = width_BE[budget : budget + 1]
-    else:
-        token_budget_T = token_budget_T[:T].contiguous()
-    width_BE, index_TK = width_BE.contiguous(), index_TK.contiguous()
-    block = _block(T * K / E)
-    if T == 1:  # a token's experts differ: every pair is a block, and nothing is sorted
-        N, blocks = K, (None, index_TK, None, None)
-    else:
-        blocks = sort(index_TK, E, token_budget_T, width_BE.shape[0], block)
-        N = blocks.expert_N.shape[0]
-    pairs = Pairs(
-        T * K,
-        N,
-        block,
-        (*blocks, weights.offset_E, width_BE, token_budget_T, N, E, K),
-        {"MIXED": token_budget_T is not None, "ALONE": T == 1, "BLOCK_M": block},
-    )
-    h_SI = _activations(x_TH, weights, pairs)
-    y_ZSH = _outputs(h_SI, weight_TK, weights, pairs, out_TH)
-    columns = 1024
-    device.combine[(T, -(-H // columns))](
-        y_ZSH, index_TK, out_TH, T * K, E, H=H, K=K, SPLIT=len(y_ZSH), BLOCK=columns
-    )
+    index_TK, columns = index_TK.contiguous(), 1024
+    with torch.cuda.device_of(x_TH):  # Triton launches on the current device
+        pairs = Pairs.of(index_TK, width_BE, token_budget_T, budget)
+        h_SI = _activations(x_TH, weights, pairs)
+        y_ZSH = _outputs(h_SI, weight_TK, weights, pairs, out_TH)
+        device.combine[(T, -(-H // columns))](
+            y_ZSH, index_TK, out_TH, T * K, E, H=H, K=K, SPLIT=len(y_ZSH), BLOCK=columns
+        )
     return out_TH
 
 
 class Pairs(NamedTuple):
-    """S routed pairs in N blocks of up to ``block``; what kernels are told of them, to look up and
-    compiled in."""
+    """S routed pairs in N blocks of up to ``block``, see `triton_pairs.Blocks`, and widths."""
 
     S: int
     N: int
+    E: int
+    K: int
     block: int
-    table: tuple[Any, ...]
-    constants: dict[str, Any]
+    position_S: Tensor | None
+    expert_N: Tensor
+    start_N: Tensor | None
+    stop_N: Tensor | None
+    width_BE: Tensor
+    token_budget_T: Tensor | None
+
+    @classmethod
+    def of(
+        cls, index_TK: Tensor, width_BE: Tensor, token_budget_T: Tensor | None, budget: int
+    ) -> Pairs:
+        from flexmoe.kernels.triton_pairs import sort
+
+        (T, K), (B, E) = index_TK.shape, width_BE.shape
+        if token_budget_T is None:
+            width_BE = width_BE[budget : budget + 1]
+        else:
+            token_budget_T = token_budget_T[:T].contiguous()
+        widths = width_BE.contiguous(), token_budget_T
+        if T == 1:  # every pair is a block as it is
+            return cls(K, K, E, K, SMALLEST, None, index_TK, None, None, *widths)
+        block = _block(T * K / E)
+        blocks = sort(index_TK, E, token_budget_T, B, block)
+        return cls(T * K, len(blocks.expert_N), E, K, block, *blocks, *widths)
+
+    def told(self, offset_E: Tensor | None) -> tuple[Any, ...]:
+        """What kernels look up."""
+        blocks = (self.position_S, self.expert_N, self.start_N, self.stop_N)
+        widths = (offset_E, self.width_BE, self.token_budget_T)
+        return (*blocks, *widths, self.N, self.E, self.K)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What is compiled in."""
+        return {
+            "MIXED": self.token_budget_T is not None,
+            "ALONE": self.position_S is None,
+            "BLOCK_M": self.block,
+        }
 
 
 def _activations(x_TH: Tensor, weights: Weights, pairs: Pairs) -> Tensor:
@@ -112,14 +135,17 @@ def _activations(x_TH: Tensor, weights: Weights, pairs: Pairs) -> Tensor:
 
     up, bias, offset_E = weights.up, weights.up_bias, weights.offset_E
     scale, down_scale = weights.up_scale, weights.down_scale
-    x_TH = x_TH.to(x_TH.dtype if up.dtype == SCALED else up.dtype).contiguous()
-    padded = -(-max(1, _widest(weights)) // device.PAD) * device.PAD
-    h_SI = x_TH.new_empty(pairs.S, padded)
+    x_TH = x_TH.to(x_TH.dtype if scale is not None else up.dtype).contiguous()
+    padded = -(-max(1, _widest(weights)) // tiles.PAD) * tiles.PAD
+    # times the scale of down, which can be beneath what float16 holds
+    small = scale is not None and x_TH.dtype is torch.float16
+    h_SI = x_TH.new_empty(pairs.S, padded, dtype=torch.bfloat16 if small else x_TH.dtype)
     by = _strides(up, offset_E)
     x_rows = up_rows = None
     if pairs.block == LARGEST and _by_rows(up, by):
-        position_S, K = pairs.table[0], pairs.table[-1]
-        x_rows = _rows(sorted_tokens(x_TH, position_S, K), x_TH.shape[1], LARGEST, tiles.DEPTH)
+        assert pairs.position_S is not None
+        x_SH = sorted_tokens(x_TH, pairs.position_S, pairs.K)
+        x_rows = _rows(x_SH, x_SH.shape[1], LARGEST, tiles.DEPTH)
         up_rows = _rows(up, by[1], tiles.UP_COLUMNS, tiles.DEPTH)
     device.gate_up[lambda tile: (pairs.N * -(-padded // tile["BLOCK_N"]),)](
         x_TH,
@@ -134,7 +160,7 @@ def _activations(x_TH: Tensor, weights: Weights, pairs: Pairs) -> Tensor:
         down_scale,
         *((0, 0) if down_scale is None else _strides(down_scale, offset_E)),
         h_SI,
-        *pairs.table,
+        *pairs.told(offset_E),
         padded,
         H=x_TH.shape[1],
         C=up.shape[-2],
@@ -142,7 +168,7 @@ def _activations(x_TH: Tensor, weights: Weights, pairs: Pairs) -> Tensor:
         ACTIVATION=weights.activation,
         SCALED=scale is not None,
         BIAS=bias is not None,
-        PAD=device.PAD,
+        PAD=tiles.PAD,
         ROWS=up_rows is not None,
         **pairs.constants,
     )
@@ -157,15 +183,16 @@ def _outputs(
     from flexmoe.kernels import triton_tiles as tiles
 
     down, bias_EH, offset_E = weights.down, weights.down_bias_EH, weights.offset_E
-    (S, padded), H, E = h_SI.shape, like_TH.shape[1], pairs.table[-2]
+    (S, padded), H = h_SI.shape, like_TH.shape[1]
     by = _strides(down, offset_E)
     h_rows = down_rows = None
     if pairs.block == LARGEST and _by_rows(down, by):
         h_rows = _rows(h_SI, padded, LARGEST, tiles.DEPTH)
         down_rows = _rows(down, by[1], tiles.DEPTH, tiles.DOWN_COLUMNS)
-    split = _split(min(S, E), H) if pairs.block == SMALLEST else 1
+    split = _split(min(S, pairs.E), H) if pairs.block == SMALLEST else 1
     dtype = torch.float32 if pairs.block < 64 else like_TH.dtype  # few are no load for the memory
     y_ZSH = like_TH.new_empty(split, S, H, dtype=dtype)
+    columns_of_stock = offset_E is None and by[1] == 1 and _widest(weights) % 8 == 0
     device.down[lambda tile: (pairs.N * -(-H // tile["BLOCK_N"]), split)](
         h_SI,
         h_rows,
@@ -175,14 +202,15 @@ def _outputs(
         None if bias_EH is None else bias_EH.contiguous(),
         weight_TK.contiguous(),
         y_ZSH,
-        *pairs.table,
+        *pairs.told(offset_E),
         padded,
         S,
         H=H,
         C=weights.up.shape[-2],
         RAGGED=offset_E is not None,
         BIAS=bias_EH is not None,
-        ROUND=8 if by[1] == 1 and _widest(weights) % 8 == 0 else 1,
+        PAD=tiles.PAD,
+        ROUND=8 if columns_of_stock else 1,
         SPLIT=split,
         ROWS=down_rows is not None,
         **pairs.constants,
@@ -191,12 +219,19 @@ def _outputs(
 
 
 def _by_rows(tensor: Tensor, by: tuple[int, ...]) -> bool:
-    """Whether rows of weights lie so that descriptors can fetch tiles of them."""
+    """Whether a side of a channel is a row of H, all channels one after the other, as descriptors
+    take them."""
     if tensor.dtype not in (torch.bfloat16, torch.float16) or not _roomy(tensor.device):
         return False
-    H, (by_e, by_c) = tensor.shape[-1], by[:2]
-    aligned = tensor.data_ptr() % 16 == 0 and by_c % 8 == 0
-    return aligned and by[-1] == 1 and by_c >= H and H % 64 == 0 and by_e % by_c == 0
+    H, by_c = tensor.shape[-1], by[1]
+    rows = by[-1] == 1 and H % 64 == 0 and all(stride % H == 0 for stride in by[:-1])
+    dense = by_c in (H, tensor.shape[-2] * H if len(by) == 4 else H) and by[0] % by_c == 0
+    return rows and dense and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
+
+
+@cache
+def _has_float8(device: torch.device) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @cache

@@ -14,7 +14,11 @@ FLOAT32: Tiles = [(32, 32, 4, 2), (64, 32, 4, 3), (64, 32, 8, 3)]
 # The interpreter runs on the CPU, where there is nothing to tune.
 SMALL = (32, 32) if triton.knobs.runtime.interpret else None
 # of the tiles that descriptors fetch
-(UP_COLUMNS, DEPTH), (DOWN_COLUMNS, DEPTH) = SMALL or (128, 64), SMALL or (256, 64)
+UP_COLUMNS, DEPTH = SMALL or (128, 64)
+DOWN_COLUMNS, _ = SMALL or (256, 64)
+# Activations of a block are zero from its width to the next multiple of this, which is one of the
+# columns in which they are made and of the depth in which they are read.
+PAD = 128
 
 
 def tuned(few: Tiles, many: Tiles, rows: Tiles) -> Any:
@@ -35,9 +39,9 @@ def tuned(few: Tiles, many: Tiles, rows: Tiles) -> Any:
 
     return triton.autotune(
         configs=configs([(*SMALL, 4, 1)] if SMALL else few + many),
-        # Triton adds which tensors there are, and their dtypes. BLOCK_M stands for the number of
-        # tokens, the distance of channels for the storage.
-        key=["H", "C", "BLOCK_M", "by_c", "ROWS"],
+        # Triton adds the dtypes of tensors. BLOCK_M stands for the number of tokens, the distance
+        # of channels for the storage.
+        key=["H", "C", "BLOCK_M", "by_c", "ROWS", "ALONE", "MIXED"],
         prune_configs_by={"early_config_prune": fitting},
         cache_results=True,
     )
