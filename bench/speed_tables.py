@@ -165,7 +165,7 @@ def kernels_gpu() -> str:
             "tuned for this GPU, without its sorting of pairs. 50 %: widths of 10 to 90 % of all "
             "channels; 80, 60 and 40 %: as far around their mean as fits; at T = 1 every expert is "
             "drawn once. Of limit: what the best measured arithmetic or reads of memory take for "
-            f"the work left ({machine['flop_per_s'] / 1e12:.0f} TFLOP/s, "
+            f"the work left ({machine['flop_per_s']['bfloat16'] / 1e12:.0f} TFLOP/s, "
             f"{machine['bytes_per_s'] / 1e12:.2f} TB/s), over the time. Mixed: one batch of three "
             "budgets over a batch for each. Error against float64, norm over norm: at most "
             f"{max(errors):.4f}, of the others {max(others):.4f}. Switching 48 layers of 128 "

@@ -46,30 +46,44 @@ def kernels(
     tokens: Annotated[str, typer.Option(help="tokens of a batch, several with commas")] = (
         "1,8,64,512"
     ),
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or both")] = "both",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or both; on a GPU bfloat16 [default: all]")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="rounds of which the median is taken", min=1)] = 7,
+    device: Device = "auto",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON file to write")] = None,
 ) -> None:
-    """Ragged experts on this CPU, one thread, in ms: transformers, vLLM where it is installed, and
-    flexmoe at full width, at a mean of 50 % (10 to 90 %), and with three budgets in a batch.
+    """Ragged experts in ms, at full width, at a mean of 50 % (10 to 90 %), and with three budgets
+    in a batch. On a CPU, one thread, beside transformers and vLLM where it is installed; on a GPU
+    beside torch's grouped_mm, at more budgets, in CUDA graphs.
 
     "x roof" is the time at 50 % over what the machine's arithmetic or memory would take for the
     work left; "mixed" three budgets in one batch over a batch for each.
     """
-    from flexmoe.errors import did_you_mean
-    from flexmoe.kernels.measure import DTYPES, SHAPES, measure
+    from flexmoe.errors import FlexmoeError, did_you_mean
+    from flexmoe.family import pick_device
+    from flexmoe.files import check_file
+    from flexmoe.kernels import measure as on_cpu
+    from flexmoe.kernels import measure_gpu as on_gpu
 
     quiet()
-    known = {str(d).removeprefix("torch."): (d,) for d in DTYPES} | {"both": DTYPES}
-    if dtype not in known:
+    known = {str(d).removeprefix("torch."): (d,) for d in on_cpu.DTYPES} | {"both": on_cpu.DTYPES}
+    if dtype is not None and dtype not in known:
         raise did_you_mean(dtype, known, "dtype")
-    found = measure(
-        shapes=tuple(map(_shape, shape)) if shape else SHAPES,
-        tokens=_numbers(tokens, "--tokens"),
-        dtypes=known[dtype],
-        repeats=repeats,
-        progress=lambda row: say(line(row)),
-    )
+    if out is not None:
+        check_file(out)
+    shapes = tuple(map(_shape, shape)) if shape else on_cpu.SHAPES
+    counts = _numbers(tokens, "--tokens")
+    where = pick_device(device)
+    if where.type == "cpu":
+        dtypes = known[dtype or "both"]
+        found = on_cpu.measure(shapes, counts, dtypes, repeats, lambda row: say(line(row)))
+    elif dtype in (None, "bfloat16"):
+        found = on_gpu.measure(
+            shapes, counts, repeats, lambda row: say(line(row)), device=str(where)
+        )
+    else:
+        raise FlexmoeError(f"--dtype {dtype}: on a GPU bfloat16 is measured; or --device cpu")
     machine = found["machine"]
     rates = ", ".join(f"{n} {r / 1e9:.0f} GFLOP/s" for n, r in machine["flop_per_s"].items())
     say(f"machine: {rates}, reads {machine['bytes_per_s'] / 1e9:.1f} GB/s")
@@ -153,8 +167,9 @@ def line(row: dict[str, Any]) -> str:
     """A measured row in short."""
     E, H, I, K = row["shape"].values()
     times = ", ".join(f"{name} {s * 1e3:.2f}" for name, s in row["seconds"].items())
-    seconds, half = row["seconds"], row["work"]["50 % ragged"]
-    roof = seconds["50 % ragged"] / half["roof_s"]
+    seconds, half = row["seconds"], "50 % ragged"
+    least_s = row["roof_s"][half] if "roof_s" in row else row["work"][half]["roof_s"]
+    roof = seconds[half] / least_s
     mixed = seconds["three budgets"] / seconds["three batches"]
     return (
         f"E{E} H{H} I{I} top-{K} {row['dtype']} T={row['T']}: {times} ms; "
