@@ -16,12 +16,9 @@ from torch import Tensor
 
 from common import save
 from flexmoe.kernels.measure import Call, Routed, Shape
-from flexmoe.kernels.measure_gpu import measure
+from flexmoe.kernels.measure_gpu import SHAPES, measure
 
-SHAPES = {
-    Shape(8, 4096, 14336, 2): "Mixtral-8x7B",
-    Shape(64, 3584, 2560, 8): "Qwen2-57B-A14B",
-}
+LAYERS = dict(zip(SHAPES, ("Mixtral-8x7B", "Qwen2-57B-A14B"), strict=True))
 
 
 def main() -> None:
@@ -48,11 +45,10 @@ def main() -> None:
             return {"vLLM": vllm_triton.prepared(module, tiles, *routed, gate_up, down)}
 
         found = measure(
-            tuple(SHAPES),
             progress=lambda row: print(row["shape"], row["T"], row["seconds"], flush=True),
             more_peers=vllm,
         )
-    rows = [{"layer": SHAPES[Shape(**row["shape"])], **row} for row in found["rows"]]
+    rows = [{"layer": LAYERS[Shape(**row["shape"])], **row} for row in found["rows"]]
     save("kernels_gpu", {**found, "rows": rows})
 
 

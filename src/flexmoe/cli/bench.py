@@ -72,9 +72,9 @@ def kernels(
         raise did_you_mean(dtype, known, "dtype")
     if out is not None:
         check_file(out)
-    shapes = tuple(map(_shape, shape)) if shape else on_cpu.SHAPES
-    counts = _numbers(tokens, "--tokens")
-    where = pick_device(device)
+    counts, where = _numbers(tokens, "--tokens"), pick_device(device)
+    usual = on_cpu.SHAPES if where.type == "cpu" else on_gpu.SHAPES
+    shapes = tuple(map(_shape, shape)) if shape else usual
     if where.type == "cpu":
         dtypes = known[dtype or "both"]
         found = on_cpu.measure(shapes, counts, dtypes, repeats, lambda row: say(line(row)))
