@@ -150,12 +150,12 @@ def test_serving_goes_on_meanwhile(opened):
         for turn in count():  # five, or on a busy machine until as many answers are there
             assert flexmoe.release(model) > 0
             assert flexmoe.restore(model) > 0
-            if turn > 4 and len(seen) > 5:
+            if turn >= 4 and (len(seen) > 5 or not server.is_alive()):
                 break
     finally:
         stop.set()
         server.join()
-    assert all(difference(out, want) < LOGIT_TOLERANCE for out in seen)
+    assert len(seen) > 5 and all(difference(out, want) < LOGIT_TOLERANCE for out in seen)
 
 
 PROGRAM = """

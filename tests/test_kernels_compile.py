@@ -134,9 +134,13 @@ def test_other_dtypes_biases_and_experts_without_a_gate(launched):
     for dtype in (torch.float32, torch.float16):
         weights = make([64] * 4, 64, dtype, gate=False, bias=True)
         routed = (tokens(9, 64, dtype), *route(9, 4, 2, dtype))
-        compiled(launched, HOPPER, *routed, weights, torch.full((1, 4), 33).int())
+        found = compiled(launched, HOPPER, *routed, weights, torch.full((1, 4), 33).int())
+        assert {"count", "place", "gate_up", "down", "combine"} == set(found)
+        for name in ("gate_up", "down"):  # float32 stays float32
+            assert ("mma.sync" in found[name]) == (dtype is torch.float16)
     exact = make([64] * 4, 64)
     float8 = {"up": exact.up.to(torch.float8_e4m3fn), "down": exact.down.to(torch.float8_e4m3fn)}
     scaled = replace(exact, **float8, up_scale=torch.ones(256, 2), down_scale=torch.ones(256))
     routed = (tokens(9, 64, torch.bfloat16), *route(9, 4, 2, torch.bfloat16))
-    compiled(launched, HOPPER, *routed, scaled, torch.full((1, 4), 33).int())
+    found = compiled(launched, HOPPER, *routed, scaled, torch.full((1, 4), 33).int())
+    assert "mma.sync" in found["gate_up"] and "mma.sync" in found["down"]

@@ -47,7 +47,7 @@ def kernels(
         "1,8,64,512"
     ),
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or both; on a GPU bfloat16 [default: all]")
+        str | None, typer.Option(help="float32, bfloat16 or both (the default); on a GPU bfloat16")
     ] = None,
     repeats: Annotated[int, typer.Option(help="rounds of which the median is taken", min=1)] = 7,
     device: Device = "auto",
