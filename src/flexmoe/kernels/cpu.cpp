@@ -20,81 +20,15 @@
 #include <vector>
 
 #include "cpu_blocks.h"
+#include "cpu_layer.h"
 #include "cpu_panels.h"
 
 namespace {
 
 constexpr int CHANNELS = 32;   // of a piece of work in the first pass
-constexpr int TOKENS = 60;     // of one, in both passes: their rows of x stay in the L2 cache
-constexpr int TILED = 96;      // the same in tiles: more would rarely be there at once
 constexpr int COLUMNS = 2048;  // of one in the second pass: rows are read as they lie in memory
 constexpr int PACKED = 128;    // channels packed at a time
 constexpr int FEW = 8;         // tokens for which packing does not pay
-
-struct Group {  // some pairs of one expert at one budget
-  int expert, width, start, n;
-  bool tiles;
-  int64_t h;  // where its activations begin
-
-  int padded() const { return tiles ? (n + 15) / 16 * 16 : n; }  // what its blocks are wide
-};
-
-struct Strides {  // between values of two experts (ragged: not used), two channels, two within
-  int64_t expert, channel, within;
-};
-
-struct Stored {  // what stays the same between calls: `_Stored` in cpu.py; shapes in interface.py
-  const void *up, *down;
-  const int32_t* offset;
-  Strides up_by, bias_by, down_by;
-  int32_t I, sides, activation, weights_bf16;
-};
-
-struct Call {  // `CALL` in cpu.py
-  const void *up_bias, *down_bias, *x;
-  const int64_t* index;
-  const float* weight;
-  const int32_t *width, *token_budget;
-  float* out;  // what it points to is bfloat16 if x is
-  int32_t T, K, E, B, H, budget, x_bf16, threads;
-};
-
-struct Layer : Stored, Call {
-  bool columns_are_rows() const { return down_by.within != 1; }
-  template <class T>
-  const T* of(const void* all, const Strides& by, int expert) const {
-    return (const T*)all + (offset ? offset[expert] * by.channel : expert * by.expert);
-  }
-};
-
-// Pairs sorted by (expert, budget): position of each pair, and the groups
-void sort_pairs(const Layer& a, std::vector<int32_t>& pair, std::vector<Group>& groups) {
-  int keys = a.E * a.B;
-  auto key = [&](int s) {
-    int64_t e = a.index[s];
-    if (e < 0 || e >= a.E) return -1;
-    int b = a.token_budget ? a.token_budget[s / a.K] : a.budget;
-    if (b < 0 || b >= a.B) throw std::out_of_range("budget");
-    return int(e) * a.B + b;
-  };
-  std::vector<int32_t> start(keys + 1, 0);
-  int S = a.T * a.K;
-  for (int s = 0; s < S; s++)
-    if (int k = key(s); k >= 0) start[k + 1]++;
-  for (int k = 0; k < keys; k++) start[k + 1] += start[k];
-  pair.resize(start[keys]);
-  std::vector<int32_t> at(start.begin(), start.end() - 1);
-  for (int s = 0; s < S; s++)
-    if (int k = key(s); k >= 0) pair[at[k]++] = s;
-  for (int k = 0; k < keys; k++)
-    for (int i = start[k], n; i < start[k + 1]; i += n) {
-      int e = k / a.B, stored = a.offset ? a.offset[e + 1] - a.offset[e] : a.I;
-      int w = std::clamp(a.width[(k % a.B) * a.E + e], 0, stored);
-      bool tiles = a.weights_bf16 && start[k + 1] - i >= TILES_FROM;
-      n = std::min(tiles ? TILED : TOKENS, start[k + 1] - i);
-      groups.push_back({e, w, i, n, tiles, 0});
-    }
-}
 
 // Memory of a call, kept for the next: a new page costs as much as reading it several times
 template <class T>
@@ -146,18 +80,27 @@ void channels(const Layer& a, const Group& g, const int32_t* pair, const typenam
   const X* token[TILED];
   alignas(64) float part[2 * CHANNELS * TILED];
   for (int m = 0; m < n; m++) token[m] = x + pair[g.start + m] / a.K * x_row;
-  for (int side = 0; side < a.sides; side++) {
-    float* sums = part + side * CHANNELS * ld;
+  const bool fill = !g.tiles || a.up_bias || count < CHANNELS;
+  for (int side = 0; side < a.sides && fill; side++) {
     const T* bias = a.of<T>(a.up_bias, a.bias_by, g.expert) + side * a.bias_by.within;
     for (int c = 0; c < CHANNELS; c++) {
       bool biased = a.up_bias && c < count;
-      std::fill_n(sums + c * ld, ld, biased ? widen(bias[(c0 + c) * a.bias_by.channel]) : 0.f);
+      float value = biased ? widen(bias[(c0 + c) * a.bias_by.channel]) : 0.f;
+      std::fill_n(part + (side * CHANNELS + c) * ld, ld, value);
     }
-    const T* rows = a.of<T>(a.up, a.up_by, g.expert) + side * a.up_by.within;
-    rows += c0 * a.up_by.channel;
-    if (g.tiles) tile_products((const bf16*)rows, a.up_by.channel, count, paired, n, a.H, sums);
-    else products<T>(rows, a.up_by.channel, count, token, n, a.H, sums);
   }
+  // Gate and up of a channel lie side by side, and are read so where a tile is all at once
+  const int at_once = g.tiles ? 16 : CHANNELS;
+  for (int c = 0; c < count; c += at_once)
+    for (int side = 0; side < a.sides; side++) {
+      const T* rows = a.of<T>(a.up, a.up_by, g.expert) + side * a.up_by.within;
+      rows += (c0 + c) * a.up_by.channel;
+      float* sums = part + (side * CHANNELS + c) * ld;
+      const int own = std::min(at_once, count - c);
+      const int64_t stride = a.up_by.channel;
+      if (g.tiles) tile_products((const bf16*)rows, stride, own, paired, n, a.H, fill, sums);
+      else products<T>(rows, stride, own, token, n, a.H, sums);
+    }
   const float* up = a.sides == 2 ? part + CHANNELS * ld : nullptr;
   if (!h.by_token(a, g))
     return activate(a.activation, part, up, &h.channels[g.h + int64_t(c0) * n], count * n);
@@ -165,7 +108,7 @@ void channels(const Layer& a, const Group& g, const int32_t* pair, const typenam
   X* to = &h.tokens[g.h];
   if (g.tiles) {
     for (int m = 0; m < n; m += 16)
-      tile_of(part + m, ld, a.columns_are_rows(), (bf16*)to + (m * h.row(g) + c0 * 16));
+      tile_of(part + m, ld, a.columns_are_rows(), (bf16*)to + (c0 * ld + m * 32));
     return;
   }
   for (int m = 0; m < n; m++)
@@ -194,6 +137,7 @@ void rows(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
   for (const Group& g : groups) {
     const int n = g.n, ld = g.padded();
     const typename Row<T>::X *own = h.tokens.data() + g.h, *token[TILED];
+    const bf16* tiles = (const bf16*)own;
     for (int m = 0; m < n; m++) token[m] = own + m * h.row(g);
     const T* down = a.of<T>(a.down, a.down_by, g.expert);
     const T* bias = (const T*)a.down_bias + int64_t(g.expert) * a.H;
@@ -203,7 +147,7 @@ void rows(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
         std::fill_n(y + i * ld, ld, a.down_bias && i < count ? widen(bias[j + i]) : 0.f);
       const int64_t stride = a.down_by.within;
       const T* row = down + j * stride;
-      if (g.tiles) tile_products((const bf16*)row, stride, count, (const bf16*)own, n, g.width, y);
+      if (g.tiles) tile_products((const bf16*)row, stride, count, tiles, n, g.width, true, y);
       else products<T>(row, stride, count, token, n, g.width, y);
       add_weighted(a, g, pair, y, 1, ld, j, count);
     }
@@ -231,7 +175,7 @@ void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pa
       for (int m = 0; m < n; m++) {
         int s = pair[g.start + m];
         float* to = a.out + int64_t(s / a.K) * a.H + j0;
-        add_tiled(y.data(), m, a.weight[s], (const bf16*)bias, cols, to);
+        add_tiled(y.data(), n, m, a.weight[s], (const bf16*)bias, cols, to);
       }
       continue;
     }

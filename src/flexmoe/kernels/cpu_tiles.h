@@ -11,6 +11,7 @@ namespace {
 constexpr int TILES_FROM = 4;  // tokens of a group; measured
 constexpr int TILE = 16;  // rows of a tile
 constexpr int PAIRS = 32;  // values of a row of it
+constexpr int VALUES = TILE * PAIRS;
 
 inline int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -39,50 +40,61 @@ inline Source source(const bf16* rows, int64_t stride, int count, int k, int K, 
   return {copy, PAIRS * 2};
 }
 
-// out[r][m] += row r . token m, for 32 rows (count of them are there) and 16 tokens or (TWO) 32
-template <bool TWO>
-void meet(const bf16* rows, int64_t stride, int count, const bf16* x, int64_t x_block, int K,
-          float* out, int ld) {
-  alignas(64) bf16 copy[2][TILE * PAIRS];
-  float* below = out + TILE * ld;
-  _tile_loadd(0, out, ld * 4);
-  _tile_loadd(1, below, ld * 4);
-  if (TWO) {
-    _tile_loadd(2, out + TILE, ld * 4);
-    _tile_loadd(3, below + TILE, ld * 4);
+#define EACH(DO)       \
+  DO(0)                \
+  if (M > 1) { DO(1) } \
+  if (M > 2) { DO(2) } \
+  if (M > 3) { DO(3) } \
+  if (M > 4) { DO(4) } \
+  if (M > 5) { DO(5) }
+
+// out[r][m] = row r . token m, or that is added (ADD), for 16 rows (count of them are there) and
+// 16 M tokens: a tile of sums for each 16 of those. The next tile of weights is asked for meanwhile:
+// one that waits for memory lets few instructions after it begin.
+template <int M>
+void meet(const bf16* rows, int64_t stride, int count, const bf16* x, int K, bool add, float* out,
+          int ld) {
+  alignas(64) bf16 copy[VALUES];
+#define ZERO(i) _tile_zero(i);
+#define LOAD(i) _tile_loadd(i, out + i * TILE, ld * 4);
+#define STORE(i) _tile_stored(i, out + i * TILE, ld * 4);
+#define MEET(i) _tile_loadd(7, x + i * VALUES, 64); _tile_dpbf16ps(i, 6, 7);
+  if (add) { EACH(LOAD) } else { EACH(ZERO) }
+  for (int k = 0; k < K; k += PAIRS, x += M * VALUES) {
+    for (int r = 0; r < TILE; r++) _mm_prefetch(rows + r * stride + k + PAIRS, _MM_HINT_T0);
+    Source own = source(rows, stride, count, k, K, copy);
+    _tile_loadd(6, own.from, own.bytes);
+    EACH(MEET)
   }
-  for (int k = 0; k < K; k += PAIRS) {
-    Source first = source(rows, stride, count, k, K, copy[0]);
-    Source second = source(rows + TILE * stride, stride, count - TILE, k, K, copy[1]);
-    _tile_loadd(4, first.from, first.bytes);
-    _tile_loadd(5, second.from, second.bytes);
-    _tile_loadd(6, x + k * TILE, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
-    if (TWO) {
-      _tile_loadd(7, x + x_block + k * TILE, 64);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, out, ld * 4);
-  _tile_stored(1, below, ld * 4);
-  if (TWO) {
-    _tile_stored(2, out + TILE, ld * 4);
-    _tile_stored(3, below + TILE, ld * 4);
+  EACH(STORE)
+#undef ZERO
+#undef LOAD
+#undef STORE
+#undef MEET
+}
+
+// Calls `of` with the number of tiles of n tokens, at most 6, as a constant
+template <class Of>
+void by_tiles(int n, Of of) {
+  switch ((n - 1) / TILE) {
+    case 0: return of(std::integral_constant<int, 1>());
+    case 1: return of(std::integral_constant<int, 2>());
+    case 2: return of(std::integral_constant<int, 3>());
+    case 3: return of(std::integral_constant<int, 4>());
+    case 4: return of(std::integral_constant<int, 5>());
+    default: return of(std::integral_constant<int, 6>());
   }
 }
 
-// As `products`; the tokens in pairs (`pair_tokens`), out [32, n rounded up to 16], count <= 32
+// As `products`, but added only where that is said: the tokens in pairs (`pair_tokens`), out
+// [count, n rounded up to 16]; rows are written 16 at a time
 inline void tile_products(const bf16* rows, int64_t stride, int count, const bf16* x, int n, int K,
-                          float* out) {
+                          bool add, float* out) {
   const int ld = up_to(n, TILE);
-  const int64_t x_block = int64_t(up_to(K, PAIRS)) * TILE;
-  for (int m = 0; m < n; m += 2 * TILE) {
-    const bf16* tokens = x + m / TILE * x_block;
-    if (n - m > TILE) meet<true>(rows, stride, count, tokens, x_block, K, out + m, ld);
-    else meet<false>(rows, stride, count, tokens, x_block, K, out + m, ld);
-  }
+  by_tiles(n, [&](auto M) {
+    for (int r = 0; r < count; r += TILE)
+      meet<M>(rows + r * stride, stride, count - r, x, K, add, out + r * ld, ld);
+  });
 }
 
 // 16 rows of 16 values of 32 bits to columns
@@ -110,10 +122,10 @@ inline void transpose(__m512i (&r)[16]) {
   }
 }
 
-// Rows of tokens, padded with zeros to a multiple of 32, to blocks of 16 tokens: [K / 2, 16, 2]
+// Rows of tokens, padded with zeros to a multiple of 32, to tiles: [K / 32, n / 16, 16, 16, 2]
 inline void pair_tokens(const bf16* const* token, int n, int K, bf16* to) {
-  for (int m0 = 0; m0 < n; m0 += TILE)
-    for (int k = 0; k < K; k += PAIRS, to += TILE * PAIRS) {
+  for (int k = 0; k < K; k += PAIRS)
+    for (int m0 = 0; m0 < n; m0 += TILE, to += VALUES) {
       __m512i r[16];
       for (int i = 0; i < 16; i++)
         r[i] = m0 + i < n ? _mm512_loadu_si512(token[m0 + i] + k) : _mm512_setzero_si512();
@@ -139,7 +151,7 @@ constexpr int TILES_FROM = 1 << 30;
 struct Tiles {
   Tiles() {}
 };
-inline void tile_products(const bf16*, int64_t, int, const bf16*, int, int, float*) {}
+inline void tile_products(const bf16*, int64_t, int, const bf16*, int, int, bool, float*) {}
 inline void pair_tokens(const bf16* const*, int, int, bf16*) {}
 inline void tile_of(const float*, int, bool, bf16*) {}
 #endif
