@@ -49,8 +49,8 @@ inline Source source(const bf16* rows, int64_t stride, int count, int k, int K, 
   if (M > 5) { DO(5) }
 
 // out[r][m] = row r . token m, or that is added (ADD), for 16 rows (count of them are there) and
-// 16 M tokens: a tile of sums for each 16 of those. The next tile of weights is asked for meanwhile:
-// one that waits for memory lets few instructions after it begin.
+// 16 M tokens: a tile of sums for each 16 of those. With many, the next tile of weights is asked for
+// meanwhile: one that waits for memory lets few instructions after it begin.
 template <int M>
 void meet(const bf16* rows, int64_t stride, int count, const bf16* x, int K, bool add, float* out,
           int ld) {
@@ -61,7 +61,8 @@ void meet(const bf16* rows, int64_t stride, int count, const bf16* x, int K, boo
 #define MEET(i) _tile_loadd(7, x + i * VALUES, 64); _tile_dpbf16ps(i, 6, 7);
   if (add) { EACH(LOAD) } else { EACH(ZERO) }
   for (int k = 0; k < K; k += PAIRS, x += M * VALUES) {
-    for (int r = 0; r < TILE; r++) _mm_prefetch(rows + r * stride + k + PAIRS, _MM_HINT_T0);
+    for (int r = 0; M > 1 && r < TILE; r++)
+      _mm_prefetch(rows + r * stride + k + PAIRS, _MM_HINT_T0);
     Source own = source(rows, stride, count, k, K, copy);
     _tile_loadd(6, own.from, own.bytes);
     EACH(MEET)
