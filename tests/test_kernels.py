@@ -265,18 +265,27 @@ def test_two_threads_at_once_do_not_meet(dtype):
         assert all(pool.map(run, range(len(calls))))
 
 
-def test_experts_of_many_tokens_go_to_torch(monkeypatch):
+@pytest.mark.parametrize("in_stock", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_experts_of_many_tokens_go_to_torch(dtype, in_stock, monkeypatch):
+    """Those of many tokens at one budget do, the others of the batch do not."""
     if cpu._library()[0] is None:
         pytest.skip("no compiler or no AVX2")
-    monkeypatch.setitem(cpu.MANY[cpu._target()], torch.float32, 6)
-    seen = []
-    loop = cpu.torch_loop.experts
-    monkeypatch.setattr(cpu.torch_loop, "experts", lambda *a: seen.append(a[1]) or loop(*a))
-    weights = make([20] * 4, 40, bias=True)
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    monkeypatch.setitem(cpu.MANY[cpu._target()], dtype, 6)
+    seen, add = [], cpu._add_products
+    monkeypatch.setattr(cpu, "_add_products", lambda *a: seen.append(a[2]) or add(*a))
+    weights = make([20] * 4, 40, dtype, bias=True)
+    weights = stock(weights) if in_stock else weights
     index_TK = torch.tensor([[0, 1]] * 6 + [[0, 2], [-1, 3], [4, 3]])
-    routed = (tokens(9, 40), index_TK, torch.rand(9, 2), weights, torch.tensor([[20, 3, 9, 0]]))
-    check("cpu", *routed)
-    assert seen[0].unique().tolist() == [-1, 0, 1]
+    routed = (tokens(9, 40, dtype), index_TK, torch.rand(9, 2).double(), weights)
+    width_BE = torch.tensor([[20, 3, 9, 0], [7, 0, 20, 11]])
+    check("cpu", *routed, width_BE)
+    assert seen.pop().unique().tolist() == [-1, 0, 1]
+    check("cpu", *routed, width_BE, torch.tensor([0, 1, 1, 1, 1, 1, 1, 0, 1, 1]).int())
+    assert seen.pop()[[0, 6]].tolist() == [[-1, -1], [0, -1]]
+    check("cpu", *routed, width_BE, torch.arange(9).int() % 2)
+    assert not seen
 
 
 def test_the_first_that_can_run_is_taken_and_a_forced_one_says_why_not(monkeypatch):

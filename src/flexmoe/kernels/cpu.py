@@ -23,6 +23,7 @@ from torch import Tensor
 from flexmoe.errors import FlexmoeError
 from flexmoe.kernels import torch_loop
 from flexmoe.kernels.activations import ACTIVATIONS
+from flexmoe.kernels.routing import Routing
 
 if TYPE_CHECKING:
     from flexmoe.kernels.interface import Weights
@@ -36,15 +37,16 @@ TARGETS = {  # by what torch calls the instruction set
     "AVX512": ("-march=x86-64-v4", "-mavx512bf16"),
     "AMX": ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
-# Tokens of an expert from which torch is faster, by instruction set and dtype, measured on a
-# Sapphire Rapids (AVX2 on an AMD EPYC). In bfloat16 never: torch puts weights in its own order
-# first, and has no fast product at all with AVX2.
+# Tokens of an expert at a budget from which torch is faster, by instruction set and dtype, measured
+# on Intel Xeons with AMX and an AMD EPYC (AVX2). In bfloat16 never: torch puts weights in its own
+# order first, and has no fast product at all with AVX2. Nor if gate and up of an expert are few.
 NEVER = 1 << 30
 MANY = {
     "AVX2": {torch.float32: 64, torch.bfloat16: NEVER},
-    "AVX512": {torch.float32: 48, torch.bfloat16: NEVER},
-    "AMX": {torch.float32: 48, torch.bfloat16: NEVER},
+    "AVX512": {torch.float32: 64, torch.bfloat16: NEVER},
+    "AMX": {torch.float32: 64, torch.bfloat16: NEVER},
 }
+SMALL = 1 << 18  # values of gate and up of an expert
 DTYPES = (torch.float32, torch.bfloat16)
 
 log = logging.getLogger(__name__)
@@ -93,15 +95,49 @@ def experts(
     budget: int = 0,
 ) -> Tensor:
     """See `flexmoe.kernels.interface.experts`. Sums are float32."""
-    E, many = width_BE.shape[1], MANY[_target()][weights.up.dtype]
-    if x_TH.shape[0] * index_TK.shape[1] < many:
+    T, (B, E), many = x_TH.shape[0], width_BE.shape, MANY[_target()][weights.up.dtype]
+    if T * index_TK.shape[1] < many or weights.up.numel() < SMALL * E:
         return _compiled(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T, budget)
-    load_E = torch.bincount(index_TK.clamp(-1, E).add(1).flatten(), minlength=E + 2)[1 : E + 1]
-    many_E = torch.cat([load_E >= many, load_E.new_zeros(1, dtype=torch.bool)])
-    many_TK = many_E[torch.where((index_TK < 0) | (index_TK > E), E, index_TK)]
+    key_TK = index_TK.long()
+    if token_budget_T is not None:  # tokens of an expert at other budgets are another product
+        key_TK = key_TK + E * token_budget_T[:T, None].clamp(0, B - 1)
+    key_TK = key_TK.where((index_TK >= 0) & (index_TK < E), E * B)
+    many_TK = (torch.bincount(key_TK.flatten())[key_TK] >= many) & (key_TK < E * B)
     rest = (weights, width_BE, token_budget_T, budget)
-    out_TH = torch_loop.experts(x_TH, index_TK.where(many_TK, -1), weight_TK, *rest)
-    return out_TH + _compiled(x_TH, index_TK.masked_fill(many_TK, -1), weight_TK, *rest)
+    if not many_TK.any():
+        return _compiled(x_TH, index_TK, weight_TK, *rest)
+    out_TH = _compiled(x_TH, index_TK.masked_fill(many_TK, -1), weight_TK, *rest).float()
+    _add_products(out_TH, x_TH, index_TK.where(many_TK, -1), weight_TK, *rest)
+    return out_TH.to(x_TH.dtype)
+
+
+def _add_products(
+    out_TH: Tensor,
+    x_TH: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    weights: Weights,
+    width_BE: Tensor,
+    token_budget_T: Tensor | None,
+    budget: int,
+) -> None:
+    """Add what `experts` gives to the outputs in float32, by torch's products, one expert after
+    the other: the memory for all pairs at once would be new in every call, and slower than they."""
+    table = width_BE.tolist()
+    if token_budget_T is None:
+        table = [table[budget]]
+    else:
+        token_budget_T = token_budget_T[: x_TH.shape[0]]
+    E, B = len(table[0]), len(table)
+    routing = Routing.of(index_TK, weight_TK.float(), E, token_budget_T, B)
+    prefix, bias_EH = torch_loop.prefixes(weights), weights.down_bias_EH
+    for (e, start, stop), b in zip(routing.segments, routing.budgets, strict=True):
+        up, bias, down_wH = prefix(e, table[b][e])
+        token_n = routing.token_S[start:stop]
+        x_nH = x_TH[token_n].to(down_wH.dtype)
+        y_nH = torch_loop.activations(x_nH, up, bias, weights.activate) @ down_wH
+        y_nH = y_nH if bias_EH is None else y_nH + bias_EH[e]
+        out_TH.index_add_(0, token_n, y_nH * routing.weight_S[start:stop, None])
 
 
 def _compiled(
