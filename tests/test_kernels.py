@@ -104,7 +104,7 @@ def naive(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T=None, bud
         for e, r in zip(chosen, routing_weight, strict=True):
             if not 0 <= e < width_BE.shape[1]:
                 continue
-            full, w = weights.offset_E is None, int(width_BE[b, e])
+            full, w = weights.offset_E is None, max(0, int(width_BE[b, e]))
             first = 0 if full else int(weights.offset_E[e])
             up, down, bias = (
                 None
@@ -189,8 +189,8 @@ def test_three_budgets_in_a_batch_and_one_by_number(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_tokens_on_one_expert_and_experts_held_elsewhere(backend, dtype):
-    weights = make([30] * 4, 40, dtype)
-    width_BE = torch.tensor([[30, 12, 30, 30]]).int()
+    weights = make([200] * 4, 40, dtype)
+    width_BE = torch.tensor([[30, 183, 30, 30]]).int()
     index_TK = torch.ones(240, 1, dtype=torch.long)
     weight_TK = torch.rand(240, 1)
     check(backend, tokens(240, 40, dtype), index_TK, weight_TK, weights, width_BE)
@@ -223,14 +223,16 @@ def test_other_tokens_of_a_batch_change_little(dtype, in_stock):
         assert error < {torch.float32: 1e-6, torch.bfloat16: 1.6e-2}[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("T", [1, 3, 70])
-def test_channels_beyond_a_width_are_never_read(backend, T):
-    weights = make([32] * 4, 40, bias=True)
+def test_channels_beyond_a_width_are_never_read(backend, T, dtype):
+    weights = make([32] * 4, 40, dtype, bias=True)
     width_BE = torch.tensor([[0, 1, 31, 32], [32, 3, 8, 0]]).int()
     for e, widest in enumerate(width_BE.amax(0).tolist()):
         for tensor in (weights.up, weights.down, weights.up_bias):
             tensor[int(weights.offset_E[e]) + widest : int(weights.offset_E[e + 1])] = float("nan")
-    check(backend, tokens(T, 40), *route(T, 4, 3), weights, width_BE, torch.arange(T) % 2)
+    routed = (tokens(T, 40, dtype), *route(T, 4, 3))
+    check(backend, *routed, weights, width_BE, torch.arange(T) % 2)
 
 
 def test_the_same_bits_with_any_number_of_threads():
@@ -265,27 +267,46 @@ def test_two_threads_at_once_do_not_meet(dtype):
         assert all(pool.map(run, range(len(calls))))
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("in_stock", [True, False])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_experts_of_many_tokens_go_to_torch(dtype, in_stock, monkeypatch):
+def test_experts_of_many_tokens_go_to_torch(dtype, in_stock, plain, monkeypatch):
     """Those of many tokens at one budget do, the others of the batch do not."""
     if cpu._library()[0] is None:
         pytest.skip("no compiler or no AVX2")
-    monkeypatch.setattr(cpu, "SMALL", 0)
     monkeypatch.setitem(cpu.MANY[cpu._target()], dtype, 6)
     seen, add = [], cpu._add_products
     monkeypatch.setattr(cpu, "_add_products", lambda *a: seen.append(a[2]) or add(*a))
-    weights = make([20] * 4, 40, dtype, bias=True)
+    weights = make([20] * 4, 40, dtype, gate=not plain, bias=not plain)
     weights = stock(weights) if in_stock else weights
     index_TK = torch.tensor([[0, 1]] * 6 + [[0, 2], [-1, 3], [4, 3]])
     routed = (tokens(9, 40, dtype), index_TK, torch.rand(9, 2).double(), weights)
     width_BE = torch.tensor([[20, 3, 9, 0], [7, 0, 20, 11]])
     check("cpu", *routed, width_BE)
+    assert not seen  # the experts are small
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    check("cpu", *routed, width_BE)
+    assert seen.pop().unique().tolist() == [-1, 0, 1]
+    check("cpu", *routed, width_BE, None, 1)
+    assert seen.pop().unique().tolist() == [-1, 0, 1]
+    check("cpu", *routed, width_BE * 0 - 2)
     assert seen.pop().unique().tolist() == [-1, 0, 1]
     check("cpu", *routed, width_BE, torch.tensor([0, 1, 1, 1, 1, 1, 1, 0, 1, 1]).int())
     assert seen.pop()[[0, 6]].tolist() == [[-1, -1], [0, -1]]
     check("cpu", *routed, width_BE, torch.arange(9).int() % 2)
     assert not seen
+
+
+def test_tokens_of_another_dtype_than_the_weights(backend, monkeypatch):
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    monkeypatch.setitem(cpu.MANY[cpu._target()], torch.float32, 6)
+    weights, width_BE = make([20] * 4, 40, bias=True), torch.full((1, 4), 17)
+    for T in (2, 30):
+        x_TH, routed = tokens(T, 40, torch.bfloat16), route(T, 4, 2)
+        found = experts(x_TH, *routed, weights, width_BE, backend=backend)
+        want = naive(x_TH, *routed, weights, width_BE)
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - want).abs().max() < 2**-8 * want.abs().max()
 
 
 def test_the_first_that_can_run_is_taken_and_a_forced_one_says_why_not(monkeypatch):
@@ -366,15 +387,24 @@ def test_weights_with_scales_go_to_torch():
     assert torch.allclose(experts(*routed, weights, width_BE), want / 2, atol=1e-6)
 
 
-def test_a_budget_that_is_not_in_the_table_is_an_error():
+@pytest.mark.parametrize("many", [1, 100])
+def test_a_budget_that_is_not_in_the_table_is_an_error(many, monkeypatch):
     if cpu._library()[0] is None:
         pytest.skip("no compiler or no AVX2")
-    budgets = torch.tensor([0, 7, 0])
-    with pytest.raises(FlexmoeError, match="not in the table"):
-        experts(
-            tokens(3, 16), *route(3, 4, 2), make([8] * 4, 16), torch.full((1, 4), 8), budgets,
-            backend="cpu",
-        )  # fmt: skip
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    monkeypatch.setitem(cpu.MANY[cpu._target()], torch.float32, many)
+    index_TK, weight_TK = route(3, 4, 2)
+    weights = make([8] * 4, 16)
+
+    def run(index_TK, *how):
+        rest = (weights, torch.full((2, 4), 8), *how)
+        return experts(tokens(3, 16), index_TK, weight_TK, *rest, backend="cpu")
+
+    for wrong in ((torch.tensor([0, 7, 0]),), (torch.tensor([0, 0, -1]),), (None, 2), (None, -1)):
+        with pytest.raises(FlexmoeError, match="not in the table"):
+            run(index_TK, *wrong)
+    index_TK[2] = 4  # held elsewhere: its budget does not matter
+    assert run(index_TK, torch.tensor([0, 1, -1]))[2].eq(0).all()
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])

@@ -80,6 +80,7 @@ void channels(const Layer& a, const Group& g, const int32_t* pair, const typenam
   const X* token[TILED];
   alignas(64) float part[2 * CHANNELS * TILED];
   for (int m = 0; m < n; m++) token[m] = x + pair[g.start + m] / a.K * x_row;
+  // Where tiles write all rows themselves, nothing has to be there before
   const bool fill = !g.tiles || a.up_bias || count < CHANNELS;
   for (int side = 0; side < a.sides && fill; side++) {
     const T* bias = a.of<T>(a.up_bias, a.bias_by, g.expert) + side * a.bias_by.within;
@@ -89,7 +90,7 @@ void channels(const Layer& a, const Group& g, const int32_t* pair, const typenam
       std::fill_n(part + (side * CHANNELS + c) * ld, ld, value);
     }
   }
-  // Gate and up of a channel lie side by side, and are read so where a tile is all at once
+  // In tiles 16 at a time: in ragged storage their gate and up are one stretch of memory
   const int at_once = g.tiles ? 16 : CHANNELS;
   for (int c = 0; c < count; c += at_once)
     for (int side = 0; side < a.sides; side++) {

@@ -23,7 +23,6 @@ from torch import Tensor
 from flexmoe.errors import FlexmoeError
 from flexmoe.kernels import torch_loop
 from flexmoe.kernels.activations import ACTIVATIONS
-from flexmoe.kernels.routing import Routing
 
 if TYPE_CHECKING:
     from flexmoe.kernels.interface import Weights
@@ -38,8 +37,8 @@ TARGETS = {  # by what torch calls the instruction set
     "AMX": ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 # Tokens of an expert at a budget from which torch is faster, by instruction set and dtype, measured
-# on Intel Xeons with AMX and an AMD EPYC (AVX2). In bfloat16 never: torch puts weights in its own
-# order first, and has no fast product at all with AVX2. Nor if gate and up of an expert are few.
+# on an Intel Xeon with AMX, and there with AVX2 alone. In bfloat16 never: torch puts weights in its
+# own order first, and has no fast product at all with AVX2. Nor where experts are small.
 NEVER = 1 << 30
 MANY = {
     "AVX2": {torch.float32: 64, torch.bfloat16: NEVER},
@@ -98,15 +97,18 @@ def experts(
     T, (B, E), many = x_TH.shape[0], width_BE.shape, MANY[_target()][weights.up.dtype]
     if T * index_TK.shape[1] < many or weights.up.numel() < SMALL * E:
         return _compiled(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T, budget)
-    key_TK = index_TK.long()
-    if token_budget_T is not None:  # tokens of an expert at other budgets are another product
-        key_TK = key_TK + E * token_budget_T[:T, None].clamp(0, B - 1)
-    key_TK = key_TK.where((index_TK >= 0) & (index_TK < E), E * B)
-    many_TK = (torch.bincount(key_TK.flatten())[key_TK] >= many) & (key_TK < E * B)
+    # Tokens of an expert at other budgets are another product. A budget that is not in the table is
+    # left to the source, which says so.
+    budget_TK = torch.full_like(index_TK, budget)
+    if token_budget_T is not None:
+        budget_TK = token_budget_T[:T, None].expand_as(index_TK)
+    known_TK = (index_TK >= 0) & (index_TK < E) & (budget_TK >= 0) & (budget_TK < B)
+    key_TK = (index_TK.long() + E * budget_TK.long()).where(known_TK, E * B)
+    many_TK = (torch.bincount(key_TK.flatten())[key_TK] >= many) & known_TK
     rest = (weights, width_BE, token_budget_T, budget)
     if not many_TK.any():
         return _compiled(x_TH, index_TK, weight_TK, *rest)
-    out_TH = _compiled(x_TH, index_TK.masked_fill(many_TK, -1), weight_TK, *rest).float()
+    out_TH = _compiled(x_TH.float(), index_TK.masked_fill(many_TK, -1), weight_TK, *rest)
     _add_products(out_TH, x_TH, index_TK.where(many_TK, -1), weight_TK, *rest)
     return out_TH.to(x_TH.dtype)
 
@@ -122,17 +124,11 @@ def _add_products(
     budget: int,
 ) -> None:
     """Add what `experts` gives to the outputs in float32, by torch's products, one expert after
-    the other: the memory for all pairs at once would be new in every call, and slower than they."""
-    table = width_BE.tolist()
-    if token_budget_T is None:
-        table = [table[budget]]
-    else:
-        token_budget_T = token_budget_T[: x_TH.shape[0]]
-    E, B = len(table[0]), len(table)
-    routing = Routing.of(index_TK, weight_TK.float(), E, token_budget_T, B)
+    the other: all at once they take memory that is new in every call, and costs more than they."""
+    routing, table = torch_loop.sort(index_TK, weight_TK.float(), width_BE, token_budget_T, budget)
     prefix, bias_EH = torch_loop.prefixes(weights), weights.down_bias_EH
     for (e, start, stop), b in zip(routing.segments, routing.budgets, strict=True):
-        up, bias, down_wH = prefix(e, table[b][e])
+        up, bias, down_wH = prefix(e, max(0, table[b][e]))
         token_n = routing.token_S[start:stop]
         x_nH = x_TH[token_n].to(down_wH.dtype)
         y_nH = torch_loop.activations(x_nH, up, bias, weights.activate) @ down_wH

@@ -11,8 +11,7 @@
 
 namespace {
 
-constexpr int TOKENS = 60;  // of a group, in both passes: their rows of x stay in the L2 cache
-constexpr int TILED = 96;   // the same in tiles: as many as there are tiles of sums for
+constexpr int TOKENS = 60;  // of a group: their rows of x stay in the L2 cache
 
 struct Group {  // some pairs of one expert at one budget
   int expert, width, start, n;

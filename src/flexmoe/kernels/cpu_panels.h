@@ -1,6 +1,6 @@
 // Down in AMX tiles where a row of it is a channel, for bfloat16. A tile of weights then needs the
 // channels in pairs. A panel of weights, small enough for the L1 cache, is put so while the panel
-// before is multiplied: the weights are read from memory once and never written back.
+// before is multiplied: the weights are read once for a group and never written back.
 
 #pragma once
 
@@ -10,7 +10,6 @@ namespace {
 
 #if defined(__AMX_BF16__)
 constexpr int WIDE = 64;  // columns of a panel
-  // columns of it
 
 // 32 columns (`there` of them are there) of 16 rows (`count`), in pairs of rows, to two tiles: the
 // lower and the upper halves of all quarters of 8. WHOLE: all are there
@@ -55,7 +54,7 @@ struct Panel {  // some channels and columns of down, how many are there, and wh
   }
 };
 
-// y = h . 16 columns of a panel, or that is added (ADD), for 16 M tokens; meanwhile `next` is paired
+// y = h . 16 columns of a panel, or that is added, for 16 M tokens; meanwhile `next` is paired
 template <int M>
 void meet_panel(const bf16* h, const bf16* panel, int deep, bool add, float* y, Panel& next,
                 bf16* paired, const bf16* ahead) {
@@ -63,6 +62,7 @@ void meet_panel(const bf16* h, const bf16* panel, int deep, bool add, float* y, 
 #define LOAD(i) _tile_loadd(i, y + i * TILE * TILE, 64);
 #define STORE(i) _tile_stored(i, y + i * TILE * TILE, 64);
 #define MEET(i) _tile_loadd(7, h + i * VALUES, 64); _tile_dpbf16ps(i, 7, 6);
+  written();
   if (add) { EACH(LOAD) } else { EACH(ZERO) }
   for (int c = 0; c < deep; c += PAIRS, h += M * VALUES) {
     next.pair(paired, ahead);
@@ -77,9 +77,8 @@ void meet_panel(const bf16* h, const bf16* panel, int deep, bool add, float* y, 
 }
 
 // Outputs of n tokens in `cols` columns: y[cols / 32][half][n / 16][token][column]. h: tiles of 16
-// tokens and 32 channels (`tile_of`), [width / 32, n / 16, a tile]. With few tokens memory is what
-// takes time: half as many rows are read side by side, and panels are asked for ahead. With many, the
-// sums are: twice as many channels are added before they are stored.
+// tokens and 32 channels (`tile_of`), [width / 32, n / 16, a tile]. Fewer rows side by side are read
+// faster; with many tokens, loading and storing sums once for twice the channels gains more.
 inline void tile_columns(const bf16* down, int64_t stride, int width, const bf16* h, int n,
                          int cols, float* y) {
   if (!width) std::fill_n(y, up_to(cols, PAIRS) * up_to(n, TILE), 0.f);

@@ -1,5 +1,5 @@
-// Blocks in AMX tiles, for bfloat16: 16 rows of weights meet 16 tokens, 32 values at a time. A tile
-// of weights is loaded as it lies in memory; what meets it is put in pairs once for many rows.
+// Blocks in AMX tiles, for bfloat16: 16 rows of weights meet up to 96 tokens, 32 values at a time.
+// A tile of weights is loaded as it lies in memory; what meets it is put in pairs once for many rows.
 
 #pragma once
 
@@ -7,11 +7,14 @@
 
 namespace {
 
+constexpr int TILED = 96;  // tokens of a group in tiles: six tiles of sums
+
 #if defined(__AMX_BF16__)
 constexpr int TILES_FROM = 4;  // tokens of a group; measured
-constexpr int TILE = 16;  // rows of a tile
-constexpr int PAIRS = 32;  // values of a row of it
+constexpr int TILE = 16;       // rows of a tile
+constexpr int PAIRS = 32;      // values of a row of it
 constexpr int VALUES = TILE * PAIRS;
+static_assert(TILED == 6 * TILE, "see EACH and by_tiles");
 
 inline int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -25,6 +28,9 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
+// What was written is in memory: compilers do not know that loads of tiles read it
+inline void written() { __asm__ volatile("" ::: "memory"); }
+
 struct Source {
   const void* from;
   int64_t bytes;  // from one row to the next
@@ -34,12 +40,14 @@ struct Source {
 // with zeros in the place of what is not theirs
 inline Source source(const bf16* rows, int64_t stride, int count, int k, int K, bf16* copy) {
   if (count >= TILE && k + PAIRS <= K) return {rows + k, stride * 2};
-  std::memset(copy, 0, TILE * PAIRS * 2);
+  std::memset(copy, 0, VALUES * 2);
   for (int r = 0; r < std::min(count, TILE); r++)
     std::memcpy(copy + r * PAIRS, rows + r * stride + k, std::min(PAIRS, K - k) * 2);
+  written();
   return {copy, PAIRS * 2};
 }
 
+// DO with each of M tiles of sums, at most six: two of the eight are for what is multiplied
 #define EACH(DO)       \
   DO(0)                \
   if (M > 1) { DO(1) } \
@@ -48,9 +56,9 @@ inline Source source(const bf16* rows, int64_t stride, int count, int k, int K, 
   if (M > 4) { DO(4) } \
   if (M > 5) { DO(5) }
 
-// out[r][m] = row r . token m, or that is added (ADD), for 16 rows (count of them are there) and
-// 16 M tokens: a tile of sums for each 16 of those. With many, the next tile of weights is asked for
-// meanwhile: one that waits for memory lets few instructions after it begin.
+// out[r][m] = row r . token m, or that is added, for 16 rows (count of them are there) and 16 M
+// tokens: a tile of sums for each 16 of those. If there are several, the next tile of weights is
+// asked for before: while one waits for memory, little can be computed.
 template <int M>
 void meet(const bf16* rows, int64_t stride, int count, const bf16* x, int K, bool add, float* out,
           int ld) {
@@ -59,6 +67,7 @@ void meet(const bf16* rows, int64_t stride, int count, const bf16* x, int K, boo
 #define LOAD(i) _tile_loadd(i, out + i * TILE, ld * 4);
 #define STORE(i) _tile_stored(i, out + i * TILE, ld * 4);
 #define MEET(i) _tile_loadd(7, x + i * VALUES, 64); _tile_dpbf16ps(i, 6, 7);
+  written();
   if (add) { EACH(LOAD) } else { EACH(ZERO) }
   for (int k = 0; k < K; k += PAIRS, x += M * VALUES) {
     for (int r = 0; M > 1 && r < TILE; r++)

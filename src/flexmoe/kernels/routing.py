@@ -45,7 +45,7 @@ class Routing:
         key_S = torch.where(key_S < 0, experts, key_S)
         if token_budget_T is not None:
             budget_S = token_budget_T.to(key_S).repeat_interleave(K)
-            key_S = key_S.clamp_max(experts) * budgets + budget_S
+            key_S = torch.where(key_S < experts, key_S * budgets + budget_S, experts * budgets)
         key_S, position_S = torch.sort(key_S, stable=True)
         count = torch.bincount(key_S, minlength=experts * budgets)[: experts * budgets].tolist()
         segments, of_budget, start = [], [], 0

@@ -35,12 +35,7 @@ def experts(
     budget: int = 0,
 ) -> Tensor:
     """See `flexmoe.kernels.interface.experts`."""
-    table = width_BE.tolist()
-    if token_budget_T is None:
-        table = [table[budget]]
-    else:
-        token_budget_T = token_budget_T[: x_TH.shape[0]]
-    routing = Routing.of(index_TK, weight_TK, len(table[0]), token_budget_T, len(table))
+    routing, table = sort(index_TK, weight_TK, width_BE, token_budget_T, budget)
     prefix = prefixes(weights)
     y_SH = outputs(x_TH[routing.token_S], routing, table, prefix, weights.activate)
     if weights.down_bias_EH is not None:
@@ -48,6 +43,22 @@ def experts(
     if weights.norm is not None:
         y_SH = weights.norm(y_SH)
     return routing.combine(y_SH, x_TH, index_TK.shape[1])
+
+
+def sort(
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    width_BE: Tensor,
+    token_budget_T: Tensor | None,
+    budget: int,
+) -> tuple[Routing, list[list[int]]]:
+    """The routed pairs by expert and budget, and the widths at the budgets these are numbers of."""
+    table = width_BE.tolist()
+    if token_budget_T is None:
+        table = [table[budget]]
+    else:
+        token_budget_T = token_budget_T[: index_TK.shape[0]]
+    return Routing.of(index_TK, weight_TK, len(table[0]), token_budget_T, len(table)), table
 
 
 def outputs(
@@ -63,7 +74,7 @@ def outputs(
     for (e, _, _), b, x_nH in zip(
         routing.segments, routing.budgets, routing.split(x_SH), strict=True
     ):
-        if w := width_BE[b][e]:
+        if (w := width_BE[b][e]) > 0:
             up, bias, down_wH = prefix(e, w)
             y.append(activations(x_nH.to(down_wH.dtype), up, bias, activate) @ down_wH)
         else:
