@@ -45,7 +45,7 @@ MANY = {
     "AVX512": {torch.float32: 64, torch.bfloat16: NEVER},
     "AMX": {torch.float32: 64, torch.bfloat16: NEVER},
 }
-SMALL = 1 << 18  # values of gate and up of an expert
+SMALL = 1 << 18  # values of gate and up of an expert; torch lost with 2**14
 DTYPES = (torch.float32, torch.bfloat16)
 
 log = logging.getLogger(__name__)
