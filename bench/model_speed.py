@@ -16,7 +16,6 @@ On a GPU: one larger random model, in bfloat16, without the loop.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -68,6 +67,7 @@ def tiny_family(folder: Path) -> Path:
 def rows(
     name: str, path: Path, dtype: str, batches: tuple[int, ...], device: str
 ) -> list[dict[str, Any]]:
+    from flexmoe.kernels import interface
     from flexmoe.speed import SpeedConfig, measure
 
     settings = {"repeats": REPEATS[device], "pruned": SHARES, "device": device, "dtype": dtype}
@@ -75,11 +75,11 @@ def rows(
     found = measure(str(path), SpeedConfig(batches=batches, **settings))["rows"]
     if device != "cpu":
         return [{"model": name, "dtype": dtype, **row} for row in found]
-    os.environ["FLEXMOE_KERNEL"] = "torch"
+    interface.FORCED = "torch"  # as FLEXMOE_KERNEL=torch
     try:
         loop = measure(str(path), SpeedConfig(batches=batches[:2], **settings))["rows"]
     finally:
-        del os.environ["FLEXMOE_KERNEL"]
+        interface.FORCED = None
     own = [row for row in loop if row["engine"] == "flexmoe"]
     found += [{**row, "engine": "flexmoe, torch loop"} for row in own]
     return [{"model": name, "dtype": dtype, **row} for row in found]

@@ -1,7 +1,10 @@
 """Every back end of the ragged experts against a naive loop in float64, token by token."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import replace
 
@@ -235,14 +238,22 @@ def test_the_first_that_can_run_is_taken_and_a_forced_one_says_why_not(monkeypat
     odd = Weights(weights.up, weights.down, weights.offset_E, gated(torch.tanh))
     with pytest.raises(FlexmoeError, match="'cpu' was asked for and cannot run: activation ''"):
         experts(*routed, odd, width_BE, backend="cpu")
-    monkeypatch.setenv("FLEXMOE_KERNEL", "cpu")
+    monkeypatch.setattr(interface, "FORCED", "cpu")  # what FLEXMOE_KERNEL says
     x_TH = routed[0].clone().requires_grad_()
     with pytest.raises(FlexmoeError, match="gradients"):
         experts(x_TH, *routed[1:], weights, width_BE)
-    monkeypatch.delenv("FLEXMOE_KERNEL")
+    monkeypatch.undo()
     check(None, *routed, odd, width_BE)
     experts(x_TH, *routed[1:], weights, width_BE).sum().backward()
     assert x_TH.grad.isfinite().all()
+
+
+def test_the_environment_forces_a_kernel():
+    show = "from flexmoe.kernels import interface; print(interface.FORCED)"
+    for value in ("torch", ""):
+        env = os.environ | {"FLEXMOE_KERNEL": value}
+        run = subprocess.run([sys.executable, "-c", show], env=env, capture_output=True, text=True)
+        assert run.stdout.strip() == (value or "None"), run.stderr
 
 
 def test_what_a_call_found_out_is_kept_only_while_it_holds():

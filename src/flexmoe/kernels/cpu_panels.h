@@ -1,6 +1,7 @@
 // Down in AMX tiles where a row of it is a channel, for bfloat16. A tile of weights then needs the
-// channels in pairs. A panel of weights, small enough for the L1 cache, is put so while the panel
-// before is multiplied: the weights are read once for a group and never written back.
+// channels in pairs. With many tokens a panel of weights, small enough for the L1 cache, is put so
+// while the panel before is multiplied: the weights are read once for a group and never written
+// back. With few, weights are multiplied as they lie, twice, see `meet_rows`.
 
 #pragma once
 
@@ -9,7 +10,8 @@
 namespace {
 
 #if defined(__AMX_BF16__)
-constexpr int WIDE = 64;  // columns of a panel
+constexpr int DEEP = 64, WIDE = 64;  // channels and columns of a panel
+constexpr int AS_THEY_LIE = TILE;    // tokens of a group up to which weights are multiplied so
 
 // 32 columns (`there` of them are there) of 16 rows (`count`), in pairs of rows, to two tiles: the
 // lower and the upper halves of all quarters of 8. WHOLE: all are there
@@ -35,13 +37,9 @@ struct Panel {  // some channels and columns of down, how many are there, and wh
 
   int deep() const { return up_to(channels, PAIRS); }
   int wide() const { return up_to(columns, PAIRS); }
-  // Pairs 16 channels in 32 columns, if any are left, to: [columns / 16, deep / 32, a tile]. The
-  // same part of the panel that begins `ahead`, if one does, is asked for.
-  bool pair(bf16* to, const bf16* ahead = nullptr) {
+  // Pairs 16 channels in 32 columns, if any are left, to: [columns / 16, deep / 32, a tile]
+  bool pair(bf16* to) {
     if (c >= deep()) return false;
-    if (ahead)
-      for (int r = 0; r < TILE; r++)
-        _mm_prefetch(ahead + (c + r) * stride + j, _MM_HINT_T0);
     const bf16* from = rows + c * stride + j;
     bf16 *lower = to + j * deep() + c * TILE, *upper = lower + deep() * TILE;
     if (channels - c >= TILE && columns - j >= PAIRS)
@@ -57,7 +55,7 @@ struct Panel {  // some channels and columns of down, how many are there, and wh
 // y = h . 16 columns of a panel, or that is added, for 16 M tokens; meanwhile `next` is paired
 template <int M>
 void meet_panel(const bf16* h, const bf16* panel, int deep, bool add, float* y, Panel& next,
-                bf16* paired, const bf16* ahead) {
+                bf16* paired) {
 #define ZERO(i) _tile_zero(i);
 #define LOAD(i) _tile_loadd(i, y + i * TILE * TILE, 64);
 #define STORE(i) _tile_stored(i, y + i * TILE * TILE, 64);
@@ -65,7 +63,7 @@ void meet_panel(const bf16* h, const bf16* panel, int deep, bool add, float* y, 
   written();
   if (add) { EACH(LOAD) } else { EACH(ZERO) }
   for (int c = 0; c < deep; c += PAIRS, h += M * VALUES) {
-    next.pair(paired, ahead);
+    next.pair(paired);
     _tile_loadd(6, panel + c * TILE, 64);
     EACH(MEET)
   }
@@ -76,34 +74,74 @@ void meet_panel(const bf16* h, const bf16* panel, int deep, bool add, float* y, 
 #undef MEET
 }
 
+// y = h . 32 channels (`count` of them are there), or that is added, for 16 tokens. As they lie, two
+// columns are side by side where two channels should be. Multiplied by the activations with a zero
+// after each value the left ones count, with a zero before it the right ones. Rows are read to their
+// end: memory likes that more than it dislikes that sums are loaded and stored for every 32 channels.
+inline void meet_rows(const bf16* rows, int64_t stride, int count, const bf16* h, int cols,
+                      bool add, float* y) {
+  alignas(64) bf16 left[2][VALUES], right[2][VALUES], copy[VALUES];
+  for (int c = 0; c < 2; c++)
+    for (int m = 0; m < TILE; m++) {
+      const bf16* from = h + m * PAIRS + c * TILE;
+      __m512i value = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+      _mm512_store_si512(left[c] + m * PAIRS, value);
+      _mm512_store_si512(right[c] + m * PAIRS, _mm512_slli_epi32(value, 16));
+    }
+  written();
+  for (int j = 0; j < cols; j += PAIRS, y += 2 * TILE * TILE) {
+    // What comes next, in these rows or after them
+    const bf16* next = rows + (j + PAIRS < cols ? j + PAIRS : PAIRS * stride);
+    for (int r = 0; r < PAIRS; r++) _mm_prefetch(next + r * stride, _MM_HINT_T0);
+    if (add) {
+      _tile_loadd(0, y, 64);
+      _tile_loadd(1, y + TILE * TILE, 64);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+    }
+    for (int c = 0; c < 2; c++) {
+      const bf16* own_rows = rows + c * TILE * stride;
+      Source own = source(own_rows, stride, count - c * TILE, j, cols, copy);
+      _tile_loadd(6, own.from, own.bytes);
+      _tile_loadd(4, left[c], 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, right[c], 64);
+      _tile_dpbf16ps(1, 5, 6);
+    }
+    _tile_stored(0, y, 64);
+    _tile_stored(1, y + TILE * TILE, 64);
+  }
+}
+
 // Outputs of n tokens in `cols` columns: y[cols / 32][half][n / 16][token][column]. h: tiles of 16
-// tokens and 32 channels (`tile_of`), [width / 32, n / 16, a tile]. Fewer rows side by side are read
-// faster; with many tokens, loading and storing sums once for twice the channels gains more.
+// tokens and 32 channels (`tile_of`), [width / 32, n / 16, a tile].
 inline void tile_columns(const bf16* down, int64_t stride, int width, const bf16* h, int n,
                          int cols, float* y) {
   if (!width) std::fill_n(y, up_to(cols, PAIRS) * up_to(n, TILE), 0.f);
+  if (n <= AS_THEY_LIE) {
+    for (int c = 0; c < width; c += PAIRS)
+      meet_rows(down + c * stride, stride, width - c, h + c * TILE, cols, c > 0, y);
+    return;
+  }
   by_tiles(n, [&](auto M) {
-    constexpr bool FEW_TILES = M <= 2;
-    constexpr int DEEP = FEW_TILES ? 32 : 64;  // channels of a panel
     alignas(64) bf16 panels[2][DEEP * WIDE];
     const int across = (cols + WIDE - 1) / WIDE, all = (width + DEEP - 1) / DEEP * across;
     auto at = [&](int i) {
       if (i >= all) return Panel();
       const int c = i / across * DEEP, j = i % across * WIDE;
-      const bf16* rows = down + c * stride + j;
-      return Panel{rows, stride, std::min(DEEP, width - c), std::min(WIDE, cols - j)};
+      return Panel{down + c * stride + j, stride, std::min(DEEP, width - c),
+                   std::min(WIDE, cols - j)};
     };
     Panel own = at(0);
     while (own.pair(panels[0])) {}
     for (int i = 0; i < all; i++) {
-      const bf16 *panel = panels[i % 2], *ahead = FEW_TILES ? at(i + 2).rows : nullptr;
-      const bf16* act = h + i / across * DEEP * TILE * M;
+      const bf16 *panel = panels[i % 2], *act = h + i / across * DEEP * TILE * M;
       bf16* other = panels[(i + 1) % 2];
       Panel next = at(i + 1);
       for (int j = 0; j < own.wide(); j += TILE) {
-        const bf16* columns = panel + j * own.deep();
         float* to = y + (i % across * WIDE + j) * TILE * M;
-        meet_panel<M>(act, columns, own.deep(), i >= across, to, next, other, ahead);
+        meet_panel<M>(act, panel + j * own.deep(), own.deep(), i >= across, to, next, other);
       }
       while (next.pair(other)) {}
       own = next;
@@ -115,10 +153,12 @@ inline void tile_columns(const bf16* down, int64_t stride, int width, const bf16
 // one
 inline void add_tiled(const float* y, int n, int m, float weight, const bf16* bias, int cols,
                       float* to) {
-  alignas(64) int order[2][16];  // halves of quarters back to where they were
+  // Where 16 columns are in the two halves: of quarters, or of pairs
+  alignas(64) int order[2][16];
+  const int run = n <= AS_THEY_LIE ? 1 : 4;
   for (int i = 0; i < 16; i++)
     for (int half = 0; half < 2; half++)
-      order[half][i] = 8 * half + i / 8 * 4 + i % 4 + (i % 8 >= 4 ? 16 : 0);
+      order[half][i] = 8 * half + i / (2 * run) * run + i % run + i / run % 2 * 16;
   const int next = up_to(n, TILE) * TILE;
   y += m * TILE;
   for (int j = 0; j < cols; j += PAIRS, y += 2 * next)

@@ -10,7 +10,7 @@ namespace {
 constexpr int TILED = 96;  // tokens of a group in tiles: six tiles of sums
 
 #if defined(__AMX_BF16__)
-constexpr int TILES_FROM = 4;  // tokens of a group; measured
+constexpr int TILES_FROM = 3;  // tokens of a group; measured
 constexpr int TILE = 16;       // rows of a tile
 constexpr int PAIRS = 32;      // values of a row of it
 constexpr int VALUES = TILE * PAIRS;

@@ -206,9 +206,14 @@ def _vllm(stock: Any) -> Callable[..., Call] | None:
         packed = [ops.cpu_prepack_moe_weight(p.data, isa) for p in stock.parameters()]
 
         def prepared(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Call:
-            out_TH, index_TK = torch.empty_like(x_TH), index_TK.int()
-            rest = (*packed, None, None, weight_TK, index_TK, "silu", isa)
-            return lambda: ops.cpu_fused_moe(out_TH, x_TH, *rest) or out_TH
+            rest = (*packed, None, None, weight_TK, index_TK.int(), "silu", isa)
+
+            def call() -> Tensor:  # an output of its own, as in vLLM's layer and in all others
+                out_TH = torch.empty_like(x_TH)
+                ops.cpu_fused_moe(out_TH, x_TH, *rest)
+                return out_TH
+
+            return call
 
         return prepared
     return None
