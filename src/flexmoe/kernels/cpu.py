@@ -36,15 +36,10 @@ TARGETS = {  # by what torch calls the instruction set
     "AVX512": ("-march=x86-64-v4", "-mavx512bf16"),
     "AMX": ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
-# Tokens of an expert at a budget from which torch is faster, by instruction set and dtype, measured
-# on an Intel Xeon with AMX, and there with AVX2 alone. In bfloat16 never: torch puts weights in its
-# own order first, and has no fast product at all with AVX2. Nor where experts are small.
-NEVER = 1 << 30
-MANY = {
-    "AVX2": {torch.float32: 64, torch.bfloat16: NEVER},
-    "AVX512": {torch.float32: 64, torch.bfloat16: NEVER},
-    "AMX": {torch.float32: 64, torch.bfloat16: NEVER},
-}
+# Tokens of an expert at a budget from which torch is faster in float32, with AVX2 and with AVX512,
+# measured on an Intel Xeon. In bfloat16 never: torch puts weights in its own order first, and has
+# no fast product at all with AVX2. Nor where experts are small.
+MANY = 64
 SMALL = 1 << 18  # values of gate and up of an expert; torch lost with 2**14
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -94,8 +89,9 @@ def experts(
     budget: int = 0,
 ) -> Tensor:
     """See `flexmoe.kernels.interface.experts`. Sums are float32."""
-    T, (B, E), many = x_TH.shape[0], width_BE.shape, MANY[_target()][weights.up.dtype]
-    if T * index_TK.shape[1] < many or weights.up.numel() < SMALL * E:
+    T, (B, E), dtype = x_TH.shape[0], width_BE.shape, weights.up.dtype
+    few = dtype is not torch.float32 or T * index_TK.shape[1] < MANY
+    if few or weights.up.numel() < SMALL * E:
         return _compiled(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T, budget)
     # Tokens of an expert at other budgets are another product. A budget that is not in the table is
     # left to the source, which says so.
@@ -104,7 +100,7 @@ def experts(
         budget_TK = token_budget_T[:T, None].expand_as(index_TK)
     known_TK = (index_TK >= 0) & (index_TK < E) & (budget_TK >= 0) & (budget_TK < B)
     key_TK = (index_TK.long() + E * budget_TK.long()).where(known_TK, E * B)
-    many_TK = (torch.bincount(key_TK.flatten())[key_TK] >= many) & known_TK
+    many_TK = (torch.bincount(key_TK.flatten())[key_TK] >= MANY) & known_TK
     rest = (weights, width_BE, token_budget_T, budget)
     if not many_TK.any():
         return _compiled(x_TH, index_TK, weight_TK, *rest)
