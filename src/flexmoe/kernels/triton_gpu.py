@@ -20,6 +20,7 @@ from flexmoe.kernels.activations import ACTIVATIONS
 
 if TYPE_CHECKING:
     from flexmoe.kernels.interface import Weights
+    from flexmoe.kernels.triton_pairs import Blocks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST, LARGEST = 16, 128  # pairs of a block; no matrix instruction takes fewer
@@ -79,17 +80,14 @@ def experts(
 
 
 class Pairs(NamedTuple):
-    """S routed pairs in N blocks of up to ``block``, see `triton_pairs.Blocks`, and widths."""
+    """S routed pairs in N blocks of up to ``block``, and widths."""
 
     S: int
     N: int
     E: int
     K: int
     block: int
-    position_S: Tensor | None
-    expert_N: Tensor
-    start_N: Tensor | None
-    stop_N: Tensor | None
+    blocks: Blocks
     width_BE: Tensor
     token_budget_T: Tensor | None
 
@@ -97,7 +95,7 @@ class Pairs(NamedTuple):
     def of(
         cls, index_TK: Tensor, width_BE: Tensor, token_budget_T: Tensor | None, budget: int
     ) -> Pairs:
-        from flexmoe.kernels.triton_pairs import sort
+        from flexmoe.kernels.triton_pairs import Blocks, sort
 
         (T, K), (B, E) = index_TK.shape, width_BE.shape
         if token_budget_T is None:
@@ -106,23 +104,22 @@ class Pairs(NamedTuple):
             token_budget_T = token_budget_T[:T].contiguous()
         widths = width_BE.contiguous(), token_budget_T
         if T == 1:  # every pair is a block as it is
-            return cls(K, K, E, K, SMALLEST, None, index_TK, None, None, *widths)
+            return cls(K, K, E, K, SMALLEST, Blocks(None, index_TK, None, None), *widths)
         block = _block(T * K / E)
         blocks = sort(index_TK, E, token_budget_T, B, block)
-        return cls(T * K, len(blocks.expert_N), E, K, block, *blocks, *widths)
+        return cls(T * K, blocks.expert_N.numel(), E, K, block, blocks, *widths)
 
     def told(self, offset_E: Tensor | None) -> tuple[Any, ...]:
         """What kernels look up."""
-        blocks = (self.position_S, self.expert_N, self.start_N, self.stop_N)
         widths = (offset_E, self.width_BE, self.token_budget_T)
-        return (*blocks, *widths, self.N, self.E, self.K)
+        return (*self.blocks, *widths, self.N, self.E, self.K)
 
     @property
     def constants(self) -> dict[str, Any]:
         """What is compiled in."""
         return {
             "MIXED": self.token_budget_T is not None,
-            "ALONE": self.position_S is None,
+            "ALONE": self.blocks.position_S is None,
             "BLOCK_M": self.block,
         }
 
@@ -143,8 +140,8 @@ def _activations(x_TH: Tensor, weights: Weights, pairs: Pairs) -> Tensor:
     by = _strides(up, offset_E)
     x_rows = up_rows = None
     if pairs.block == LARGEST and _by_rows(up, by):
-        assert pairs.position_S is not None
-        x_SH = sorted_tokens(x_TH, pairs.position_S, pairs.K)
+        assert pairs.blocks.position_S is not None
+        x_SH = sorted_tokens(x_TH, pairs.blocks.position_S, pairs.K)
         x_rows = _rows(x_SH, x_SH.shape[1], LARGEST, tiles.DEPTH)
         up_rows = _rows(up, by[1], tiles.UP_COLUMNS, tiles.DEPTH)
     device.gate_up[lambda tile: (pairs.N * -(-padded // tile["BLOCK_N"]),)](

@@ -97,13 +97,14 @@ class Blocks(NamedTuple):
 
     ``position_S`` is the place t * K + k of each sorted pair, then zeros; block n holds the sorted
     pairs ``start_N[n]`` to ``stop_N[n]``, of expert ``expert_N[n]``. N is the most there can be of
-    them; those too many are empty.
+    them; those too many are empty. Pairs of a single token are blocks as they are: only
+    ``expert_N`` is there.
     """
 
-    position_S: Tensor
+    position_S: Tensor | None
     expert_N: Tensor
-    start_N: Tensor
-    stop_N: Tensor
+    start_N: Tensor | None
+    stop_N: Tensor | None
 
 
 def sort(index_TK: Tensor, E: int, token_budget_T: Tensor | None, B: int, size: int) -> Blocks:
