@@ -1,7 +1,7 @@
 // Down in AMX tiles where a row of it is a channel, for bfloat16. A tile of weights then needs the
 // channels in pairs. With many tokens a panel of weights, small enough for the L1 cache, is put so
 // while the panel before is multiplied: the weights are read once for a group and never written
-// back. With few, weights are multiplied as they lie, twice, see `meet_rows`.
+// back. With few tokens weights are multiplied as they lie, twice, see `meet_rows`.
 
 #pragma once
 
@@ -74,25 +74,19 @@ void meet_panel(const bf16* h, const bf16* panel, int deep, bool add, float* y, 
 #undef MEET
 }
 
-// y = h . 32 channels (`count` of them are there), or that is added, for 16 tokens. As they lie, two
-// columns are side by side where two channels should be. Multiplied by the activations with a zero
-// after each value the left ones count, with a zero before it the right ones. Rows are read to their
-// end: memory likes that more than it dislikes that sums are loaded and stored for every 32 channels.
-inline void meet_rows(const bf16* rows, int64_t stride, int count, const bf16* h, int cols,
-                      bool add, float* y) {
-  alignas(64) bf16 left[2][VALUES], right[2][VALUES], copy[VALUES];
-  for (int c = 0; c < 2; c++)
-    for (int m = 0; m < TILE; m++) {
-      const bf16* from = h + m * PAIRS + c * TILE;
-      __m512i value = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
-      _mm512_store_si512(left[c] + m * PAIRS, value);
-      _mm512_store_si512(right[c] + m * PAIRS, _mm512_slli_epi32(value, 16));
-    }
-  written();
+// y = h . channels, or that is added, for 16 tokens, from where they lie. There two columns are side
+// by side where two channels should be, so a tile is multiplied twice: by activations with a zero
+// after each, in which the left columns count, and with a zero before each, for the right ones.
+// `rows` are every other channel of 32 and of the next 32 (`there` of both), then come `others`.
+// Memory likes that more than all of 32, as pages then have one row that is read; and that rows are
+// read to their end, more than it dislikes that sums are loaded and stored.
+inline void meet_rows(const bf16* rows, int64_t stride, const int (&there)[2], const bf16* others,
+                      const bf16 (*left)[VALUES], const bf16 (*right)[VALUES], int cols, bool add,
+                      float* y) {
+  alignas(64) bf16 copy[VALUES];
   for (int j = 0; j < cols; j += PAIRS, y += 2 * TILE * TILE) {
-    // What comes next, in these rows or after them
-    const bf16* next = rows + (j + PAIRS < cols ? j + PAIRS : PAIRS * stride);
-    for (int r = 0; r < PAIRS; r++) _mm_prefetch(next + r * stride, _MM_HINT_T0);
+    const bf16* next = j + PAIRS < cols ? rows + j + PAIRS : others;
+    for (int r = 0; r < 2 * TILE; r++) _mm_prefetch(next + r * stride, _MM_HINT_T0);
     if (add) {
       _tile_loadd(0, y, 64);
       _tile_loadd(1, y + TILE * TILE, 64);
@@ -100,13 +94,12 @@ inline void meet_rows(const bf16* rows, int64_t stride, int count, const bf16* h
       _tile_zero(0);
       _tile_zero(1);
     }
-    for (int c = 0; c < 2; c++) {
-      const bf16* own_rows = rows + c * TILE * stride;
-      Source own = source(own_rows, stride, count - c * TILE, j, cols, copy);
+    for (int i = 0; i < 2 && there[i] > 0; i++) {
+      Source own = source(rows + i * TILE * stride, stride, there[i], j, cols, copy);
       _tile_loadd(6, own.from, own.bytes);
-      _tile_loadd(4, left[c], 64);
+      _tile_loadd(4, left[i], 64);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, right[c], 64);
+      _tile_loadd(5, right[i], 64);
       _tile_dpbf16ps(1, 5, 6);
     }
     _tile_stored(0, y, 64);
@@ -114,16 +107,36 @@ inline void meet_rows(const bf16* rows, int64_t stride, int count, const bf16* h
   }
 }
 
+// As `tile_columns`, for up to 16 tokens
+inline void columns_as_they_lie(const bf16* down, int64_t stride, int width, const bf16* h,
+                                int cols, float* y) {
+  alignas(64) bf16 left[2][VALUES], right[2][VALUES];
+  const __m512i even = _mm512_set1_epi32(0xffff);
+  for (int c = 0; c < width; c += 2 * PAIRS)
+    for (int odd = 0; odd < 2; odd++) {
+      for (int i = 0; i < 2 && c + i * PAIRS < width; i++)
+        for (int m = 0; m < TILE; m++) {
+          const int to = m * PAIRS;
+          __m512i two = _mm512_loadu_si512(h + c * TILE + i * VALUES + to);
+          __m512i one = odd ? _mm512_srli_epi32(two, 16) : _mm512_and_si512(two, even);
+          _mm512_store_si512(left[i] + to, one);
+          _mm512_store_si512(right[i] + to, _mm512_slli_epi32(one, 16));
+        }
+      written();
+      const bf16* rows = down + (c + odd) * stride;
+      const bf16* others = odd ? down + (c + 2 * PAIRS) * stride : rows + stride;
+      const int left_over = (width - c - odd + 1) / 2;
+      meet_rows(rows, 2 * stride, {left_over, left_over - TILE}, others, left, right, cols,
+                c + odd > 0, y);
+    }
+}
+
 // Outputs of n tokens in `cols` columns: y[cols / 32][half][n / 16][token][column]. h: tiles of 16
 // tokens and 32 channels (`tile_of`), [width / 32, n / 16, a tile].
 inline void tile_columns(const bf16* down, int64_t stride, int width, const bf16* h, int n,
                          int cols, float* y) {
   if (!width) std::fill_n(y, up_to(cols, PAIRS) * up_to(n, TILE), 0.f);
-  if (n <= AS_THEY_LIE) {
-    for (int c = 0; c < width; c += PAIRS)
-      meet_rows(down + c * stride, stride, width - c, h + c * TILE, cols, c > 0, y);
-    return;
-  }
+  if (n <= AS_THEY_LIE) return columns_as_they_lie(down, stride, width, h, cols, y);
   by_tiles(n, [&](auto M) {
     alignas(64) bf16 panels[2][DEEP * WIDE];
     const int across = (cols + WIDE - 1) / WIDE, all = (width + DEEP - 1) / DEEP * across;
