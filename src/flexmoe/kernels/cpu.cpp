@@ -186,13 +186,18 @@ void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pa
       for (int j = 0; j < cols; j++) y[m * ld + j] = widen(bias[j]);
     if (n <= FEW) {
       int c = 0;
-      for (; c + 4 <= g.width; c += 4) {
-        const T* from = down + c * row;
-        const float* act = h + g.h + int64_t(c) * n;
+      auto four = [&](int from, int step) {  // channels `from`, `from + step` and on
+        const T* rows = down + from * row;
+        const float* act = h + g.h + int64_t(from) * n;
+        const int64_t stride = step * row;
         int m = 0;
-        for (; m + 2 <= n; m += 2) outer<T, 2>(from, row, act + m, n, &y[m * ld], ld, cols);
-        if (m < n) outer<T, 1>(from, row, act + m, n, &y[m * ld], ld, cols);
-      }
+        for (; m + 2 <= n; m += 2)
+          outer<T, 2>(rows, stride, act + m, step * n, &y[m * ld], ld, cols);
+        if (m < n) outer<T, 1>(rows, stride, act + m, step * n, &y[m * ld], ld, cols);
+      };
+      // Every other first, so that two rows of a page are not read at once: see `meet_rows`
+      for (; c + 8 <= g.width; c += 8) four(c, 2), four(c + 1, 2);
+      for (; c + 4 <= g.width; c += 4) four(c, 1);
       for (; c < g.width; c++)
         for (int m = 0; m < n; m++) {
           float weight = h[g.h + int64_t(c) * n + m];
