@@ -203,7 +203,16 @@ def test_all_tokens_on_one_expert_and_experts_held_elsewhere(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("T", [1, 3, 70])
+@pytest.mark.parametrize("H", [40, 96])
+@pytest.mark.parametrize("T", [1, 3, 8, 16, 17])
+def test_wide_experts_of_few_tokens(backend, T, H, dtype):
+    weights = make([200, 130, 65, 97], H, dtype, bias=True)
+    width_BE = torch.tensor([[183, 129, 65, 96]]).int()
+    check(backend, tokens(T, H, dtype), *route(T, 4, 4, dtype), weights, width_BE)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("T", [1, 3, 20, 70])
 def test_channels_beyond_a_width_are_never_read(backend, T, dtype):
     weights = make([32] * 4, 40, dtype, bias=True)
     width_BE = torch.tensor([[0, 1, 31, 32], [32, 3, 8, 0]]).int()
@@ -242,7 +251,7 @@ def test_the_first_that_can_run_is_taken_and_a_forced_one_says_why_not(monkeypat
     x_TH = routed[0].clone().requires_grad_()
     with pytest.raises(FlexmoeError, match="gradients"):
         experts(x_TH, *routed[1:], weights, width_BE)
-    monkeypatch.undo()
+    monkeypatch.setattr(interface, "FORCED", None)
     check(None, *routed, odd, width_BE)
     experts(x_TH, *routed[1:], weights, width_BE).sum().backward()
     assert x_TH.grad.isfinite().all()

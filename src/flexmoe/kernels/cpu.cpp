@@ -9,7 +9,9 @@
 // is a channel, which adds to all columns; in that of transformers it is a column, and its product
 // with the activations is a dot product again.
 //
-// cpu.py compiles it for the instruction set at hand: AVX2 with FMA, or AVX512 with BF16.
+// In bfloat16 an expert of some tokens is computed in AMX tiles in both passes, where there are any.
+//
+// cpu.py compiles it for the instruction set at hand: AVX2 with FMA, AVX512 with BF16, or also AMX.
 
 #include <omp.h>
 
@@ -195,7 +197,7 @@ void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pa
           outer<T, 2>(rows, stride, act + m, step * n, &y[m * ld], ld, cols);
         if (m < n) outer<T, 1>(rows, stride, act + m, step * n, &y[m * ld], ld, cols);
       };
-      // Every other first, so that two rows of a page are not read at once: see `meet_rows`
+      // Every other first, so that two rows of 2 KiB in a page are not read at once
       for (; c + 8 <= g.width; c += 8) four(c, 2), four(c + 1, 2);
       for (; c + 4 <= g.width; c += 4) four(c, 1);
       for (; c < g.width; c++)

@@ -90,8 +90,8 @@ def experts(
 ) -> Tensor:
     """See `flexmoe.kernels.interface.experts`. Sums are float32."""
     T, (B, E), dtype = x_TH.shape[0], width_BE.shape, weights.up.dtype
-    few = dtype is not torch.float32 or T * index_TK.shape[1] < MANY
-    if few or weights.up.numel() < SMALL * E:
+    own = dtype is not torch.float32 or T * index_TK.shape[1] < MANY
+    if own or weights.up.numel() < SMALL * E:
         return _compiled(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T, budget)
     # Tokens of an expert at other budgets are another product. A budget that is not in the table is
     # left to the source, which says so.

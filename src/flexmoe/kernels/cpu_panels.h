@@ -11,7 +11,7 @@ namespace {
 
 #if defined(__AMX_BF16__)
 constexpr int DEEP = 64, WIDE = 64;  // channels and columns of a panel
-constexpr int AS_THEY_LIE = TILE;    // tokens of a group up to which weights are multiplied so
+constexpr int AS_THEY_LIE = TILE;    // tokens of a group up to which `meet_rows` multiplies
 
 // 32 columns (`there` of them are there) of 16 rows (`count`), in pairs of rows, to two tiles: the
 // lower and the upper halves of all quarters of 8. WHOLE: all are there
@@ -74,19 +74,20 @@ void meet_panel(const bf16* h, const bf16* panel, int deep, bool add, float* y, 
 #undef MEET
 }
 
-// y = h . channels, or that is added, for 16 tokens, from where they lie. There two columns are side
-// by side where two channels should be, so a tile is multiplied twice: by activations with a zero
-// after each, in which the left columns count, and with a zero before each, for the right ones.
-// `rows` are every other channel of 32 and of the next 32 (`there` of both), then come `others`.
-// Memory likes that more than all of 32, as pages then have one row that is read; and that rows are
-// read to their end, more than it dislikes that sums are loaded and stored.
-inline void meet_rows(const bf16* rows, int64_t stride, const int (&there)[2], const bf16* others,
+// y = h . every other of 64 channels (`count` of them are there), or that is added, for 16 tokens. As
+// weights lie, two columns are side by side where two channels should be, so a tile is multiplied
+// twice: by activations with a zero after each, in which the left columns count, and with a zero
+// before each, for the right ones. Every other channel, as a page of memory then has one row that is
+// read, not two of 2 KiB; the others come next. And to the end of rows, though sums are loaded and
+// stored for each 64 channels: both is faster.
+inline void meet_rows(const bf16* rows, int64_t stride, int count, const bf16* others,
                       const bf16 (*left)[VALUES], const bf16 (*right)[VALUES], int cols, bool add,
                       float* y) {
   alignas(64) bf16 copy[VALUES];
   for (int j = 0; j < cols; j += PAIRS, y += 2 * TILE * TILE) {
     const bf16* next = j + PAIRS < cols ? rows + j + PAIRS : others;
-    for (int r = 0; r < 2 * TILE; r++) _mm_prefetch(next + r * stride, _MM_HINT_T0);
+    for (int r = 0; r < std::min(2 * TILE, count); r++)
+      _mm_prefetch(next + r * stride, _MM_HINT_T0);
     if (add) {
       _tile_loadd(0, y, 64);
       _tile_loadd(1, y + TILE * TILE, 64);
@@ -94,8 +95,8 @@ inline void meet_rows(const bf16* rows, int64_t stride, const int (&there)[2], c
       _tile_zero(0);
       _tile_zero(1);
     }
-    for (int i = 0; i < 2 && there[i] > 0; i++) {
-      Source own = source(rows + i * TILE * stride, stride, there[i], j, cols, copy);
+    for (int i = 0; i < 2 && i * TILE < count; i++) {
+      Source own = source(rows + i * TILE * stride, stride, count - i * TILE, j, cols, copy);
       _tile_loadd(6, own.from, own.bytes);
       _tile_loadd(4, left[i], 64);
       _tile_dpbf16ps(0, 4, 6);
@@ -125,14 +126,14 @@ inline void columns_as_they_lie(const bf16* down, int64_t stride, int width, con
       written();
       const bf16* rows = down + (c + odd) * stride;
       const bf16* others = odd ? down + (c + 2 * PAIRS) * stride : rows + stride;
-      const int left_over = (width - c - odd + 1) / 2;
-      meet_rows(rows, 2 * stride, {left_over, left_over - TILE}, others, left, right, cols,
-                c + odd > 0, y);
+      const int count = (width - c - odd + 1) / 2;
+      meet_rows(rows, 2 * stride, count, others, left, right, cols, c + odd > 0, y);
     }
 }
 
-// Outputs of n tokens in `cols` columns: y[cols / 32][half][n / 16][token][column]. h: tiles of 16
-// tokens and 32 channels (`tile_of`), [width / 32, n / 16, a tile].
+// Outputs of n tokens in `cols` columns: y[cols / 32][half][n / 16][token][column], halves being left
+// and right columns as they lie, else of `pair_rows`. h: tiles of 16 tokens and 32 channels
+// (`tile_of`), [width / 32, n / 16, a tile].
 inline void tile_columns(const bf16* down, int64_t stride, int width, const bf16* h, int n,
                          int cols, float* y) {
   if (!width) std::fill_n(y, up_to(cols, PAIRS) * up_to(n, TILE), 0.f);
@@ -166,7 +167,7 @@ inline void tile_columns(const bf16* down, int64_t stride, int width, const bf16
 // one
 inline void add_tiled(const float* y, int n, int m, float weight, const bf16* bias, int cols,
                       float* to) {
-  // Where 16 columns are in the two halves: of quarters, or of pairs
+  // Columns are in the two halves in turns: one by one as they lie, else in runs of 4
   alignas(64) int order[2][16];
   const int run = n <= AS_THEY_LIE ? 1 : 4;
   for (int i = 0; i < 16; i++)

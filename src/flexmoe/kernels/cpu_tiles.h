@@ -18,18 +18,20 @@ static_assert(TILED == 6 * TILE, "see EACH and by_tiles");
 
 inline int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// What was written is in memory, and what is written later comes later: compilers do not know all
+// that instructions of tiles read
+inline void written() { __asm__ volatile("" ::: "memory"); }
+
 // All eight tiles of a thread are 16 rows of 64 bytes as long as this lives
 struct Tiles {
   Tiles() {
     alignas(64) uint8_t config[64] = {1};
     for (int i = 0; i < 8; i++) config[16 + 2 * i] = 64, config[48 + i] = TILE;
+    written();
     _tile_loadconfig(config);
   }
   ~Tiles() { _tile_release(); }
 };
-
-// What was written is in memory: compilers do not know that loads of tiles read it
-inline void written() { __asm__ volatile("" ::: "memory"); }
 
 struct Source {
   const void* from;
@@ -40,6 +42,7 @@ struct Source {
 // with zeros in the place of what is not theirs
 inline Source source(const bf16* rows, int64_t stride, int count, int k, int K, bf16* copy) {
   if (count >= TILE && k + PAIRS <= K) return {rows + k, stride * 2};
+  written();
   std::memset(copy, 0, VALUES * 2);
   for (int r = 0; r < std::min(count, TILE); r++)
     std::memcpy(copy + r * PAIRS, rows + r * stride + k, std::min(PAIRS, K - k) * 2);

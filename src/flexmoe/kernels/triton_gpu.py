@@ -83,13 +83,16 @@ class Pairs(NamedTuple):
     """S routed pairs in N blocks of up to ``block``, and widths."""
 
     S: int
-    N: int
     E: int
     K: int
     block: int
     blocks: Blocks
     width_BE: Tensor
     token_budget_T: Tensor | None
+
+    @property
+    def N(self) -> int:
+        return self.blocks.expert_N.numel()
 
     @classmethod
     def of(
@@ -104,10 +107,10 @@ class Pairs(NamedTuple):
             token_budget_T = token_budget_T[:T].contiguous()
         widths = width_BE.contiguous(), token_budget_T
         if T == 1:  # every pair is a block as it is
-            return cls(K, K, E, K, SMALLEST, Blocks(None, index_TK, None, None), *widths)
+            return cls(K, E, K, SMALLEST, Blocks(None, index_TK, None, None), *widths)
         block = _block(T * K / E)
         blocks = sort(index_TK, E, token_budget_T, B, block)
-        return cls(T * K, blocks.expert_N.numel(), E, K, block, blocks, *widths)
+        return cls(T * K, E, K, block, blocks, *widths)
 
     def told(self, offset_E: Tensor | None) -> tuple[Any, ...]:
         """What kernels look up."""
