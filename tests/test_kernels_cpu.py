@@ -12,13 +12,18 @@ from flexmoe.kernels import cpu, experts
 from test_kernels import TOLERANCE, check, make, route, stock, tokens
 
 
+@pytest.fixture
+def compiled():
+    if cpu._library()[0] is None:
+        pytest.skip("no compiler or no AVX2")
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("in_stock", [True, False])
 def test_other_tokens_of_a_batch_change_little(dtype, in_stock):
     """A token alone, and among more and more others. float32: only the way of summing up down may
     change (with its number of tokens, in ragged storage); bfloat16: tiles round activations."""
-    if cpu._library()[0] is None:
-        pytest.skip("no compiler or no AVX2")
     weights = make([48] * 4, 300, dtype)
     weights = stock(weights) if in_stock else weights
     width_BE = torch.tensor([[48, 40, 32, 9]])
@@ -33,9 +38,8 @@ def test_other_tokens_of_a_batch_change_little(dtype, in_stock):
         assert error < {torch.float32: 1e-6, torch.bfloat16: 1.6e-2}[dtype]
 
 
+@pytest.mark.usefixtures("compiled")
 def test_the_same_bits_with_any_number_of_threads():
-    if cpu._library()[0] is None:
-        pytest.skip("no compiler or no AVX2")
     weights, threads, found = make([48] * 6, 300), torch.get_num_threads(), []
     width_BE = torch.tensor([[48, 1, 30, 7, 0, 48]]).int()
     try:
@@ -48,11 +52,10 @@ def test_the_same_bits_with_any_number_of_threads():
     assert all(torch.equal(out, found[0]) for out in found)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_two_threads_at_once_do_not_meet(dtype):
     """Memory is kept between calls: that of one thread must not be another's."""
-    if cpu._library()[0] is None:
-        pytest.skip("no compiler or no AVX2")
     weights = make([17, 32, 5, 40], 48, dtype)
     width_BE = torch.tensor([[17, 20, 5, 33]]).int()
     calls = [(tokens(T, 48, dtype), *route(T, 4, 2), weights, width_BE) for T in (1, 7, 40)]
@@ -65,12 +68,11 @@ def test_two_threads_at_once_do_not_meet(dtype):
         assert all(pool.map(run, range(len(calls))))
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("in_stock", [True, False])
 def test_experts_of_many_tokens_go_to_torch(in_stock, plain, monkeypatch):
     """Those of many tokens at one budget do, the others of the batch do not."""
-    if cpu._library()[0] is None:
-        pytest.skip("no compiler or no AVX2")
     monkeypatch.setattr(cpu, "MANY", 6)
     seen, add = [], cpu._add_products
     monkeypatch.setattr(cpu, "_add_products", lambda *a: seen.append(a[2]) or add(*a))
@@ -97,10 +99,9 @@ def test_experts_of_many_tokens_go_to_torch(in_stock, plain, monkeypatch):
     assert not seen  # in bfloat16 never
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("many", [1, 100])
 def test_a_budget_that_is_not_in_the_table_is_an_error(many, monkeypatch):
-    if cpu._library()[0] is None:
-        pytest.skip("no compiler or no AVX2")
     monkeypatch.setattr(cpu, "SMALL", 0)
     monkeypatch.setattr(cpu, "MANY", many)
     index_TK, weight_TK = route(3, 4, 2)
@@ -136,10 +137,9 @@ def test_without_a_compiler_torch_runs_and_one_line_says_so(
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("target", list(cpu.TARGETS))
 def test_two_processes_build_at_the_same_time(tmp_path, monkeypatch, target):
-    if cpu._library()[0] is None:
-        pytest.skip("no compiler or no AVX2")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code = f"from flexmoe.kernels import cpu; print(cpu.build('{target}'))"
     both = [
