@@ -29,8 +29,6 @@ namespace {
 
 constexpr int CHANNELS = 32;   // of a piece of work in the first pass
 constexpr int COLUMNS = 2048;  // of one in the second pass: rows are read as they lie in memory
-constexpr int PACKED = 128;    // channels packed at a time
-constexpr int FEW = 8;         // tokens for which packing does not pay
 
 // Memory of a call, kept for the next: a new page costs as much as reading it several times
 template <class T>
@@ -161,12 +159,12 @@ void rows(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
 template <class T>
 void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
              const Activations<T>& all, int j0, int j1) {
-  const int cols = j1 - j0, ld = (cols + 2 * W - 1) / (2 * W) * (2 * W) + 2 * W;
+  const int cols = j1 - j0, whole = cols / (2 * W) * (2 * W), ld = cols + 4 * W;
   int most = 0;
   for (const Group& g : groups) most = std::max(most, g.padded());
   thread_local Buffer<float> y, packed;
   fit(y, most * ld);
-  fit(packed, most > FEW ? PACKED * ld : 0);
+  fit(packed, most > FEW<T> ? PACKED * whole : 0);
   for (const Group& g : groups) {
     const T* down = a.of<T>(a.down, a.down_by, g.expert) + j0;
     const T* bias = a.down_bias ? (const T*)a.down_bias + int64_t(g.expert) * a.H + j0 : nullptr;
@@ -182,50 +180,15 @@ void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pa
       }
       continue;
     }
-    const float* h = all.channels.data();
+    const float* h = all.channels.data() + g.h;
     std::fill_n(y.begin(), n * ld, 0.f);
-    for (int m = 0; m < n && bias; m++)
-      for (int j = 0; j < cols; j++) y[m * ld + j] = widen(bias[j]);
-    if (n <= FEW) {
-      int c = 0;
-      auto four = [&](int from, int step) {  // channels `from`, `from + step` and on
-        const T* rows = down + from * row;
-        const float* act = h + g.h + int64_t(from) * n;
-        const int64_t stride = step * row;
-        int m = 0;
-        for (; m + 2 <= n; m += 2)
-          outer<T, 2>(rows, stride, act + m, step * n, &y[m * ld], ld, cols);
-        if (m < n) outer<T, 1>(rows, stride, act + m, step * n, &y[m * ld], ld, cols);
-      };
-      // Every other first, so that two rows of 2 KiB in a page are not read at once
-      for (; c + 8 <= g.width; c += 8) four(c, 2), four(c + 1, 2);
-      for (; c + 4 <= g.width; c += 4) four(c, 1);
-      for (; c < g.width; c++)
-        for (int m = 0; m < n; m++) {
-          float weight = h[g.h + int64_t(c) * n + m];
-          for (int j = 0; j < cols; j++) y[m * ld + j] += weight * widen(down[c * row + j]);
-        }
-    } else {
-      for (int c0 = 0; c0 < g.width; c0 += PACKED) {
-        const int count = std::min(PACKED, g.width - c0);
-        for (int c = 0; c < count; c++) {
-          const T* from = down + (c0 + c) * row;
-          for (int j = 0; j < cols; j += W) {
-            float* to = &packed[(j / (2 * W) * PACKED + c) * 2 * W + j % (2 * W)];
-            if (j + W <= cols) store(to, load(from + j));
-            else
-              for (int i = 0; i < W; i++) to[i] = j + i < cols ? widen(from[j + i]) : 0.f;
-          }
-        }
-        for (int j = 0; j < cols; j += 2 * W) {
-          const float* panel = &packed[j / (2 * W) * PACKED * 2 * W];
-          const float* act = h + g.h + int64_t(c0) * n;
-          int m = 0;
-          for (; m + 6 <= n; m += 6) tile<6>(panel, act + m, n, count, &y[m * ld + j], ld);
-          for (; m + 2 <= n; m += 2) tile<2>(panel, act + m, n, count, &y[m * ld + j], ld);
-          if (m < n) tile<1>(panel, act + m, n, count, &y[m * ld + j], ld);
-        }
-      }
+    add_rows(down, row, g.width, h, n, whole, packed.data(), y.data(), ld);
+    for (int m = 0; m < n; m++) {
+      float* to = &y[m * ld];
+      for (int j = 0; j < whole; j += 2 * W) in_order<T>(to + j);
+      for (int c = 0; c < g.width && whole < cols; c++)
+        for (int j = whole; j < cols; j++) to[j] += h[c * n + m] * widen(down[c * row + j]);
+      for (int j = 0; j < cols && bias; j++) to[j] += widen(bias[j]);
     }
     add_weighted(a, g, pair, y.data(), ld, 1, j0, cols);
   }

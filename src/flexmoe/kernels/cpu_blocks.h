@@ -13,47 +13,102 @@ void ahead(const T* row) {
   __builtin_prefetch(row, 0, 2);
 }
 
-// part[r][m] += row r . token m, from k0 to k1, for R rows and M tokens. LAST: of these rows
-template <class T, int R, int M, bool LAST = false>
+// part[r][m] += row r . token m, from k0 to k1, for R rows and M tokens. Rows of which is `asked` for
+// are those from `next`
+template <class T, int R, int M, bool ASK = false>
 void dots(const T* rows, int64_t stride, const typename Row<T>::X* const* x, int k0, int k1,
-          float* part, int ld) {
+          float* part, int ld, const T* next = nullptr, int asked = 0) {
   F acc[R][M];
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) acc[r][m] = zero();
   for (int k = k0; k < k1; k += Row<T>::N) {
-    typename Row<T>::V token[M];
-    for (int m = 0; m < M; m++) token[m] = Row<T>::tokens(x[m] + k);
-    if (LAST)
-      for (int r = 0; r < R; r++) ahead(rows + (R + r) * stride + k);
-    for (int r = 0; r < R; r++) {
-      auto weight = Row<T>::weights(rows + r * stride + k);
-      for (int m = 0; m < M; m++) acc[r][m] = Row<T>::dot(weight, token[m], acc[r][m]);
+    for (int r = 0; ASK && r < asked; r++) ahead(next + r * stride + k);
+    for (int i = 0; i < Row<T>::PARTS; i++) {
+      typename Row<T>::V token[M];
+      for (int m = 0; m < M; m++) token[m] = Row<T>::tokens(x[m] + k, i);
+      for (int r = 0; r < R; r++) {
+        auto weight = Row<T>::weights(rows + r * stride + k, i);
+        for (int m = 0; m < M; m++) acc[r][m] = Row<T>::dot(weight, token[m], acc[r][m]);
+      }
     }
   }
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) part[r * ld + m] += sum(acc[r][m]);
 }
 
-// y[m][j] += sum over 4 channels of h * down, for M tokens and n columns
-template <class T, int M>
+// out[r][m] += row r . token m, for `count` rows of K values and n tokens, which are padded with
+// zeros to whole vectors. Neither the other tokens nor the other rows change a bit of a result.
+template <class T>
+void products(const T* rows, int64_t stride, int count, const typename Row<T>::X* const* token,
+              int n, int K, float* out) {
+  using X = typename Row<T>::X;
+  constexpr int N = Row<T>::N;
+  constexpr int DEPTH = 4096 / sizeof(T);  // of a row before the next tokens: it stays in the L1 cache
+  constexpr int MOST = W == 16 ? 6 : 3;    // tokens at a time: AVX512 has registers for more
+  const int whole = K / N * N;
+  for (int c = 0; c < count;) {
+    int r = W == 16 && n == 1 && count - c >= 8 ? 8 : count - c >= 4 ? 4 : 1;
+    // The rows that come next are asked for by all tokens, a share each
+    const int share = (r - 1) / ((n + MOST - 1) / MOST) + 1;
+    const T* row = rows + c * stride;
+    for (int k0 = 0; k0 < whole; k0 += DEPTH) {
+      int k1 = std::min(whole, k0 + DEPTH), done = 0;
+      for (int m = 0; m < n;) {
+        int left = n - m, asked = std::min(share, r - done);
+        float* to = out + c * n + m;
+        const T* next = row + (r + done) * stride;
+#define DOTS(R, M)                                                                             \
+  (asked ? dots<T, R, M, true> : dots<T, R, M>)(row, stride, token + m, k0, k1, to, n, next,    \
+                                                asked),                                         \
+      m += M
+        if (r == 8) DOTS(8, 1);
+        else if (r == 4) {
+          if (MOST == 6 && left >= 6) DOTS(4, 6);
+          else if (left >= 3 && left != 4) DOTS(4, 3);
+          else if (left >= 2) DOTS(4, 2);
+          else DOTS(4, 1);
+        } else {
+          if (left >= 3) DOTS(1, 3);
+          else DOTS(1, 1);
+        }
+#undef DOTS
+        done += asked;
+      }
+    }
+    if (whole < K) {  // the end of a row
+      alignas(64) T end[8 * N] = {};
+      for (int i = 0; i < r; i++)
+        std::memcpy(end + i * N, row + i * stride + whole, (K - whole) * sizeof(T));
+      for (int m = 0; m < n; m++) {
+        const X* last = token[m] + whole;
+        for (int i = 0; i < r; i++)
+          dots<T, 1, 1>(end + i * N, N, &last, 0, N, out + (c + i) * n + m, n);
+      }
+    }
+    c += r;
+  }
+}
+
+// y[m][j] += sum over C channels of h * down, for M tokens and n columns
+template <class T, int C, int M>
 void outer(const T* down, int64_t stride, const float* h, int ldh, float* y, int ldy, int n) {
-  F weight[4][M];
-  for (int c = 0; c < 4; c++)
+  constexpr int PARTS = Row<T>::PARTS;
+  F weight[C][M];
+  for (int c = 0; c < C; c++)
     for (int m = 0; m < M; m++) weight[c][m] = set1(h[c * ldh + m]);
-  int j = 0;
-  for (; j + W <= n; j += W) {
-    F row[4];
-    for (int c = 0; c < 4; c++) ahead(down + (4 + c) * stride + j);
-    for (int c = 0; c < 4; c++) row[c] = load(down + c * stride + j);
-    for (int m = 0; m < M; m++) {
-      F v = load(y + m * ldy + j);
-      for (int c = 0; c < 4; c++) v = fma(weight[c][m], row[c], v);
-      store(y + m * ldy + j, v);
+  for (int j = 0; j < n; j += PARTS * W) {
+    for (int c = 0; c < C; c++) ahead(down + (C + c) * stride + j);
+    for (int i = 0; i < PARTS; i++) {
+      float* to = y + j + i * W;
+      F v[M];
+      for (int m = 0; m < M; m++) v[m] = load(to + m * ldy);
+      for (int c = 0; c < C; c++) {
+        F row = half(down + c * stride + j, i);
+        for (int m = 0; m < M; m++) v[m] = fma(weight[c][m], row, v[m]);
+      }
+      for (int m = 0; m < M; m++) store(to + m * ldy, v[m]);
     }
   }
-  for (; j < n; j++)
-    for (int m = 0; m < M; m++)
-      for (int c = 0; c < 4; c++) y[m * ldy + j] += h[c * ldh + m] * widen(down[c * stride + j]);
 }
 
 // y[m][0:2W] += sum over n channels of h * panel, for M tokens
@@ -75,51 +130,55 @@ void tile(const float* panel, const float* h, int ldh, int n, float* y, int ldy)
   }
 }
 
-constexpr int DEPTH = 1024;  // values of a row before the next tokens: rows stay in the L1 cache
-
-// out[r][m] += row r . token m, for `count` rows of K values and n tokens, which are padded with
-// zeros to whole vectors. Neither the other tokens nor the other rows change a bit of a result.
+constexpr int PACKED = 128;  // channels packed at a time
+// Tokens for which packing does not pay
 template <class T>
-void products(const T* rows, int64_t stride, int count, const typename Row<T>::X* const* token,
-              int n, int K, float* out) {
-  using X = typename Row<T>::X;
-  constexpr int N = Row<T>::N;
-  const int whole = K / N * N;
-  for (int c = 0; c < count;) {
-    int r = W == 16 && n == 1 && count - c >= 8 ? 8 : count - c >= 4 ? 4 : 1;
-    const T* row = rows + c * stride;
-    for (int k0 = 0; k0 < whole; k0 += DEPTH) {
-      int k1 = std::min(whole, k0 + DEPTH);
+constexpr int FEW = Row<T>::PARTS == 2 ? 20 : 8;
+
+// y[m][j] += sum over channels of h * down, for n tokens and `cols` columns, a multiple of 2W. `packed`
+// has room for `PACKED` rows if there are more than `FEW` tokens. Columns come as `half` has them.
+template <class T>
+void add_rows(const T* down, int64_t row, int width, const float* h, int n, int cols, float* packed,
+              float* y, int ld) {
+  auto few = [&](auto C, int from, int step) {  // channels `from`, `from + step` and on
+    const T* rows = down + from * row;
+    const float* act = h + from * n;
+    for (int m = 0; m < n;) {
+      const int left = n - m;
+#define OUTER(M) outer<T, C, M>(rows, step * row, act + m, step * n, y + m * ld, ld, cols), m += M
+      if (left >= 3 && left != 4) OUTER(3);
+      else if (left >= 2) OUTER(2);
+      else OUTER(1);
+#undef OUTER
+    }
+  };
+  constexpr std::integral_constant<int, 4> FOUR;
+  constexpr std::integral_constant<int, 1> ONE;
+  if (n <= FEW<T>) {
+    int c = 0;
+    // Every other first, so that two rows of 2 KiB in a page are not read at once
+    for (; c + 8 <= width; c += 8) few(FOUR, c, 2), few(FOUR, c + 1, 2);
+    for (; c + 4 <= width; c += 4) few(FOUR, c, 1);
+    for (; c < width; c++) few(ONE, c, 1);
+    return;
+  }
+  for (int c0 = 0; c0 < width; c0 += PACKED) {
+    const int count = std::min(PACKED, width - c0);
+    for (int c = 0; c < count; c++)
+      for (int j = 0; j < cols; j += 2 * W)
+        for (int i = 0; i < 2; i++)
+          store(packed + j * PACKED + c * 2 * W + i * W, half(down + (c0 + c) * row + j, i));
+    for (int j = 0; j < cols; j += 2 * W)
       for (int m = 0; m < n;) {
-        int left = n - m;
-        float* to = out + c * n + m;
-#define DOTS(R, M)                                                          \
-  (left == M ? dots<T, R, M, true>(row, stride, token + m, k0, k1, to, n)   \
-             : dots<T, R, M>(row, stride, token + m, k0, k1, to, n)), m += M
-        if (r == 8) DOTS(8, 1);
-        else if (r == 4) {
-          if (W == 16 && left >= 6) DOTS(4, 6);  // AVX512 has registers for it
-          else if (left >= 3 && left != 4) DOTS(4, 3);
-          else if (left >= 2) DOTS(4, 2);
-          else DOTS(4, 1);
-        } else {
-          if (left >= 3) DOTS(1, 3);
-          else DOTS(1, 1);
-        }
-#undef DOTS
+        const int left = n - m;
+#define TILE(M) tile<M>(packed + j * PACKED, h + c0 * n + m, n, count, y + m * ld + j, ld), m += M
+        if (left >= 6 && left != 7 && left != 8) TILE(6);
+        else if (left >= 4) TILE(4);
+        else if (left >= 3) TILE(3);
+        else if (left >= 2) TILE(2);
+        else TILE(1);
+#undef TILE
       }
-    }
-    if (whole < K) {  // the end of a row
-      alignas(64) T end[8 * N] = {};
-      for (int i = 0; i < r; i++)
-        std::memcpy(end + i * N, row + i * stride + whole, (K - whole) * sizeof(T));
-      for (int m = 0; m < n; m++) {
-        const X* last = token[m] + whole;
-        for (int i = 0; i < r; i++)
-          dots<T, 1, 1>(end + i * N, N, &last, 0, N, out + (c + i) * n + m, n);
-      }
-    }
-    c += r;
   }
 }
 

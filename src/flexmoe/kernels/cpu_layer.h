@@ -73,7 +73,8 @@ void sort_pairs(const Layer& a, std::vector<int32_t>& pair, std::vector<Group>& 
       int e = k / a.B, stored = a.offset ? a.offset[e + 1] - a.offset[e] : a.I;
       int w = std::clamp(a.width[(k % a.B) * a.E + e], 0, stored);
       bool tiles = a.weights_bf16 && start[k + 1] - i >= TILES_FROM;
-      n = std::min(tiles ? TILED : TOKENS, start[k + 1] - i);
+      n = start[k + 1] - i;
+      n = tiles ? std::min(TILED, n) : (n - 1) / ((n - 1) / TOKENS + 1) + 1;  // of equal size
       groups.push_back({e, w, i, n, tiles, 0});
     }
 }

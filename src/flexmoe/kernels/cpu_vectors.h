@@ -99,18 +99,18 @@ inline float sum(F v) {
 }
 #endif
 
-// --- How a row of weights meets a row of x: N values at a time -------------------------------
+// --- How a row of weights meets a row of x: N values at a time, in PARTS of a vector each -------
 
 template <class T>
 struct Row;
 
 template <>
 struct Row<float> {
-  static constexpr int N = W;
+  static constexpr int N = W, PARTS = 1;
   using X = float;
   using V = F;
-  static V weights(const float* p) { return load(p); }
-  static V tokens(const float* p) { return load(p); }
+  static V weights(const float* p, int) { return load(p); }
+  static V tokens(const float* p, int) { return load(p); }
   static F dot(V a, V b, F c) { return fma(a, b, c); }
   static void arrange(const float* from, X* to) { std::memcpy(to, from, N * sizeof(float)); }
 };
@@ -118,38 +118,54 @@ struct Row<float> {
 #if defined(__AVX512F__)
 template <>
 struct Row<bf16> {
-  static constexpr int N = 2 * W;
+  static constexpr int N = 2 * W, PARTS = 1;
   using X = bf16;
   using V = __m512bh;
-  static V weights(const bf16* p) { return (V)_mm512_loadu_si512(p); }
-  static V tokens(const bf16* p) { return (V)_mm512_loadu_si512(p); }
+  static V weights(const bf16* p, int) { return (V)_mm512_loadu_si512(p); }
+  static V tokens(const bf16* p, int) { return (V)_mm512_loadu_si512(p); }
   static F dot(V a, V b, F c) { return _mm512_dpbf16_ps(c, a, b); }
   static void arrange(const float* from, X* to) {
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(load(from + W), load(from)));
   }
 };
 #else
-// 2W bfloat16 are W integers: the upper halves are the odd values as they stand, the lower ones
-// shifted the even values. x is put in the same order once: W even ones, then W odd ones.
+// 2W bfloat16 are W integers: shifted they are the even values, and without their lower halves the
+// odd ones. x is put in the same order once: W even ones, then W odd ones. Rows are loaded for each
+// part: there are registers for one at a time.
 template <>
 struct Row<bf16> {
-  static constexpr int N = 2 * W;
+  static constexpr int N = 2 * W, PARTS = 2;
   using X = float;
-  struct V {
-    F even, odd;
-  };
-  static V weights(const bf16* p) {
+  using V = F;
+  static V weights(const bf16* p, int odd) {
     __m256i both = _mm256_loadu_si256((const __m256i*)p);
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)),
-            _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(0xffff0000)))};
+    __m256i upper = _mm256_and_si256(both, _mm256_set1_epi32(0xffff0000));
+    return _mm256_castsi256_ps(odd ? upper : _mm256_slli_epi32(both, 16));
   }
-  static V tokens(const float* p) { return {load(p), load(p + W)}; }
-  static F dot(V a, V b, F c) { return fma(a.odd, b.odd, fma(a.even, b.even, c)); }
+  static V tokens(const float* p, int odd) { return load(p + odd * W); }
+  static F dot(V a, V b, F c) { return fma(a, b, c); }
   static void arrange(const float* from, X* to) {
     for (int i = 0; i < W; i++) to[i] = from[2 * i], to[W + i] = from[2 * i + 1];
   }
 };
 #endif
+
+// W of 2W values of a row: the first or the last, or where there are two parts the even or the odd
+template <class T>
+F half(const T* p, int which) {
+  if constexpr (Row<T>::PARTS == 2) return Row<T>::weights(p, which);
+  else return load(p + which * W);
+}
+
+// 2W values that were computed with `half`, to the order of the row
+template <class T>
+void in_order(float* v) {
+  if constexpr (Row<T>::PARTS == 2) {
+    alignas(64) float both[2 * W];
+    std::memcpy(both, v, sizeof(both));
+    for (int i = 0; i < W; i++) v[2 * i] = both[i], v[2 * i + 1] = both[W + i];
+  }
+}
 
 template <class T>
 void arrange_row(const void* from, bool from_bf16, typename Row<T>::X* to, int H) {
