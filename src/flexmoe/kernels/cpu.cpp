@@ -90,8 +90,9 @@ void channels(const Layer& a, const Group& g, const int32_t* pair, const typenam
       std::fill_n(part + (side * CHANNELS + c) * ld, ld, value);
     }
   }
-  // In tiles 16 at a time: in ragged storage their gate and up are one stretch of memory
-  const int at_once = g.tiles ? 16 : CHANNELS;
+  // Some at a time: in ragged storage their gate and up are one stretch of memory. Measured in tiles
+  // and with AVX2
+  const int at_once = g.tiles ? 16 : W == 8 ? 8 : CHANNELS;
   for (int c = 0; c < count; c += at_once)
     for (int side = 0; side < a.sides; side++) {
       const T* rows = a.of<T>(a.up, a.up_by, g.expert) + side * a.up_by.within;
