@@ -165,7 +165,7 @@ void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pa
   for (const Group& g : groups) most = std::max(most, g.padded());
   thread_local Buffer<float> y, packed;
   fit(y, most * ld);
-  fit(packed, most > FEW<T> ? PACKED * whole : 0);
+  fit(packed, most > FEW<T> ? PANEL * whole : 0);
   for (const Group& g : groups) {
     const T* down = a.of<T>(a.down, a.down_by, g.expert) + j0;
     const T* bias = a.down_bias ? (const T*)a.down_bias + int64_t(g.expert) * a.H + j0 : nullptr;

@@ -131,12 +131,13 @@ void tile(const float* panel, const float* h, int ldh, int n, float* y, int ldy)
 }
 
 constexpr int PACKED = 128;  // channels packed at a time
+constexpr int PANEL = PACKED + 1;  // what they take: lines that are pages apart push each other out
 // Tokens for which packing does not pay
 template <class T>
 constexpr int FEW = Row<T>::PARTS == 2 ? 20 : 8;
 
 // y[m][j] += sum over channels of h * down, for n tokens and `cols` columns, a multiple of 2W. `packed`
-// has room for `PACKED` rows if there are more than `FEW` tokens. Columns come as `half` has them.
+// has room for `PANEL` rows if there are more than `FEW` tokens. Columns come as `half` has them.
 template <class T>
 void add_rows(const T* down, int64_t row, int width, const float* h, int n, int cols, float* packed,
               float* y, int ld) {
@@ -167,11 +168,11 @@ void add_rows(const T* down, int64_t row, int width, const float* h, int n, int 
     for (int c = 0; c < count; c++)
       for (int j = 0; j < cols; j += 2 * W)
         for (int i = 0; i < 2; i++)
-          store(packed + j * PACKED + c * 2 * W + i * W, half(down + (c0 + c) * row + j, i));
+          store(packed + j * PANEL + c * 2 * W + i * W, half(down + (c0 + c) * row + j, i));
     for (int j = 0; j < cols; j += 2 * W)
       for (int m = 0; m < n;) {
         const int left = n - m;
-#define TILE(M) tile<M>(packed + j * PACKED, h + c0 * n + m, n, count, y + m * ld + j, ld), m += M
+#define TILE(M) tile<M>(packed + j * PANEL, h + c0 * n + m, n, count, y + m * ld + j, ld), m += M
         if (left >= 6 && left != 7 && left != 8) TILE(6);
         else if (left >= 4) TILE(4);
         else if (left >= 3) TILE(3);

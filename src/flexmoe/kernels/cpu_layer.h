@@ -11,8 +11,6 @@
 
 namespace {
 
-constexpr int TOKENS = 60;  // of a group: their rows of x stay in the L2 cache
-
 struct Group {  // some pairs of one expert at one budget
   int expert, width, start, n;
   bool tiles;
@@ -72,9 +70,9 @@ void sort_pairs(const Layer& a, std::vector<int32_t>& pair, std::vector<Group>& 
     for (int i = start[k], n; i < start[k + 1]; i += n) {
       int e = k / a.B, stored = a.offset ? a.offset[e + 1] - a.offset[e] : a.I;
       int w = std::clamp(a.width[(k % a.B) * a.E + e], 0, stored);
-      bool tiles = a.weights_bf16 && start[k + 1] - i >= TILES_FROM;
-      n = start[k + 1] - i;
-      n = tiles ? std::min(TILED, n) : (n - 1) / ((n - 1) / TOKENS + 1) + 1;  // of equal size
+      const int left = start[k + 1] - i;
+      bool tiles = a.weights_bf16 && left >= TILES_FROM;
+      n = tiles ? std::min(TILED, left) : (left - 1) / ((left - 1) / TILED + 1) + 1;  // alike
       groups.push_back({e, w, i, n, tiles, 0});
     }
 }

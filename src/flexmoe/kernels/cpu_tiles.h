@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int TILED = 96;  // tokens of a group in tiles: six tiles of sums
+constexpr int TILED = 96;  // tokens of a group: six tiles of sums
 
 #if defined(__AMX_BF16__)
 constexpr int TILES_FROM = 3;  // tokens of a group; measured

@@ -160,11 +160,12 @@ F half(const T* p, int which) {
 // 2W values that were computed with `half`, to the order of the row
 template <class T>
 void in_order(float* v) {
-  if constexpr (Row<T>::PARTS == 2) {
-    alignas(64) float both[2 * W];
-    std::memcpy(both, v, sizeof(both));
-    for (int i = 0; i < W; i++) v[2 * i] = both[i], v[2 * i + 1] = both[W + i];
-  }
+#if !defined(__AVX512F__)
+  if (Row<T>::PARTS == 1) return;
+  F low = _mm256_unpacklo_ps(load(v), load(v + W)), high = _mm256_unpackhi_ps(load(v), load(v + W));
+  store(v, _mm256_permute2f128_ps(low, high, 0x20));
+  store(v + W, _mm256_permute2f128_ps(low, high, 0x31));
+#endif
 }
 
 template <class T>
