@@ -101,7 +101,7 @@ void channels(const Layer& a, const Group& g, const int32_t* pair, const typenam
       const int own = std::min(at_once, count - c);
       const int64_t stride = a.up_by.channel;
       if (g.tiles) tile_products((const bf16*)rows, stride, own, paired, n, a.H, fill, sums);
-      else products<T>(rows, stride, own, token, n, a.H, sums);
+      else products<T>(rows, stride, own, g.width - c0 - c - own, token, n, a.H, sums);
     }
   const float* up = a.sides == 2 ? part + CHANNELS * ld : nullptr;
   if (!h.by_token(a, g))
@@ -150,7 +150,7 @@ void rows(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
       const int64_t stride = a.down_by.within;
       const T* row = down + j * stride;
       if (g.tiles) tile_products((const bf16*)row, stride, count, tiles, n, g.width, true, y);
-      else products<T>(row, stride, count, token, n, g.width, y);
+      else products<T>(row, stride, count, a.H - j - count, token, n, g.width, y);
       add_weighted(a, g, pair, y, 1, ld, j, count);
     }
   }

@@ -37,10 +37,11 @@ void dots(const T* rows, int64_t stride, const typename Row<T>::X* const* x, int
 }
 
 // out[r][m] += row r . token m, for `count` rows of K values and n tokens, which are padded with
-// zeros to whole vectors. Neither the other tokens nor the other rows change a bit of a result.
+// zeros to whole vectors; `after` them come more rows. Neither the other tokens nor the other rows
+// change a bit of a result.
 template <class T>
-void products(const T* rows, int64_t stride, int count, const typename Row<T>::X* const* token,
-              int n, int K, float* out) {
+void products(const T* rows, int64_t stride, int count, int after,
+              const typename Row<T>::X* const* token, int n, int K, float* out) {
   using X = typename Row<T>::X;
   constexpr int N = Row<T>::N;
   constexpr int DEPTH = 4096 / sizeof(T);  // of a row before the next tokens: it stays in the L1 cache
@@ -49,12 +50,13 @@ void products(const T* rows, int64_t stride, int count, const typename Row<T>::X
   for (int c = 0; c < count;) {
     int r = W == 16 && n == 1 && count - c >= 8 ? 8 : count - c >= 4 ? 4 : 1;
     // The rows that come next are asked for by all tokens, a share each
-    const int share = (r - 1) / ((n + MOST - 1) / MOST) + 1;
+    const int more = std::min(r, count + after - c - r), times = (n + MOST - 1) / MOST;
+    const int share = (more + times - 1) / times;
     const T* row = rows + c * stride;
     for (int k0 = 0; k0 < whole; k0 += DEPTH) {
       int k1 = std::min(whole, k0 + DEPTH), done = 0;
       for (int m = 0; m < n;) {
-        int left = n - m, asked = std::min(share, r - done);
+        int left = n - m, asked = std::min(share, more - done);
         float* to = out + c * n + m;
         const T* next = row + (r + done) * stride;
 #define DOTS(R, M)                                                                             \
@@ -89,15 +91,16 @@ void products(const T* rows, int64_t stride, int count, const typename Row<T>::X
   }
 }
 
-// y[m][j] += sum over C channels of h * down, for M tokens and n columns
-template <class T, int C, int M>
+// y[m][j] += sum over C channels of h * down, for M tokens and n columns. ASK: for the rows that come
+// next
+template <class T, int C, int M, bool ASK>
 void outer(const T* down, int64_t stride, const float* h, int ldh, float* y, int ldy, int n) {
   constexpr int PARTS = Row<T>::PARTS;
   F weight[C][M];
   for (int c = 0; c < C; c++)
     for (int m = 0; m < M; m++) weight[c][m] = set1(h[c * ldh + m]);
   for (int j = 0; j < n; j += PARTS * W) {
-    for (int c = 0; c < C; c++) ahead(down + (C + c) * stride + j);
+    for (int c = 0; ASK && c < C; c++) ahead(down + (C + c) * stride + j);
     for (int i = 0; i < PARTS; i++) {
       float* to = y + j + i * W;
       F v[M];
@@ -144,9 +147,13 @@ void add_rows(const T* down, int64_t row, int width, const float* h, int n, int 
   auto few = [&](auto C, int from, int step) {  // channels `from`, `from + step` and on
     const T* rows = down + from * row;
     const float* act = h + from * n;
+    const bool more = from + (2 * C - 1) * step < width;
     for (int m = 0; m < n;) {
       const int left = n - m;
-#define OUTER(M) outer<T, C, M>(rows, step * row, act + m, step * n, y + m * ld, ld, cols), m += M
+#define OUTER(M)                                                                            \
+  (m == 0 && more ? outer<T, C, M, true> : outer<T, C, M, false>)(rows, step * row, act + m, step * n, \
+                                                          y + m * ld, ld, cols),            \
+      m += M
       if (left >= 3 && left != 4) OUTER(3);
       else if (left >= 2) OUTER(2);
       else OUTER(1);

@@ -159,7 +159,7 @@ F half(const T* p, int which) {
 
 // 2W values that were computed with `half`, to the order of the row
 template <class T>
-void in_order(float* v) {
+void in_order([[maybe_unused]] float* v) {
 #if !defined(__AVX512F__)
   if (Row<T>::PARTS == 1) return;
   F low = _mm256_unpacklo_ps(load(v), load(v + W)), high = _mm256_unpackhi_ps(load(v), load(v + W));
