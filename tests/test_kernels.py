@@ -226,7 +226,7 @@ def test_channels_beyond_a_width_are_never_read(backend, T, dtype):
 def test_tokens_of_another_dtype_than_the_weights(backend, monkeypatch):
     if backend == "cpu":  # by torch's products too, with 30 tokens
         monkeypatch.setattr(cpu, "SMALL", 0)
-        monkeypatch.setattr(cpu, "MANY", 6)
+        monkeypatch.setattr(cpu, "MANY", dict.fromkeys(cpu.TARGETS, 6))
     weights, width_BE = make([20] * 4, 40, bias=True), torch.full((1, 4), 17)
     for T in (2, 30):
         x_TH, routed = tokens(T, 40, torch.bfloat16), route(T, 4, 2)

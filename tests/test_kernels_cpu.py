@@ -73,7 +73,7 @@ def test_two_threads_at_once_do_not_meet(dtype):
 @pytest.mark.parametrize("in_stock", [True, False])
 def test_experts_of_many_tokens_go_to_torch(in_stock, plain, monkeypatch):
     """Those of many tokens at one budget do, the others of the batch do not."""
-    monkeypatch.setattr(cpu, "MANY", 6)
+    monkeypatch.setattr(cpu, "MANY", dict.fromkeys(cpu.TARGETS, 6))
     seen, add = [], cpu._add_products
     monkeypatch.setattr(cpu, "_add_products", lambda *a: seen.append(a[2]) or add(*a))
     weights = make([20] * 4, 40, gate=not plain, bias=not plain)
@@ -103,7 +103,7 @@ def test_experts_of_many_tokens_go_to_torch(in_stock, plain, monkeypatch):
 @pytest.mark.parametrize("many", [1, 100])
 def test_a_budget_that_is_not_in_the_table_is_an_error(many, monkeypatch):
     monkeypatch.setattr(cpu, "SMALL", 0)
-    monkeypatch.setattr(cpu, "MANY", many)
+    monkeypatch.setattr(cpu, "MANY", dict.fromkeys(cpu.TARGETS, many))
     index_TK, weight_TK = route(3, 4, 2)
     weights = make([8] * 4, 16)
 

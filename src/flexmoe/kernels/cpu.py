@@ -32,16 +32,15 @@ FILES = ("cpu.cpp", *(f"cpu_{name}.h" for name in HEADERS))
 SOURCES = tuple(Path(__file__).with_name(name) for name in FILES)
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 TARGETS = {  # by what torch calls the instruction set
-    # With masks compilers make vectors of activations anyway, without only if told that a comparison
-    # traps nowhere
+    # Without masks compilers make vectors of activations only if told that comparisons never trap
     "AVX2": ("-mavx2", "-mfma", "-fno-trapping-math"),
     "AVX512": ("-march=x86-64-v4", "-mavx512bf16"),
     "AMX": ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
-# Tokens of an expert at a budget from which torch is faster in float32, with AVX2 and with AVX512,
-# measured on an Intel Xeon. In bfloat16 never: torch puts weights in its own order first, and has
-# no fast product at all with AVX2. Nor where experts are small.
-MANY = 64
+# Tokens of an expert at a budget from which torch is faster in float32, measured on an AMD EPYC
+# (AVX2) and an Intel Xeon (AVX512). In bfloat16 never: torch puts weights in its own order first,
+# and has no fast product at all with AVX2. Nor where experts are small.
+MANY = {"AVX2": 128, "AVX512": 64, "AMX": 64}
 SMALL = 1 << 18  # values of gate and up of an expert; torch lost with 2**14
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -92,7 +91,7 @@ def experts(
 ) -> Tensor:
     """See `flexmoe.kernels.interface.experts`. Sums are float32."""
     T, (B, E), dtype = x_TH.shape[0], width_BE.shape, weights.up.dtype
-    own = dtype is not torch.float32 or T * index_TK.shape[1] < MANY
+    own = dtype is not torch.float32 or T * index_TK.shape[1] < (many := MANY[_target()])
     if own or weights.up.numel() < SMALL * E:
         return _compiled(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T, budget)
     # Tokens of an expert at other budgets are another product. A budget that is not in the table is
@@ -102,7 +101,7 @@ def experts(
         budget_TK = token_budget_T[:T, None].expand_as(index_TK)
     known_TK = (index_TK >= 0) & (index_TK < E) & (budget_TK >= 0) & (budget_TK < B)
     key_TK = (index_TK.long() + E * budget_TK.long()).where(known_TK, E * B)
-    many_TK = (torch.bincount(key_TK.flatten())[key_TK] >= MANY) & known_TK
+    many_TK = (torch.bincount(key_TK.flatten())[key_TK] >= many) & known_TK
     rest = (weights, width_BE, token_budget_T, budget)
     if not many_TK.any():
         return _compiled(x_TH, index_TK, weight_TK, *rest)

@@ -13,8 +13,8 @@ void ahead(const T* row) {
   __builtin_prefetch(row, 0, 2);
 }
 
-// part[r][m] += row r . token m, from k0 to k1, for R rows and M tokens. Rows of which is `asked` for
-// are those from `next`
+// part[r][m] += row r . token m, from k0 to k1, for R rows and M tokens. ASK: for `asked` rows from
+// `next` on
 template <class T, int R, int M, bool ASK = false>
 void dots(const T* rows, int64_t stride, const typename Row<T>::X* const* x, int k0, int k1,
           float* part, int ld, const T* next = nullptr, int asked = 0) {
@@ -44,7 +44,7 @@ void products(const T* rows, int64_t stride, int count, int after,
               const typename Row<T>::X* const* token, int n, int K, float* out) {
   using X = typename Row<T>::X;
   constexpr int N = Row<T>::N;
-  constexpr int DEPTH = 4096 / sizeof(T);  // of a row before the next tokens: it stays in the L1 cache
+  constexpr int DEPTH = 4096 / sizeof(T);  // of a row before the next tokens: it stays in L1
   constexpr int MOST = W == 16 ? 6 : 3;    // tokens at a time: AVX512 has registers for more
   const int whole = K / N * N;
   for (int c = 0; c < count;) {
@@ -59,9 +59,9 @@ void products(const T* rows, int64_t stride, int count, int after,
         int left = n - m, asked = std::min(share, more - done);
         float* to = out + c * n + m;
         const T* next = row + (r + done) * stride;
-#define DOTS(R, M)                                                                             \
-  (asked ? dots<T, R, M, true> : dots<T, R, M>)(row, stride, token + m, k0, k1, to, n, next,    \
-                                                asked),                                         \
+#define DOTS(R, M)                                          \
+  (asked ? dots<T, R, M, true> : dots<T, R, M>)(            \
+      row, stride, token + m, k0, k1, to, n, next, asked),  \
       m += M
         if (r == 8) DOTS(8, 1);
         else if (r == 4) {
@@ -91,8 +91,8 @@ void products(const T* rows, int64_t stride, int count, int after,
   }
 }
 
-// y[m][j] += sum over C channels of h * down, for M tokens and n columns. ASK: for the rows that come
-// next
+// y[m][j] += sum over C channels of h * down, for M tokens and n columns. ASK: for as many channels
+// that come next
 template <class T, int C, int M, bool ASK>
 void outer(const T* down, int64_t stride, const float* h, int ldh, float* y, int ldy, int n) {
   constexpr int PARTS = Row<T>::PARTS;
@@ -133,26 +133,28 @@ void tile(const float* panel, const float* h, int ldh, int n, float* y, int ldy)
   }
 }
 
-constexpr int PACKED = 128;  // channels packed at a time
-constexpr int PANEL = PACKED + 1;  // what they take: lines that are pages apart push each other out
+constexpr int PACKED = 128;        // channels packed at a time
+constexpr int PANEL = PACKED + 1;  // their room: lines a page apart push each other out of caches
 // Tokens for which packing does not pay
 template <class T>
 constexpr int FEW = Row<T>::PARTS == 2 ? 20 : 8;
 
-// y[m][j] += sum over channels of h * down, for n tokens and `cols` columns, a multiple of 2W. `packed`
-// has room for `PANEL` rows if there are more than `FEW` tokens. Columns come as `half` has them.
+// y[m][j] += sum over channels of h * down, for n tokens and `cols` columns, a multiple of 2W; they
+// come as `half` has them. `packed` has room for `PANEL` rows if there are more than `FEW` tokens.
 template <class T>
-void add_rows(const T* down, int64_t row, int width, const float* h, int n, int cols, float* packed,
-              float* y, int ld) {
-  auto few = [&](auto C, int from, int step) {  // channels `from`, `from + step` and on
+void add_rows(const T* down, int64_t row, int width, const float* h, int n, int cols,
+              float* packed, float* y, int ld) {
+  auto few = [&](auto C, int from, int step) {  // C channels: `from`, `from + step` and on
     const T* rows = down + from * row;
     const float* act = h + from * n;
+    const int64_t stride = step * row;
     const bool more = from + (2 * C - 1) * step < width;
     for (int m = 0; m < n;) {
       const int left = n - m;
-#define OUTER(M)                                                                            \
-  (m == 0 && more ? outer<T, C, M, true> : outer<T, C, M, false>)(rows, step * row, act + m, step * n, \
-                                                          y + m * ld, ld, cols),            \
+      const bool ask = more && m == 0;
+#define OUTER(M)                                                 \
+  (ask ? outer<T, C, M, true> : outer<T, C, M, false>)(          \
+      rows, stride, act + m, step * n, y + m * ld, ld, cols),    \
       m += M
       if (left >= 3 && left != 4) OUTER(3);
       else if (left >= 2) OUTER(2);
