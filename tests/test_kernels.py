@@ -204,7 +204,7 @@ def test_all_tokens_on_one_expert_and_experts_held_elsewhere(backend, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("H", [40, 96])
-@pytest.mark.parametrize("T", [1, 3, 8, 16, 17])
+@pytest.mark.parametrize("T", [1, 3, 4, 7, 8, 16, 17, 20, 21, 26])
 def test_wide_experts_of_few_tokens(backend, T, H, dtype):
     weights = make([200, 130, 65, 97], H, dtype, bias=True)
     width_BE = torch.tensor([[183, 129, 65, 96]]).int()
