@@ -204,11 +204,21 @@ def test_all_tokens_on_one_expert_and_experts_held_elsewhere(backend, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("H", [40, 96])
-@pytest.mark.parametrize("T", [1, 3, 4, 7, 8, 16, 17, 20, 21, 26])
+@pytest.mark.parametrize("T", [1, 3, 4, 7, 8, 9, 16, 17, 20, 21, 26])
 def test_wide_experts_of_few_tokens(backend, T, H, dtype):
     weights = make([200, 130, 65, 97], H, dtype, bias=True)
     width_BE = torch.tensor([[183, 129, 65, 96]]).int()
     check(backend, tokens(T, H, dtype), *route(T, 4, 4, dtype), weights, width_BE)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("T", [1, 4, 30])
+def test_rows_longer_than_what_is_computed_at_a_time(backend, T, dtype):
+    weights = make([37, 12], 4133, dtype)
+    width_BE = torch.tensor([[35, 12]]).int()
+    routed = (tokens(T, 4133, dtype), *route(T, 2, 2, dtype))
+    check(backend, *routed, weights, width_BE)
+    check(backend, *routed, stock(make([37] * 2, 4133, dtype)), width_BE)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -226,7 +236,7 @@ def test_channels_beyond_a_width_are_never_read(backend, T, dtype):
 def test_tokens_of_another_dtype_than_the_weights(backend, monkeypatch):
     if backend == "cpu":  # by torch's products too, with 30 tokens
         monkeypatch.setattr(cpu, "SMALL", 0)
-        monkeypatch.setattr(cpu, "MANY", dict.fromkeys(cpu.TARGETS, 6))
+        monkeypatch.setattr(cpu, "_many", lambda: 6)
     weights, width_BE = make([20] * 4, 40, bias=True), torch.full((1, 4), 17)
     for T in (2, 30):
         x_TH, routed = tokens(T, 40, torch.bfloat16), route(T, 4, 2)

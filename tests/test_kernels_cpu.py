@@ -39,13 +39,14 @@ def test_other_tokens_of_a_batch_change_little(dtype, in_stock):
 
 
 @pytest.mark.usefixtures("compiled")
-def test_the_same_bits_with_any_number_of_threads():
-    weights, threads, found = make([48] * 6, 300), torch.get_num_threads(), []
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_same_bits_with_any_number_of_threads(dtype):
+    weights, threads, found = make([48] * 6, 300, dtype), torch.get_num_threads(), []
     width_BE = torch.tensor([[48, 1, 30, 7, 0, 48]]).int()
     try:
         for number in (1, 2, 3, 5):
             torch.set_num_threads(number)
-            routed = (tokens(40, 300), *route(40, 6, 2))
+            routed = (tokens(40, 300, dtype), *route(40, 6, 2))
             found.append(experts(*routed, weights, width_BE, backend="cpu"))
     finally:
         torch.set_num_threads(threads)
@@ -73,7 +74,7 @@ def test_two_threads_at_once_do_not_meet(dtype):
 @pytest.mark.parametrize("in_stock", [True, False])
 def test_experts_of_many_tokens_go_to_torch(in_stock, plain, monkeypatch):
     """Those of many tokens at one budget do, the others of the batch do not."""
-    monkeypatch.setattr(cpu, "MANY", dict.fromkeys(cpu.TARGETS, 6))
+    monkeypatch.setattr(cpu, "_many", lambda: 6)
     seen, add = [], cpu._add_products
     monkeypatch.setattr(cpu, "_add_products", lambda *a: seen.append(a[2]) or add(*a))
     weights = make([20] * 4, 40, gate=not plain, bias=not plain)
@@ -103,7 +104,7 @@ def test_experts_of_many_tokens_go_to_torch(in_stock, plain, monkeypatch):
 @pytest.mark.parametrize("many", [1, 100])
 def test_a_budget_that_is_not_in_the_table_is_an_error(many, monkeypatch):
     monkeypatch.setattr(cpu, "SMALL", 0)
-    monkeypatch.setattr(cpu, "MANY", dict.fromkeys(cpu.TARGETS, many))
+    monkeypatch.setattr(cpu, "_many", lambda: many)
     index_TK, weight_TK = route(3, 4, 2)
     weights = make([8] * 4, 16)
 

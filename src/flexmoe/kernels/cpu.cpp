@@ -160,7 +160,8 @@ void rows(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
 template <class T>
 void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
              const Activations<T>& all, int j0, int j1) {
-  const int cols = j1 - j0, whole = cols / (2 * W) * (2 * W), ld = whole + 4 * W;
+  const int cols = j1 - j0, whole = cols / (2 * W) * (2 * W);
+  const int ld = whole + 2 * W;  // also so that rows are not pages apart
   int most = 0;
   for (const Group& g : groups) most = std::max(most, g.padded());
   thread_local Buffer<float> y, packed;

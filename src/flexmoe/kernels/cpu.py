@@ -37,10 +37,10 @@ TARGETS = {  # by what torch calls the instruction set
     "AVX512": ("-march=x86-64-v4", "-mavx512bf16"),
     "AMX": ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
-# Tokens of an expert at a budget from which torch is faster in float32, measured on an AMD EPYC
-# (AVX2) and an Intel Xeon (AVX512). In bfloat16 never: torch puts weights in its own order first,
-# and has no fast product at all with AVX2. Nor where experts are small.
-MANY = {"AVX2": 128, "AVX512": 64, "AMX": 64}
+# Tokens of an expert at a budget from which torch is faster in float32, by what torch runs on,
+# measured on an AMD EPYC and an Intel Xeon. In bfloat16 never: torch puts weights in its own order
+# first, and has no fast product at all with AVX2. Nor where experts are small.
+MANY = {"AVX2": 128, "AVX512": 64}
 SMALL = 1 << 18  # values of gate and up of an expert; torch lost with 2**14
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -91,7 +91,7 @@ def experts(
 ) -> Tensor:
     """See `flexmoe.kernels.interface.experts`. Sums are float32."""
     T, (B, E), dtype = x_TH.shape[0], width_BE.shape, weights.up.dtype
-    own = dtype is not torch.float32 or T * index_TK.shape[1] < (many := MANY[_target()])
+    own = dtype is not torch.float32 or T * index_TK.shape[1] < (many := _many())
     if own or weights.up.numel() < SMALL * E:
         return _compiled(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T, budget)
     # Tokens of an expert at other budgets are another product. A budget that is not in the table is
@@ -226,6 +226,11 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         return None, str(error)
     library.flexmoe_experts.restype = ctypes.c_char_p
     return library, ""
+
+
+@cache
+def _many() -> int:
+    return MANY[torch.backends.cpu.get_cpu_capability()]
 
 
 @cache

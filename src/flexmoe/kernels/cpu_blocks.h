@@ -37,7 +37,7 @@ void dots(const T* rows, int64_t stride, const typename Row<T>::X* const* x, int
 }
 
 // out[r][m] += row r . token m, for `count` rows of K values and n tokens, which are padded with
-// zeros to whole vectors; `after` them come more rows. Neither the other tokens nor the other rows
+// zeros to whole vectors; `after` more rows follow. Neither the other tokens nor the other rows
 // change a bit of a result.
 template <class T>
 void products(const T* rows, int64_t stride, int count, int after,
@@ -185,7 +185,6 @@ void add_rows(const T* down, int64_t row, int width, const float* h, int n, int 
         if (left >= 6 && left != 7 && left != 8) TILE(6);
         else if (left >= 4) TILE(4);
         else if (left >= 3) TILE(3);
-        else if (left >= 2) TILE(2);
         else TILE(1);
 #undef TILE
       }

@@ -203,7 +203,7 @@ inline float exp_(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  int32_t scale = (bits + 127) << 23;
+  uint32_t scale = uint32_t(bits + 127) << 23;
   float power;
   std::memcpy(&power, &scale, 4);
   return p * power;
