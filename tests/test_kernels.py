@@ -214,11 +214,9 @@ def test_wide_experts_of_few_tokens(backend, T, H, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("T", [1, 4, 30])
 def test_rows_longer_than_what_is_computed_at_a_time(backend, T, dtype):
-    weights = make([37, 12], 4133, dtype)
-    width_BE = torch.tensor([[35, 12]]).int()
-    routed = (tokens(T, 4133, dtype), *route(T, 2, 2, dtype))
-    check(backend, *routed, weights, width_BE)
-    check(backend, *routed, stock(make([37] * 2, 4133, dtype)), width_BE)
+    weights, width_BE = make([37] * 2, 4133, dtype), torch.tensor([[35, 12]]).int()
+    for lying in (weights, stock(weights)):
+        check(backend, tokens(T, 4133, dtype), *route(T, 2, 2, dtype), lying, width_BE)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

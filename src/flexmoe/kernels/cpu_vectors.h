@@ -85,10 +85,6 @@ constexpr int W = 8;
 inline F zero() { return _mm256_setzero_ps(); }
 inline F set1(float v) { return _mm256_set1_ps(v); }
 inline F load(const float* p) { return _mm256_loadu_ps(p); }
-inline F load(const bf16* p) {
-  __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
 inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline F add(F a, F b) { return _mm256_add_ps(a, b); }
