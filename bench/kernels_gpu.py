@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--vllm", type=Path, help="folder of fused_moe.py and its configs")
     asked = parser.parse_args()
     if asked.tiny:
-        shape, device = Shape(4, 64, 48, 2), "cuda" if torch.cuda.is_available() else "cpu"
+        shape, device = Shape(4, 32, 24, 2), "cuda" if torch.cuda.is_available() else "cpu"
         measure((shape,), (1, 9), 1, lambda row: print(row["T"], row["seconds"]), device=device)
         return
     if not torch.cuda.is_available():

@@ -140,13 +140,14 @@ def test_without_a_compiler_torch_runs_and_one_line_says_so(
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("target", list(cpu.TARGETS))
-def test_two_processes_build_at_the_same_time(tmp_path, monkeypatch, target):
+def test_targets_compile_and_two_processes_may_at_the_same_time(tmp_path, monkeypatch, target):
+    several = 2 if target == cpu._target() else 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code = f"from flexmoe.kernels import cpu; print(cpu.build('{target}'))"
-    both = [
+    builds = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
+        for _ in range(several)
     ]
-    paths = {process.communicate()[0].strip() for process in both}
-    assert [process.returncode for process in both] == [0, 0]
+    paths = {process.communicate()[0].strip() for process in builds}
+    assert {process.returncode for process in builds} == {0}
     assert {str(path) for path in tmp_path.rglob("*") if path.is_file()} == paths

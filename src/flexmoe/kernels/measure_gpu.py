@@ -224,9 +224,9 @@ def _seconds(call: Call, repeats: int) -> list[float]:
 
 def captured(calls: list[Call]) -> Call:
     """Replays a CUDA graph of calls, one after the other; without a GPU calls them."""
-    _all(calls)
     if not torch.cuda.is_available():
         return partial(_all, calls)
+    _all(calls)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -237,7 +237,8 @@ def captured(calls: list[Call]) -> Call:
 def interleaved(calls: dict[str, list[Call]], repeats: int) -> dict[str, float]:
     """Median over rounds of the time of a call, of several in a graph as the layers of a model are:
     starting a graph is no part of them. They are the draws, or the same some times."""
-    sequences = {label: found * -(-IN_A_GRAPH // len(found)) for label, found in calls.items()}
+    several = IN_A_GRAPH if torch.cuda.is_available() else 1
+    sequences = {label: found * -(-several // len(found)) for label, found in calls.items()}
     graphs = {label: captured(sequence) for label, sequence in sequences.items()}
     times: dict[str, list[float]] = {label: [] for label in calls}
     cold = torch.empty(2**28 if torch.cuda.is_available() else 1, dtype=torch.int8)
