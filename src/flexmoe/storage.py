@@ -53,9 +53,10 @@ def stored_weights(module: nn.Module) -> Weights:
 
 def _sides(tensor: Tensor, sides: int, concatenated: bool) -> Tensor:
     """[E, sides * I, ...] as [E, I, sides, ...]."""
+    E, _, *rest = tensor.shape
     if concatenated:
-        return tensor.unflatten(1, (sides, -1)).transpose(1, 2)
-    return tensor.unflatten(1, (-1, sides))
+        return tensor.view(E, sides, -1, *rest).transpose(1, 2)
+    return tensor.view(E, -1, sides, *rest)
 
 
 def table(module: nn.Module, name: str, rows: list[Any], device: torch.device) -> Tensor:

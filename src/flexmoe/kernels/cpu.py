@@ -147,8 +147,8 @@ def _compiled(
         raise FlexmoeError(f"the kernel 'cpu' cannot run: {reason}")
     T, H = x_TH.shape
     B, E = width_BE.shape
-    out_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
     x_TH, index_TK = _as(x_TH, x_TH.dtype), _as(index_TK, torch.int64)
+    out_TH = torch.empty_like(x_TH)
     weight_TK, width_BE = _as(weight_TK, torch.float32), _as(width_BE, torch.int32)
     up_bias, bias_EH = weights.up_bias, weights.down_bias_EH
     if bias_EH is not None:
@@ -182,9 +182,8 @@ def _stored(weights: Weights) -> Any:
     """A pointer to what the source has to know of the weights, made anew when they move."""
     up, down = weights.up.data_ptr(), weights.down.data_ptr()
     offset_E, bias = weights.offset_E, weights.up_bias
-    key = (up, down, weights.layout, None if bias is None else bias.stride())
-    made = weights.kept.get("cpu")
-    if made is None or made[0] is not offset_E or made[1] != key:
+    made = weights.known.get("cpu")
+    if made is None or made[0] is not offset_E or made[1] != (up, down):
         given = offset_E
         if offset_E is not None:
             offset_E = _as(offset_E, torch.int32)
@@ -200,7 +199,7 @@ def _stored(weights: Weights) -> Any:
             activation=list(ACTIVATIONS).index(weights.activation),
             weights_bf16=weights.up.dtype is torch.bfloat16,
         )
-        made = weights.kept["cpu"] = (given, key, ctypes.byref(stored), offset_E)
+        made = weights.known["cpu"] = (given, (up, down), ctypes.byref(stored), offset_E)
     return made[2]
 
 

@@ -17,6 +17,8 @@ from flexmoe.kernels import cpu, torch_loop, triton_gpu
 # below, and `can_run(weights, x_TH)`: None, or the reason why it cannot.
 BACKENDS: dict[str, Any] = {"cpu": cpu, "triton": triton_gpu, "torch": torch_loop}
 
+PLAIN = {Tensor, torch.nn.Parameter}  # what they read
+
 # One of them for all calls, or None. Read once: it took 40 microseconds of every call in which
 # caches were full of weights.
 FORCED = os.environ.get("FLEXMOE_KERNEL") or None
@@ -74,11 +76,19 @@ class Weights:
         return self
 
     @property
-    def layout(self) -> tuple[Any, ...]:
-        """All that can change when other tensors take the place of these, but where they are."""
-        up, down = self.up, self.down
-        kinds = (type(up), type(down), up.dtype, down.dtype, up.device)
-        return (*kinds, up.shape, up.stride(), down.stride())
+    def known(self) -> Kept:
+        """What is kept of weights that lie as these do. All that can change with their place is
+        looked at only when they have moved: each look takes microseconds of a call in which caches
+        were full of weights."""
+        up, down, bias = self.up, self.down, self.up_bias
+        at = up.data_ptr(), down.data_ptr()
+        found: tuple[Any, Kept] | None = self.__dict__.get("found")
+        if found is None or found[0] != at:
+            strides = (up.stride(), down.stride(), None if bias is None else bias.stride())
+            layout = (up.dtype, down.dtype, up.device, up.shape, *strides)
+            found = at, self.kept.setdefault(layout, Kept())
+            object.__setattr__(self, "found", found)
+        return found[1]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -114,16 +124,17 @@ def experts(
 
 def _backend(weights: Weights, x_TH: Tensor, weight_TK: Tensor, forced: str | None) -> Any:
     if forced is None:
-        plain = type(x_TH) is Tensor and type(weight_TK) is Tensor and not torch.is_grad_enabled()
-        key = (x_TH.dtype, x_TH.device, weights.layout) if plain else None
-        if key is None or (name := weights.kept.get(key)) is None:
+        tensors = (x_TH, weight_TK, weights.up, weights.down)
+        plain = not torch.is_grad_enabled() and all(type(tensor) in PLAIN for tensor in tensors)
+        key = (x_TH.dtype, x_TH.device) if plain else None
+        if key is None or (name := weights.known.get(key)) is None:
             name = next(
                 name
                 for name, back in BACKENDS.items()
                 if _why_not(back, weights, x_TH, weight_TK) is None
             )
             if key is not None:
-                weights.kept[key] = name
+                weights.known[key] = name
         return BACKENDS[name]
     if forced not in BACKENDS:
         raise did_you_mean(forced, BACKENDS, "kernel")
@@ -141,7 +152,7 @@ def _why_not(back: Any, weights: Weights, x_TH: Tensor, weight_TK: Tensor) -> st
     tensors = (x_TH, weight_TK, *weights.tensors)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "gradients are asked for, and only 'torch' has them (use torch.no_grad())"
-    if other := {type(t) for t in tensors} - {Tensor, torch.nn.Parameter}:
+    if other := {type(t) for t in tensors} - PLAIN:
         return f"tensors are {', '.join(sorted(kind.__name__ for kind in other))}"
     if weights.norm is not None:
         return "outputs of experts are normalised, which only 'torch' does"
