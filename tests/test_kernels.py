@@ -1,6 +1,5 @@
 """Every back end of the ragged experts against a naive loop in float64, token by token."""
 
-import json
 import os
 import pickle
 import subprocess
@@ -11,9 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from typer.testing import CliRunner
 
-from flexmoe.cli import app
 from flexmoe.errors import FlexmoeError
 from flexmoe.kernels import Weights, cpu, experts, interface
 from flexmoe.kernels.activations import name_of
@@ -244,6 +241,29 @@ def test_tokens_of_another_dtype_than_the_weights(backend, monkeypatch):
         assert (found.double() - want).abs().max() < 2**-8 * want.abs().max()
 
 
+@pytest.mark.parametrize("name", list(ONE))
+def test_a_token_that_is_no_number_stays_none(backend, name):
+    weights, x_TH = make([5, 3], 16, name=name, gate=False), tokens(3, 16)
+    x_TH[1] = float("nan")
+    routed = (x_TH, *route(3, 2, 2), weights, torch.tensor([[5, 3]]))
+    found = experts(*routed, backend=backend)
+    assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
+
+
+def test_tables_that_do_not_go_together_are_refused():
+    weights, width_BE = make([5, 3], 16), torch.tensor([[5, 3]])
+    x_TH, index_TK, weight_TK = tokens(3, 16), *route(3, 2, 2)
+    for wrong in (
+        (x_TH, index_TK[:1], weight_TK[:1], weights, width_BE),
+        (x_TH, index_TK, weight_TK[:, :1], weights, width_BE),
+        (tokens(3, 20), index_TK, weight_TK, weights, width_BE),
+        (x_TH, index_TK, weight_TK, weights, torch.tensor([[5, 3, 1]])),
+        (x_TH, index_TK, weight_TK, weights, width_BE, torch.zeros(2).int()),
+    ):
+        with pytest.raises(FlexmoeError, match="do not go together"):
+            experts(*wrong)
+
+
 def test_the_first_that_can_run_is_taken_and_a_forced_one_says_why_not(monkeypatch):
     weights = make([8] * 4, 16)
     routed = (tokens(3, 16), *route(3, 4, 2))
@@ -328,27 +348,3 @@ def test_weights_with_scales_go_to_torch():
     width_BE = torch.tensor([[8, 0, 3, 8]])
     want = experts(*routed, replace(weights, down_scale=None), width_BE)
     assert torch.allclose(experts(*routed, weights, width_BE), want / 2, atol=1e-6)
-
-
-def test_bench_measures_what_it_says_and_refuses_before(tmp_path):
-    out = tmp_path / "kernels.json"
-    command = "bench kernels --shape 4,64,32,2 --tokens 1,9 --repeats 1 --dtype float32"
-    result = CliRunner().invoke(app, [*command.split(), "--device", "cpu", "-o", str(out)])
-    assert result.exit_code == 0, result.output
-    found = json.loads(out.read_text())
-    assert [row["T"] for row in found["rows"]] == [1, 9]
-    for row in found["rows"]:
-        assert {"transformers eager", "100 %", "50 % ragged"} <= set(row["seconds"])
-        assert min(row["seconds"].values()) > 0
-        assert row["work"]["100 %"]["flop"] == row["T"] * 2 * 6 * 64 * 32
-        assert row["work"]["50 % ragged"]["bytes"] < row["work"]["100 %"]["bytes"]
-    for wrong in (
-        "--shape 4,64,32",
-        "--shape 4,64,32,5",
-        "--tokens 0",
-        "--dtype float16",
-        "--device cuda:99",
-    ):
-        assert isinstance(
-            CliRunner().invoke(app, f"bench kernels {wrong}".split()).exception, FlexmoeError
-        )

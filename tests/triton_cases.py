@@ -112,6 +112,14 @@ def test_activations_gates_and_biases(name, gate, bias):
     check(tokens(13, 40), *route(13, 4, 2), weights, width_BE)
 
 
+@pytest.mark.parametrize("name", list(ONE))
+def test_a_token_that_is_no_number_stays_none(name):
+    weights, x_TH = make([5, 3], 16, name=name, gate=False), tokens(3, 16)
+    x_TH[1] = float("nan")
+    found = run(x_TH, *route(3, 2, 2), weights, torch.tensor([[5, 3]]).int())
+    assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_stock_storage_as_it_lies(gate, transposed):

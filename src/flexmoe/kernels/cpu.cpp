@@ -29,6 +29,9 @@ namespace {
 
 constexpr int CHANNELS = 32;   // of a piece of work in the first pass
 constexpr int COLUMNS = 2048;  // of one in the second pass: rows are read as they lie in memory
+static_assert(CHANNELS == 32, "tiles of activations have so many");
+static_assert(COLUMNS % (2 * W) == 0, "only the last columns of a row are computed one by one");
+static_assert(sizeof(Stored) == 112 && sizeof(Call) == 96, "cpu.py packs these");
 
 // Memory of a call, kept for the next: a new page costs as much as reading it several times
 template <class T>
@@ -60,25 +63,25 @@ struct Activations {
       int64_t& end = by_token(a, g) ? t : c;
       g.h = end;
       end += (by_token(a, g) ? row(g) : int64_t(g.width)) * g.padded();
-      end = (end + 31) / 32 * 32;
+      end = up_to(end, 32);  // to a cache line
     }
     fit(channels, c);
     fit(tokens, t);
   }
   static bool by_token(const Layer& a, const Group& g) { return a.columns_are_rows() || g.tiles; }
-  static int64_t row(const Group& g) { return (g.width + Row<T>::N - 1) / Row<T>::N * Row<T>::N; }
+  static int64_t row(const Group& g) { return up_to(g.width, Row<T>::N); }
 };
 
 // First pass: activations of channels c0 to c1 for the tokens of a group; `paired`: those of its
 // tokens if it is computed in tiles
 template <class T>
-void channels(const Layer& a, const Group& g, const int32_t* pair, const typename Row<T>::X* x,
+void activate_channels(const Layer& a, const Group& g, const int32_t* pair, const typename Row<T>::X* x,
               int64_t x_row, const bf16* paired, int c0, int c1, Activations<T>& h) {
   using X = typename Row<T>::X;
   constexpr int N = Row<T>::N;
   const int n = g.n, ld = g.padded(), count = c1 - c0;
-  const X* token[TILED];
-  alignas(64) float part[2 * CHANNELS * TILED];
+  const X* token[TOGETHER];
+  alignas(64) float part[2 * CHANNELS * TOGETHER];
   for (int m = 0; m < n; m++) token[m] = x + pair[g.start + m] / a.K * x_row;
   // Where tiles write all rows themselves, nothing has to be there before
   const bool fill = !g.tiles || a.up_bias || count < CHANNELS;
@@ -133,12 +136,12 @@ void add_weighted(const Layer& a, const Group& g, const int32_t* pair, const flo
 
 // Second pass where a row of down is a column of the outputs: columns j0 to j1
 template <class T>
-void rows(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
+void outputs_by_rows(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
           const Activations<T>& h, int j0, int j1) {
-  alignas(64) float y[CHANNELS * TILED];
+  alignas(64) float y[CHANNELS * TOGETHER];
   for (const Group& g : groups) {
     const int n = g.n, ld = g.padded();
-    const typename Row<T>::X *own = h.tokens.data() + g.h, *token[TILED];
+    const typename Row<T>::X *own = h.tokens.data() + g.h, *token[TOGETHER];
     const bf16* tiles = (const bf16*)own;
     for (int m = 0; m < n; m++) token[m] = own + m * h.row(g);
     const T* down = a.of<T>(a.down, a.down_by, g.expert);
@@ -158,7 +161,7 @@ void rows(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
 
 // Second pass where a row of down is a channel: columns j0 to j1
 template <class T>
-void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
+void outputs_by_channels(const Layer& a, const std::vector<Group>& groups, const int32_t* pair,
              const Activations<T>& all, int j0, int j1) {
   const int cols = j1 - j0, whole = cols / (2 * W) * (2 * W);
   const int ld = whole + 2 * W;  // also so that rows are not pages apart
@@ -170,11 +173,11 @@ void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pa
   for (const Group& g : groups) {
     const T* down = a.of<T>(a.down, a.down_by, g.expert) + j0;
     const T* bias = a.down_bias ? (const T*)a.down_bias + int64_t(g.expert) * a.H + j0 : nullptr;
-    const int64_t row = a.down_by.channel;
+    const int64_t stride = a.down_by.channel;
     const int n = g.n;
     if (g.tiles) {
       const bf16* own = (const bf16*)all.tokens.data() + g.h;
-      tile_columns((const bf16*)down, row, g.width, own, n, cols, y.data());
+      tile_columns((const bf16*)down, stride, g.width, own, n, cols, y.data());
       for (int m = 0; m < n; m++) {
         int s = pair[g.start + m];
         float* to = a.out + int64_t(s / a.K) * a.H + j0;
@@ -184,12 +187,12 @@ void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pa
     }
     const float* h = all.channels.data() + g.h;
     std::fill_n(y.begin(), n * ld, 0.f);
-    add_rows(down, row, g.width, h, n, whole, packed.data(), y.data(), ld);
+    add_rows(down, stride, g.width, h, n, whole, packed.data(), y.data(), ld);
     for (int m = 0; m < n; m++) {
       float* to = &y[m * ld];
       for (int j = 0; j < whole; j += 2 * W) in_order<T>(to + j);
       for (int c = 0; c < g.width && whole < cols; c++)
-        for (int j = whole; j < cols; j++) to[j] += h[c * n + m] * widen(down[c * row + j]);
+        for (int j = whole; j < cols; j++) to[j] += h[c * n + m] * widen(down[c * stride + j]);
       for (int j = 0; j < cols && bias; j++) to[j] += widen(bias[j]);
     }
     add_weighted(a, g, pair, y.data(), ld, 1, j0, cols);
@@ -199,7 +202,6 @@ void columns(const Layer& a, const std::vector<Group>& groups, const int32_t* pa
 template <class T>
 void experts(const Layer& given) {
   using X = typename Row<T>::X;
-  constexpr int N = Row<T>::N;
   thread_local Scratch<T> kept;
   Scratch<T>& scratch = kept;  // of this thread in all of them
   Layer a = given;
@@ -214,11 +216,11 @@ void experts(const Layer& given) {
   std::vector<Piece> pieces;
   for (size_t g = 0; g < groups.size(); g++)
     for (int c = 0; c < groups[g].width; c += CHANNELS) pieces.push_back({int(g), c});
-  const int64_t x_row = (a.H + N - 1) / N * N;
+  const int64_t x_row = up_to(a.H, Row<T>::N);
   Buffer<X>& x = scratch.x;
   fit(x, a.T * x_row);
   Activations<T> h(a, groups, scratch);
-  const int per_thread = ((a.H + a.threads - 1) / a.threads + 2 * W - 1) / (2 * W) * (2 * W);
+  const int per_thread = up_to((a.H + a.threads - 1) / a.threads, 2 * W);
   const int block = std::min(COLUMNS, per_thread);
 #pragma omp parallel num_threads(a.threads)
   {
@@ -235,21 +237,21 @@ void experts(const Layer& given) {
       const Group& g = groups[pieces[i].group];
       if (g.tiles && is_paired != pieces[i].group) {
         is_paired = pieces[i].group;
-        const bf16* token[TILED];
+        const bf16* token[TOGETHER];
         for (int m = 0; m < g.n; m++)
           token[m] = (const bf16*)&x[pair[g.start + m] / a.K * x_row];
         fit(paired, g.padded() * x_row);
         pair_tokens(token, g.n, x_row, paired.data());
       }
       int c1 = std::min(g.width, pieces[i].c0 + CHANNELS);
-      channels<T>(a, g, pair.data(), x.data(), x_row, paired.data(), pieces[i].c0, c1, h);
+      activate_channels<T>(a, g, pair.data(), x.data(), x_row, paired.data(), pieces[i].c0, c1, h);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int j = 0; j < a.H; j += block) {
       int stop = std::min(a.H, j + block);
       for (int t = 0; t < a.T; t++) std::fill_n(a.out + int64_t(t) * a.H + j, stop - j, 0.f);
-      if (a.columns_are_rows()) rows<T>(a, groups, pair.data(), h, j, stop);
-      else columns<T>(a, groups, pair.data(), h, j, stop);
+      if (a.columns_are_rows()) outputs_by_rows<T>(a, groups, pair.data(), h, j, stop);
+      else outputs_by_channels<T>(a, groups, pair.data(), h, j, stop);
       if (!a.x_bf16) continue;
       for (int64_t at = j; at < int64_t(a.T) * a.H; at += a.H)
         narrow(a.out + at, (bf16*)given.out + at, stop - j);

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,15 @@ log = logging.getLogger(__name__)
 # The struct `Call` of the source: eight pointers, eight numbers. Little is done in Python in a
 # call, for caches full of weights have nothing of it.
 CALL = struct.Struct("8P8i")
+
+
+class _Cut(NamedTuple):
+    """Experts, and the widths to which tokens cut them: arguments of `experts`."""
+
+    weights: Weights
+    width_BE: Tensor
+    token_budget_T: Tensor | None
+    budget: int
 
 
 class _Stored(ctypes.Structure):
@@ -90,39 +99,42 @@ def experts(
     budget: int = 0,
 ) -> Tensor:
     """See `flexmoe.kernels.interface.experts`. Sums are float32."""
-    T, (B, E), dtype = x_TH.shape[0], width_BE.shape, weights.up.dtype
-    own = dtype is not torch.float32 or T * index_TK.shape[1] < (many := _many())
-    if own or weights.up.numel() < SMALL * E:
-        return _compiled(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T, budget)
-    # Tokens of an expert at other budgets are another product. A budget that is not in the table is
-    # left to the source, which says so.
+    cut = _Cut(weights, width_BE, token_budget_T, budget)
+    many_TK = _many_TK(index_TK, cut)
+    if many_TK is None:
+        return _compiled(x_TH, index_TK, weight_TK, cut)
+    out_TH = _compiled(x_TH.float(), index_TK.masked_fill(many_TK, -1), weight_TK, cut)
+    _add_products(out_TH, x_TH, index_TK.where(many_TK, -1), weight_TK, cut)
+    return out_TH.to(x_TH.dtype)
+
+
+def _many_TK(index_TK: Tensor, cut: _Cut) -> Tensor | None:
+    """The pairs of experts of so many tokens that torch is faster, or None if there are none.
+
+    Tokens of an expert at other budgets are another product. A budget that is not in the table is
+    left to the source, which says so."""
+    weights, width_BE, token_budget_T, budget = cut
+    (T, K), (B, E) = index_TK.shape, width_BE.shape
+    if weights.up.dtype is not torch.float32 or weights.up.numel() < SMALL * E:
+        return None
+    if T * K < (many := _many()):
+        return None
     budget_TK = torch.full_like(index_TK, budget)
     if token_budget_T is not None:
         budget_TK = token_budget_T[:T, None].expand_as(index_TK)
     known_TK = (index_TK >= 0) & (index_TK < E) & (budget_TK >= 0) & (budget_TK < B)
     key_TK = (index_TK.long() + E * budget_TK.long()).where(known_TK, E * B)
     many_TK = (torch.bincount(key_TK.flatten())[key_TK] >= many) & known_TK
-    rest = (weights, width_BE, token_budget_T, budget)
-    if not many_TK.any():
-        return _compiled(x_TH, index_TK, weight_TK, *rest)
-    out_TH = _compiled(x_TH.float(), index_TK.masked_fill(many_TK, -1), weight_TK, *rest)
-    _add_products(out_TH, x_TH, index_TK.where(many_TK, -1), weight_TK, *rest)
-    return out_TH.to(x_TH.dtype)
+    return many_TK if many_TK.any() else None
 
 
 def _add_products(
-    out_TH: Tensor,
-    x_TH: Tensor,
-    index_TK: Tensor,
-    weight_TK: Tensor,
-    weights: Weights,
-    width_BE: Tensor,
-    token_budget_T: Tensor | None,
-    budget: int,
+    out_TH: Tensor, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, cut: _Cut
 ) -> None:
     """Add what `experts` gives to the outputs in float32, by torch's products, one expert after
     the other: all at once they take memory that is new in every call, and costs more than they."""
-    routing, table = torch_loop.sort(index_TK, weight_TK.float(), width_BE, token_budget_T, budget)
+    weights = cut.weights
+    routing, table = torch_loop.sort(index_TK, weight_TK.float(), *cut[1:])
     prefix, bias_EH = torch_loop.prefixes(weights), weights.down_bias_EH
     for (e, start, stop), b in zip(routing.segments, routing.budgets, strict=True):
         up, bias, down_wH = prefix(e, max(0, table[b][e]))
@@ -133,20 +145,12 @@ def _add_products(
         out_TH.index_add_(0, token_n, y_nH * routing.weight_S[start:stop, None])
 
 
-def _compiled(
-    x_TH: Tensor,
-    index_TK: Tensor,
-    weight_TK: Tensor,
-    weights: Weights,
-    width_BE: Tensor,
-    token_budget_T: Tensor | None,
-    budget: int,
-) -> Tensor:
+def _compiled(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, cut: _Cut) -> Tensor:
     library, reason = _library()
     if library is None:
         raise FlexmoeError(f"the kernel 'cpu' cannot run: {reason}")
-    T, H = x_TH.shape
-    B, E = width_BE.shape
+    weights, width_BE, token_budget_T, budget = cut
+    (T, H), (B, E) = x_TH.shape, width_BE.shape
     x_TH, index_TK = _as(x_TH, x_TH.dtype), _as(index_TK, torch.int64)
     out_TH = torch.empty_like(x_TH)
     weight_TK, width_BE = _as(weight_TK, torch.float32), _as(width_BE, torch.int32)
@@ -155,21 +159,10 @@ def _compiled(
         bias_EH = _as(bias_EH, weights.up.dtype)
     if token_budget_T is not None:
         token_budget_T = _as(token_budget_T[:T], torch.int32)
+    pointers = (up_bias, bias_EH, x_TH, index_TK, weight_TK, width_BE, token_budget_T, out_TH)
     call = CALL.pack(
-        0 if up_bias is None else up_bias.data_ptr(),
-        0 if bias_EH is None else bias_EH.data_ptr(),
-        x_TH.data_ptr(),
-        index_TK.data_ptr(),
-        weight_TK.data_ptr(),
-        width_BE.data_ptr(),
-        0 if token_budget_T is None else token_budget_T.data_ptr(),
-        out_TH.data_ptr(),
-        T,
-        index_TK.shape[1],
-        E,
-        B,
-        H,
-        budget,
+        *(0 if tensor is None else tensor.data_ptr() for tensor in pointers),
+        *(T, index_TK.shape[1], E, B, H, budget),
         x_TH.dtype is torch.bfloat16,
         torch.get_num_threads(),
     )

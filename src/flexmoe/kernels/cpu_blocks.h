@@ -36,59 +36,54 @@ void dots(const T* rows, int64_t stride, const typename Row<T>::X* const* x, int
     for (int m = 0; m < M; m++) part[r * ld + m] += sum(acc[r][m]);
 }
 
+// out[r][m] += row r . token m, for R rows and n tokens, at most MOST at a time; `more` rows that
+// follow are asked for
+template <class T, int R, int MOST>
+void some_rows(const T* rows, int64_t stride, int more, const typename Row<T>::X* const* token,
+               int n, int K, float* out) {
+  using X = typename Row<T>::X;
+  constexpr int N = Row<T>::N;
+  constexpr int DEPTH = 4096 / sizeof(T);  // of a row before the next tokens: it stays in L1
+  const int whole = K / N * N, times = (n + MOST - 1) / MOST;
+  const int share = (more + times - 1) / times;  // asked for by some tokens: by all, a share each
+  for (int k0 = 0; k0 < whole; k0 += DEPTH) {
+    const int k1 = std::min(whole, k0 + DEPTH);
+    int done = 0;
+    some_at_a_time<MOST>(n, [&](auto M, int m) {
+      const int asked = std::min(share, more - done);
+      (asked ? dots<T, R, M, true> : dots<T, R, M>)(
+          rows, stride, token + m, k0, k1, out + m, n, rows + (R + done) * stride, asked);
+      done += asked;
+    });
+  }
+  if (whole == K) return;
+  alignas(64) T end[R * N] = {};  // of the rows
+  for (int r = 0; r < R; r++)
+    std::memcpy(end + r * N, rows + r * stride + whole, (K - whole) * sizeof(T));
+  for (int m = 0; m < n; m++) {
+    const X* last = token[m] + whole;
+    dots<T, R, 1>(end, N, &last, 0, N, out + m, n);
+  }
+}
+
 // out[r][m] += row r . token m, for `count` rows of K values and n tokens, which are padded with
 // zeros to whole vectors; `after` more rows follow. Neither the other tokens nor the other rows
 // change a bit of a result.
 template <class T>
 void products(const T* rows, int64_t stride, int count, int after,
               const typename Row<T>::X* const* token, int n, int K, float* out) {
-  using X = typename Row<T>::X;
-  constexpr int N = Row<T>::N;
-  constexpr int DEPTH = 4096 / sizeof(T);  // of a row before the next tokens: it stays in L1
-  constexpr int MOST = W == 16 ? 6 : 3;    // tokens at a time: AVX512 has registers for more
-  const int whole = K / N * N;
-  for (int c = 0; c < count;) {
-    int r = W == 16 && n == 1 && count - c >= 8 ? 8 : count - c >= 4 ? 4 : 1;
-    // The rows that come next are asked for by all tokens, a share each
-    const int more = std::min(r, count + after - c - r), times = (n + MOST - 1) / MOST;
-    const int share = (more + times - 1) / times;
-    const T* row = rows + c * stride;
-    for (int k0 = 0; k0 < whole; k0 += DEPTH) {
-      int k1 = std::min(whole, k0 + DEPTH), done = 0;
-      for (int m = 0; m < n;) {
-        int left = n - m, asked = std::min(share, more - done);
-        float* to = out + c * n + m;
-        const T* next = row + (r + done) * stride;
-#define DOTS(R, M)                                          \
-  (asked ? dots<T, R, M, true> : dots<T, R, M>)(            \
-      row, stride, token + m, k0, k1, to, n, next, asked),  \
-      m += M
-        if (r == 8) DOTS(8, 1);
-        else if (r == 4) {
-          if (MOST == 6 && left >= 6) DOTS(4, 6);
-          else if (left >= 3 && left != 4) DOTS(4, 3);
-          else if (left >= 2) DOTS(4, 2);
-          else DOTS(4, 1);
-        } else {
-          if (left >= 3) DOTS(1, 3);
-          else DOTS(1, 1);
-        }
-#undef DOTS
-        done += asked;
-      }
+  constexpr int MOST = W == 16 ? 6 : 3;  // AVX512 has registers for more
+  int c = 0;
+  auto by = [&](auto R, auto M) {  // R rows at a time, as far as there are so many
+    for (; c + R <= count; c += R) {
+      const int more = std::min<int>(R, count + after - c - R);
+      some_rows<T, R, M>(rows + c * stride, stride, more, token, n, K, out + c * n);
     }
-    if (whole < K) {  // the end of a row
-      alignas(64) T end[8 * N] = {};
-      for (int i = 0; i < r; i++)
-        std::memcpy(end + i * N, row + i * stride + whole, (K - whole) * sizeof(T));
-      for (int m = 0; m < n; m++) {
-        const X* last = token[m] + whole;
-        for (int i = 0; i < r; i++)
-          dots<T, 1, 1>(end + i * N, N, &last, 0, N, out + (c + i) * n + m, n);
-      }
-    }
-    c += r;
-  }
+  };
+  if constexpr (W == 16)
+    if (n == 1) by(Constant<8>(), Constant<1>());
+  by(Constant<4>(), Constant<MOST>());
+  by(Constant<1>(), Constant<3>());
 }
 
 // y[m][j] += sum over C channels of h * down, for M tokens and n columns. ASK: for as many channels
@@ -114,13 +109,13 @@ void outer(const T* down, int64_t stride, const float* h, int ldh, float* y, int
   }
 }
 
-// y[m][0:2W] += sum over n channels of h * panel, for M tokens
+// y[m][0:2W] += sum over n channels of h * packed, for M tokens
 template <int M>
-void tile(const float* panel, const float* h, int ldh, int n, float* y, int ldy) {
+void outer_packed(const float* packed, const float* h, int ldh, int n, float* y, int ldy) {
   F acc[M][2];
   for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = zero();
   for (int c = 0; c < n; c++) {
-    F left = load(panel + c * 2 * W), right = load(panel + c * 2 * W + W);
+    F left = load(packed + c * 2 * W), right = load(packed + c * 2 * W + W);
     for (int m = 0; m < M; m++) {
       F weight = set1(h[c * ldh + m]);
       acc[m][0] = fma(weight, left, acc[m][0]);
@@ -142,34 +137,22 @@ constexpr int FEW = Row<T>::PARTS == 2 ? 20 : 8;
 // y[m][j] += sum over channels of h * down, for n tokens and `cols` columns, a multiple of 2W; they
 // come as `half` has them. `packed` has room for `PANEL` rows if there are more than `FEW` tokens.
 template <class T>
-void add_rows(const T* down, int64_t row, int width, const float* h, int n, int cols,
+void add_rows(const T* down, int64_t stride, int width, const float* h, int n, int cols,
               float* packed, float* y, int ld) {
-  auto few = [&](auto C, int from, int step) {  // C channels: `from`, `from + step` and on
-    const T* rows = down + from * row;
-    const float* act = h + from * n;
-    const int64_t stride = step * row;
-    const bool more = from + (2 * C - 1) * step < width;
-    for (int m = 0; m < n;) {
-      const int left = n - m;
-      const bool ask = more && m == 0;
-#define OUTER(M)                                                 \
-  (ask ? outer<T, C, M, true> : outer<T, C, M, false>)(          \
-      rows, stride, act + m, step * n, y + m * ld, ld, cols),    \
-      m += M
-      if (left >= 3 && left != 4) OUTER(3);
-      else if (left >= 2) OUTER(2);
-      else OUTER(1);
-#undef OUTER
-    }
-  };
-  constexpr std::integral_constant<int, 4> FOUR;
-  constexpr std::integral_constant<int, 1> ONE;
   if (n <= FEW<T>) {
+    auto few = [&](auto C, int from, int step) {  // C channels: `from`, `from + step` and on
+      const T* rows = down + from * stride;
+      const bool more = from + (2 * C - 1) * step < width;
+      some_at_a_time<3>(n, [&](auto M, int m) {
+        (more && m == 0 ? outer<T, C, M, true> : outer<T, C, M, false>)(
+            rows, step * stride, h + from * n + m, step * n, y + m * ld, ld, cols);
+      });
+    };
     int c = 0;
     // Every other first, so that two rows of 2 KiB in a page are not read at once
-    for (; c + 8 <= width; c += 8) few(FOUR, c, 2), few(FOUR, c + 1, 2);
-    for (; c + 4 <= width; c += 4) few(FOUR, c, 1);
-    for (; c < width; c++) few(ONE, c, 1);
+    for (; c + 8 <= width; c += 8) few(Constant<4>(), c, 2), few(Constant<4>(), c + 1, 2);
+    for (; c + 4 <= width; c += 4) few(Constant<4>(), c, 1);
+    for (; c < width; c++) few(Constant<1>(), c, 1);
     return;
   }
   for (int c0 = 0; c0 < width; c0 += PACKED) {
@@ -177,17 +160,12 @@ void add_rows(const T* down, int64_t row, int width, const float* h, int n, int 
     for (int c = 0; c < count; c++)
       for (int j = 0; j < cols; j += 2 * W)
         for (int i = 0; i < 2; i++)
-          store(packed + j * PANEL + c * 2 * W + i * W, half(down + (c0 + c) * row + j, i));
+          store(packed + j * PANEL + c * 2 * W + i * W, half(down + (c0 + c) * stride + j, i));
     for (int j = 0; j < cols; j += 2 * W)
-      for (int m = 0; m < n;) {
-        const int left = n - m;
-#define TILE(M) tile<M>(packed + j * PANEL, h + c0 * n + m, n, count, y + m * ld + j, ld), m += M
-        if (left >= 6 && left != 7 && left != 8) TILE(6);
-        else if (left >= 4) TILE(4);
-        else if (left >= 3) TILE(3);
-        else TILE(1);
-#undef TILE
-      }
+      some_at_a_time<6>(n, [&](auto M, int m) {
+        const float* own = packed + j * PANEL;
+        outer_packed<M>(own, h + c0 * n + m, n, count, y + m * ld + j, ld);
+      });
   }
 }
 

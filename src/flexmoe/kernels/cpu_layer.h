@@ -16,7 +16,7 @@ struct Group {  // some pairs of one expert at one budget
   bool tiles;
   int64_t h;  // where its activations begin
 
-  int padded() const { return tiles ? (n + 15) / 16 * 16 : n; }  // what its blocks are wide
+  int padded() const { return tiles ? up_to(n, TILE) : n; }  // what its blocks are wide
 };
 
 struct Strides {  // between values of two experts (ragged: not used), two channels, two within
@@ -72,7 +72,7 @@ void sort_pairs(const Layer& a, std::vector<int32_t>& pair, std::vector<Group>& 
       int w = std::clamp(a.width[(k % a.B) * a.E + e], 0, stored);
       const int left = start[k + 1] - i;
       bool tiles = a.weights_bf16 && left >= TILES_FROM;
-      n = tiles ? std::min(TILED, left) : (left - 1) / ((left - 1) / TILED + 1) + 1;  // alike
+      n = tiles ? std::min(TOGETHER, left) : (left - 1) / ((left - 1) / TOGETHER + 1) + 1;  // alike
       groups.push_back({e, w, i, n, tiles, 0});
     }
 }

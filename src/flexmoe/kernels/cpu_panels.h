@@ -16,7 +16,8 @@ constexpr int AS_THEY_LIE = TILE;    // tokens of a group up to which `meet_rows
 // 32 columns (`there` of them are there) of 16 rows (`count`), in pairs of rows, to two tiles: the
 // lower and the upper halves of all quarters of 8. WHOLE: all are there
 template <bool WHOLE>
-void pair_rows(const bf16* rows, int64_t stride, int count, int there, bf16* lower, bf16* upper) {
+__attribute__((noinline)) void pair_rows(const bf16* rows, int64_t stride, int count, int there,
+                                         bf16* lower, bf16* upper) {
   const __mmask32 mask = there >= PAIRS ? ~0u : (1u << there) - 1;
   auto row = [&](int r) {
     if (WHOLE) return _mm512_loadu_si512(rows + r * stride);
@@ -52,28 +53,6 @@ struct Panel {  // some channels and columns of down, how many are there, and wh
   }
 };
 
-// y = h . 16 columns of a panel, or that is added, for 16 M tokens; meanwhile `next` is paired
-template <int M>
-void meet_panel(const bf16* h, const bf16* panel, int deep, bool add, float* y, Panel& next,
-                bf16* paired) {
-#define ZERO(i) _tile_zero(i);
-#define LOAD(i) _tile_loadd(i, y + i * TILE * TILE, 64);
-#define STORE(i) _tile_stored(i, y + i * TILE * TILE, 64);
-#define MEET(i) _tile_loadd(7, h + i * VALUES, 64); _tile_dpbf16ps(i, 7, 6);
-  written();
-  if (add) { EACH(LOAD) } else { EACH(ZERO) }
-  for (int c = 0; c < deep; c += PAIRS, h += M * VALUES) {
-    next.pair(paired);
-    _tile_loadd(6, panel + c * TILE, 64);
-    EACH(MEET)
-  }
-  EACH(STORE)
-#undef ZERO
-#undef LOAD
-#undef STORE
-#undef MEET
-}
-
 // y = h . every other of 64 channels (`count` of them are there), or that is added, for 16 tokens. As
 // weights lie, two columns are side by side where two channels should be, so a tile is multiplied
 // twice: by activations with a zero after each, in which the left columns count, and with a zero
@@ -89,22 +68,22 @@ inline void meet_rows(const bf16* rows, int64_t stride, int count, const bf16* o
     for (int r = 0; r < std::min(2 * TILE, count); r++)
       _mm_prefetch(next + r * stride, _MM_HINT_T0);
     if (add) {
-      _tile_loadd(0, y, 64);
-      _tile_loadd(1, y + TILE * TILE, 64);
+      load_tile<0>(y, 64);
+      load_tile<1>(y + TILE * TILE, 64);
     } else {
-      _tile_zero(0);
-      _tile_zero(1);
+      zero_tile<0>();
+      zero_tile<1>();
     }
     for (int i = 0; i < 2 && i * TILE < count; i++) {
       Source own = source(rows + i * TILE * stride, stride, count - i * TILE, j, cols, copy);
-      _tile_loadd(6, own.from, own.bytes);
-      _tile_loadd(4, left[i], 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, right[i], 64);
-      _tile_dpbf16ps(1, 5, 6);
+      load_tile<6>(own.from, own.bytes);
+      load_tile<4>(left[i], 64);
+      multiply_tiles<0, 4, 6>();
+      load_tile<5>(right[i], 64);
+      multiply_tiles<1, 5, 6>();
     }
-    _tile_stored(0, y, 64);
-    _tile_stored(1, y + TILE * TILE, 64);
+    store_tile<0>(y, 64);
+    store_tile<1>(y + TILE * TILE, 64);
   }
 }
 
@@ -123,7 +102,6 @@ inline void columns_as_they_lie(const bf16* down, int64_t stride, int width, con
           _mm512_store_si512(left[i] + to, one);
           _mm512_store_si512(right[i] + to, _mm512_slli_epi32(one, 16));
         }
-      written();
       const bf16* rows = down + (c + odd) * stride;
       const bf16* others = odd ? down + (c + 2 * PAIRS) * stride : rows + stride;
       const int count = (width - c - odd + 1) / 2;
@@ -138,9 +116,9 @@ inline void tile_columns(const bf16* down, int64_t stride, int width, const bf16
                          int cols, float* y) {
   if (!width) std::fill_n(y, up_to(cols, PAIRS) * up_to(n, TILE), 0.f);
   if (n <= AS_THEY_LIE) return columns_as_they_lie(down, stride, width, h, cols, y);
-  by_tiles(n, [&](auto M) {
+  constant<2, 6>(up_to(n, TILE) / TILE, [&](auto M) {
     alignas(64) bf16 panels[2][DEEP * WIDE];
-    const int across = (cols + WIDE - 1) / WIDE, all = (width + DEEP - 1) / DEEP * across;
+    const int across = up_to(cols, WIDE) / WIDE, all = up_to(width, DEEP) / DEEP * across;
     auto at = [&](int i) {
       if (i >= all) return Panel();
       const int c = i / across * DEEP, j = i % across * WIDE;
@@ -153,9 +131,13 @@ inline void tile_columns(const bf16* down, int64_t stride, int width, const bf16
       const bf16 *panel = panels[i % 2], *act = h + i / across * DEEP * TILE * M;
       bf16* other = panels[(i + 1) % 2];
       Panel next = at(i + 1);
-      for (int j = 0; j < own.wide(); j += TILE) {
+      const int deep = own.deep();
+      for (int j = 0; j < own.wide(); j += TILE, panel += TILE * deep) {
         float* to = y + (i % across * WIDE + j) * TILE * M;
-        meet_panel<M>(act, panel + j * own.deep(), own.deep(), i >= across, to, next, other);
+        meet<M, false>(act, deep, i >= across, to, TILE * TILE, 64, [&](int k) {
+          next.pair(other);
+          load_tile<6>(panel + k * TILE, 64);
+        });
       }
       while (next.pair(other)) {}
       own = next;

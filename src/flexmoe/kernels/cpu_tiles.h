@@ -7,28 +7,39 @@
 
 namespace {
 
-constexpr int TILED = 96;  // tokens of a group: six tiles of sums
+constexpr int TILE = 16;           // rows of a tile, and sums or pairs of values in a row
+constexpr int TOGETHER = 6 * TILE;  // tokens of a group at most: two tiles are left for operands
 
 #if defined(__AMX_BF16__)
 constexpr int TILES_FROM = 3;  // tokens of a group; measured
-constexpr int TILE = 16;       // rows of a tile
 constexpr int PAIRS = 32;      // values of a row of it
 constexpr int VALUES = TILE * PAIRS;
-static_assert(TILED == 6 * TILE, "see EACH and by_tiles");
 
-inline int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// What was written is in memory, and what is written later comes later: compilers do not know all
-// that instructions of tiles read
-inline void written() { __asm__ volatile("" ::: "memory"); }
+// Instructions of tiles. Those of the compiler's headers take no template arguments, and some do not
+// say what memory they read.
+template <int I>
+void zero_tile() {
+  __asm__ volatile("tilezero %%tmm%c0" ::"i"(I));
+}
+template <int I>
+void load_tile(const void* from, int64_t bytes) {  // from one row to the next
+  __asm__ volatile("tileloadd (%0,%1), %%tmm%c2" ::"r"(from), "r"(bytes), "i"(I) : "memory");
+}
+template <int I>
+void store_tile(void* to, int64_t bytes) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1)" ::"r"(to), "r"(bytes), "i"(I) : "memory");
+}
+template <int TO, int A, int B>  // TO += A . B
+void multiply_tiles() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(TO), "i"(A), "i"(B));
+}
 
 // All eight tiles of a thread are 16 rows of 64 bytes as long as this lives
 struct Tiles {
   Tiles() {
     alignas(64) uint8_t config[64] = {1};
     for (int i = 0; i < 8; i++) config[16 + 2 * i] = 64, config[48 + i] = TILE;
-    written();
-    _tile_loadconfig(config);
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));
   }
   ~Tiles() { _tile_release(); }
 };
@@ -42,61 +53,48 @@ struct Source {
 // with zeros in the place of what is not theirs
 inline Source source(const bf16* rows, int64_t stride, int count, int k, int K, bf16* copy) {
   if (count >= TILE && k + PAIRS <= K) return {rows + k, stride * 2};
-  written();
   std::memset(copy, 0, VALUES * 2);
   for (int r = 0; r < std::min(count, TILE); r++)
     std::memcpy(copy + r * PAIRS, rows + r * stride + k, std::min(PAIRS, K - k) * 2);
-  written();
   return {copy, PAIRS * 2};
 }
 
-// DO with each of M tiles of sums, at most six: two of the eight are for what is multiplied
-#define EACH(DO)       \
-  DO(0)                \
-  if (M > 1) { DO(1) } \
-  if (M > 2) { DO(2) } \
-  if (M > 3) { DO(3) } \
-  if (M > 4) { DO(4) } \
-  if (M > 5) { DO(5) }
+// Calls `run` with 0 to N - 1 as constants
+template <int N, class Run>
+void each(Run run) {
+  if constexpr (N > 1) each<N - 1>(run);
+  run(Constant<N - 1>());
+}
 
-// out[r][m] = row r . token m, or that is added, for 16 rows (count of them are there) and 16 M
-// tokens: a tile of sums for each 16 of those. If there are several, the next tile of weights is
+// M tiles of sums = weights . x, or that is added: `load` brings the weights of 32 values from k on to
+// tile 6, and x has M tiles for those. The sums are [weights, tokens] if ROWS, else [tokens, weights];
+// a tile of them begins `step` floats after the one before, and has rows `bytes` apart.
+template <int M, bool ROWS, class Load>
+void meet(const bf16* x, int K, bool add, float* sums, int step, int64_t bytes, Load load) {
+  if (add) each<M>([&](auto i) { load_tile<i>(sums + i * step, bytes); });
+  else each<M>([&](auto i) { zero_tile<i>(); });
+  for (int k = 0; k < K; k += PAIRS, x += M * VALUES) {
+    load(k);
+    each<M>([&](auto i) {
+      load_tile<7>(x + i * VALUES, 64);
+      multiply_tiles<i, ROWS ? 6 : 7, ROWS ? 7 : 6>();
+    });
+  }
+  each<M>([&](auto i) { store_tile<i>(sums + i * step, bytes); });
+}
+
+// Of 16 rows, `count` of which are there. With several tiles of tokens the next tile of weights is
 // asked for before: while one waits for memory, little can be computed.
 template <int M>
-void meet(const bf16* rows, int64_t stride, int count, const bf16* x, int K, bool add, float* out,
-          int ld) {
+void tile_rows(const bf16* rows, int64_t stride, int count, const bf16* x, int K, bool add,
+               float* out, int ld) {
   alignas(64) bf16 copy[VALUES];
-#define ZERO(i) _tile_zero(i);
-#define LOAD(i) _tile_loadd(i, out + i * TILE, ld * 4);
-#define STORE(i) _tile_stored(i, out + i * TILE, ld * 4);
-#define MEET(i) _tile_loadd(7, x + i * VALUES, 64); _tile_dpbf16ps(i, 6, 7);
-  written();
-  if (add) { EACH(LOAD) } else { EACH(ZERO) }
-  for (int k = 0; k < K; k += PAIRS, x += M * VALUES) {
+  meet<M, true>(x, K, add, out, TILE, ld * 4, [&](int k) {
     for (int r = 0; M > 1 && r < TILE; r++)
       _mm_prefetch(rows + r * stride + k + PAIRS, _MM_HINT_T0);
     Source own = source(rows, stride, count, k, K, copy);
-    _tile_loadd(6, own.from, own.bytes);
-    EACH(MEET)
-  }
-  EACH(STORE)
-#undef ZERO
-#undef LOAD
-#undef STORE
-#undef MEET
-}
-
-// Calls `of` with the number of tiles of n tokens, at most 6, as a constant
-template <class Of>
-void by_tiles(int n, Of of) {
-  switch ((n - 1) / TILE) {
-    case 0: return of(std::integral_constant<int, 1>());
-    case 1: return of(std::integral_constant<int, 2>());
-    case 2: return of(std::integral_constant<int, 3>());
-    case 3: return of(std::integral_constant<int, 4>());
-    case 4: return of(std::integral_constant<int, 5>());
-    default: return of(std::integral_constant<int, 6>());
-  }
+    load_tile<6>(own.from, own.bytes);
+  });
 }
 
 // As `products`, but added only where that is said: the tokens in pairs (`pair_tokens`), out
@@ -104,9 +102,9 @@ void by_tiles(int n, Of of) {
 inline void tile_products(const bf16* rows, int64_t stride, int count, const bf16* x, int n, int K,
                           bool add, float* out) {
   const int ld = up_to(n, TILE);
-  by_tiles(n, [&](auto M) {
+  constant<1, 6>(ld / TILE, [&](auto M) {
     for (int r = 0; r < count; r += TILE)
-      meet<M>(rows + r * stride, stride, count - r, x, K, add, out + r * ld, ld);
+      tile_rows<M>(rows + r * stride, stride, count - r, x, K, add, out + r * ld, ld);
   });
 }
 

@@ -33,6 +33,33 @@ struct Aligned {
 template <class T>
 using Buffer = std::vector<T, Aligned<T>>;
 
+template <class I>
+constexpr I up_to(I n, int multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
+// Calls `run` with n, which is LEAST to MOST, as a constant
+template <int LEAST, int MOST, class Run>
+void constant(int n, Run run) {
+  if constexpr (LEAST < MOST)
+    if (n > LEAST) return constant<LEAST + 1, MOST>(n, run);
+  run(Constant<LEAST>());
+}
+
+// Calls `run` for n tokens, at most MOST at a time and the last two times about as many each: with
+// how many, a constant, and the first
+template <int MOST, class Run>
+void some_at_a_time(int n, Run run) {
+  for (int m = 0, some; m < n; m += some) {
+    const int left = n - m;
+    some = std::min(MOST, left > MOST ? (left + 1) / 2 : left);
+    constant<1, MOST>(some, [&](auto M) { run(M, m); });
+  }
+}
+
 // Room for n values, of which nothing is kept
 template <class T>
 void fit(Buffer<T>& buffer, size_t n) {
@@ -212,7 +239,7 @@ inline float activated(Activation kind, float v) {
     case SILU: return v / (1.f + exp_(-v));
     case GELU: return 0.5f * v * (1.f + std::erf(v * 0.70710678f));
     case GELU_TANH: return v / (1.f + exp_(-1.59576912f * (v + 0.044715f * v * v * v)));
-    case RELU2: return v > 0.f ? v * v : 0.f;
+    case RELU2: return v < 0.f ? 0.f : v * v;  // NaN stays
   }
   return v;
 }

@@ -118,6 +118,16 @@ def experts(
     ``backend`` (or the environment variable FLEXMOE_KERNEL, set before this is imported) forces a
     back end by its name, which is an error if it cannot run; else the first that can is taken.
     """
+    (T, H), offset_E = x_TH.shape, weights.offset_E
+    E = len(weights.up) if offset_E is None else len(offset_E) - 1
+    known = token_budget_T is None or len(token_budget_T) >= T
+    routed = index_TK.shape == weight_TK.shape and len(index_TK) == T
+    if not (known and routed and (H, E) == (weights.up.shape[-1], width_BE.shape[1])):
+        raise FlexmoeError(  # kernels would read what is not there
+            f"tokens {[*x_TH.shape]}, experts {[*index_TK.shape]} and weights {[*weight_TK.shape]} "
+            f"of them, widths {[*width_BE.shape]} and gate and up {[*weights.up.shape]} of {E} "
+            "experts do not go together, or tokens have no budget"
+        )
     run = _backend(weights, x_TH, weight_TK, backend or FORCED)
     return run.experts(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T, budget)
 

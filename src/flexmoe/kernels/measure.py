@@ -142,16 +142,14 @@ def _rows(
             "dtype": str(dtype).removeprefix("torch."),
             "T": T,
             "seconds": _interleaved(calls, repeats),
-            "work": {name: _work(index_TK, width_BE, b, H, dtype) for name, b in at.items()},
+            "work": {name: work(index_TK, width_BE[b.long()], H, dtype) for name, b in at.items()},
         }
 
 
-def _work(
-    index_TK: Tensor, width_BE: Tensor, budget_T: Tensor, H: int, dtype: torch.dtype
-) -> dict[str, float]:
+def work(index_TK: Tensor, width_TE: Tensor, H: int, dtype: torch.dtype) -> dict[str, float]:
     """Arithmetic of all pairs, and the weights that have to be read once."""
-    width_TK = width_BE[budget_T.long()[:, None], index_TK].long()
-    widest_E = torch.zeros(width_BE.shape[1], dtype=torch.long)
+    width_TK = width_TE.gather(1, index_TK).long()
+    widest_E = torch.zeros_like(width_TE[0]).long()
     widest_E.scatter_reduce_(0, index_TK.flatten(), width_TK.flatten(), "amax")
     return {
         "flop": 6 * H * int(width_TK.sum()),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flexmoe.kernels.activations import gated
 from flexmoe.kernels.interface import Weights, experts
-from flexmoe.kernels.measure import Call, Routed, Shape, switch
+from flexmoe.kernels.measure import Call, Routed, Shape, switch, work
 
 SHAPES = (Shape(8, 4096, 14336, 2), Shape(64, 3584, 2560, 8))  # Mixtral-8x7B, Qwen2-57B-A14B
 TOKENS = (1, 8, 64, 512, 4096)  # decode at batch 1 to 64, prefill beyond
@@ -182,11 +182,9 @@ def limits(device: str) -> dict[str, Any]:
 
 def least_s(index_TK: Tensor, width_TE: Tensor, H: int, machine: dict[str, Any]) -> float:
     """Seconds that arithmetic of all pairs, or reading weights once, takes at the limits."""
-    width_TK = width_TE.gather(1, index_TK).long()
-    widest_E = torch.zeros_like(width_TE[0]).long()
-    widest_E.scatter_reduce_(0, index_TK.flatten(), width_TK.flatten(), "amax")
-    compute = 6 * H * int(width_TK.sum()) / machine["flop_per_s"]["bfloat16"]
-    return max(compute, 6 * H * int(widest_E.sum()) / machine["bytes_per_s"])
+    least = work(index_TK, width_TE, H, torch.bfloat16)
+    compute = least["flop"] / machine["flop_per_s"]["bfloat16"]
+    return max(compute, least["bytes"] / machine["bytes_per_s"])
 
 
 def exact(routed: Routed, weights: Weights, width_E: Tensor) -> Tensor:

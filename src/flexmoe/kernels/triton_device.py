@@ -92,7 +92,7 @@ def _activate(v, NAME: tl.constexpr):
         return v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
     else:
         tl.static_assert(NAME == "relu2")
-        return tl.where(v > 0, v * v, 0.0)
+        return tl.where(v < 0, 0.0, v * v)  # NaN stays
 
 
 @tuned(

@@ -1,0 +1,32 @@
+"""``flexmoe bench kernels``."""
+
+import json
+
+from typer.testing import CliRunner
+
+from flexmoe.cli import app
+from flexmoe.errors import FlexmoeError
+
+
+def test_bench_measures_what_it_says_and_refuses_before(tmp_path):
+    out = tmp_path / "kernels.json"
+    command = "bench kernels --shape 4,64,32,2 --tokens 1,9 --repeats 1 --dtype float32"
+    result = CliRunner().invoke(app, [*command.split(), "--device", "cpu", "-o", str(out)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert [row["T"] for row in found["rows"]] == [1, 9]
+    for row in found["rows"]:
+        assert {"transformers eager", "100 %", "50 % ragged"} <= set(row["seconds"])
+        assert min(row["seconds"].values()) > 0
+        assert row["work"]["100 %"]["flop"] == row["T"] * 2 * 6 * 64 * 32
+        assert row["work"]["50 % ragged"]["bytes"] < row["work"]["100 %"]["bytes"]
+    for wrong in (
+        "--shape 4,64,32",
+        "--shape 4,64,32,5",
+        "--tokens 0",
+        "--dtype float16",
+        "--device cuda:99",
+    ):
+        assert isinstance(
+            CliRunner().invoke(app, f"bench kernels {wrong}".split()).exception, FlexmoeError
+        )
