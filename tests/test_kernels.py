@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from emulation import emulate
 from flexmoe.errors import FlexmoeError
 from flexmoe.kernels import Weights, cpu, experts, interface
 from flexmoe.kernels.activations import name_of
@@ -30,14 +31,15 @@ ONE = {
 
 @pytest.fixture(params=["torch", *cpu.TARGETS])
 def backend(request, monkeypatch):
-    """The torch loop, and the compiled source for every instruction set that runs here."""
+    """The torch loop, and the source compiled for every instruction set, emulated where the
+    processor does not have it."""
     if request.param == "torch":
         return "torch"
     if cpu._library()[0] is None:
         pytest.skip("no compiler or no AVX2")
     targets = list(cpu.TARGETS)
     if targets.index(request.param) > targets.index(cpu._target()):
-        pytest.skip("the processor does not have it")
+        emulate(monkeypatch, request.param)
     monkeypatch.setattr(cpu, "_target", lambda: request.param)
     monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)
     return "cpu"

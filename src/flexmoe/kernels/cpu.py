@@ -27,7 +27,7 @@ from flexmoe.kernels.activations import ACTIVATIONS
 if TYPE_CHECKING:
     from flexmoe.kernels.interface import Weights
 
-HEADERS = ("blocks", "layer", "panels", "tiles", "vectors")
+HEADERS = ("amx", "blocks", "layer", "panels", "tiles", "vectors")
 FILES = ("cpu.cpp", *(f"cpu_{name}.h" for name in HEADERS))
 SOURCES = tuple(Path(__file__).with_name(name) for name in FILES)
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "cpu_amx.h"
 #include "cpu_vectors.h"
 
 namespace {
@@ -15,33 +16,14 @@ constexpr int TILES_FROM = 3;  // tokens of a group; measured
 constexpr int PAIRS = 32;      // values of a row of it
 constexpr int VALUES = TILE * PAIRS;
 
-// Instructions of tiles. Those of the compiler's headers take no template arguments, and some do not
-// say what memory they read.
-template <int I>
-void zero_tile() {
-  __asm__ volatile("tilezero %%tmm%c0" ::"i"(I));
-}
-template <int I>
-void load_tile(const void* from, int64_t bytes) {  // from one row to the next
-  __asm__ volatile("tileloadd (%0,%1), %%tmm%c2" ::"r"(from), "r"(bytes), "i"(I) : "memory");
-}
-template <int I>
-void store_tile(void* to, int64_t bytes) {
-  __asm__ volatile("tilestored %%tmm%c2, (%0,%1)" ::"r"(to), "r"(bytes), "i"(I) : "memory");
-}
-template <int TO, int A, int B>  // TO += A . B
-void multiply_tiles() {
-  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(TO), "i"(A), "i"(B));
-}
-
 // All eight tiles of a thread are 16 rows of 64 bytes as long as this lives
 struct Tiles {
   Tiles() {
     alignas(64) uint8_t config[64] = {1};
     for (int i = 0; i < 8; i++) config[16 + 2 * i] = 64, config[48 + i] = TILE;
-    __asm__ volatile("ldtilecfg %0" ::"m"(config));
+    configure_tiles(config);
   }
-  ~Tiles() { _tile_release(); }
+  ~Tiles() { release_tiles(); }
 };
 
 struct Source {
