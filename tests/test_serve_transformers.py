@@ -195,6 +195,31 @@ def test_what_was_read_of_weights_that_do_not_fit_goes_again(made, expected, mon
     server.generation.shutdown()
 
 
+def test_a_release_without_memory_for_what_stays_keeps_the_poorer_budgets(
+    made, expected, monkeypatch
+):
+    server, kept = Server(made[0] / "plan"), elastic._kept
+    model = server.app.state.engine.memory.model
+    whole, last = expert_bytes(model), expert_layers(model)[-1].module
+
+    def out_of_memory(module, width_E):
+        if module is last:
+            raise RuntimeError("out of memory")
+        return kept(module, width_E)
+
+    monkeypatch.setattr(elastic, "_kept", out_of_memory)
+    (answer,) = server.ask({"budget": "40", "release": True}, path="/flexmoe/budget")
+    assert answer.status_code == 200
+    assert answer.json()["freed_bytes"] == whole - expert_bytes(model) > 0
+    (refused,) = server.ask(body("20", PROMPTS[0]))
+    assert refused.status_code == 503
+    assert server.text(body("40", PROMPTS[0])) == [expected["40", PROMPTS[0]]]
+    server.ask({"budget": "0"}, path="/flexmoe/budget")
+    assert expert_bytes(model) == whole
+    assert server.text(body("20", PROMPTS[0])) == [expected["20", PROMPTS[0]]]
+    server.generation.shutdown()
+
+
 def test_no_more_than_the_richest_budget_served_is_in_memory(made, expected):
     for budgets in ("20,60", "20"):
         server = Server(made[0] / "plan", budgets=budgets)
