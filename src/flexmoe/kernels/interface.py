@@ -112,6 +112,12 @@ def experts(
     return run.experts(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T, budget)
 
 
+def check_forced() -> None:
+    """`FlexmoeError` where FLEXMOE_KERNEL names no back end."""
+    if FORCED is not None and FORCED not in BACKENDS:
+        raise did_you_mean(FORCED, BACKENDS, "FLEXMOE_KERNEL")
+
+
 def _backend(weights: Weights, x_TH: Tensor, weight_TK: Tensor, forced: str | None) -> Any:
     if forced is None:
         plain = type(x_TH) is Tensor and type(weight_TK) is Tensor and not torch.is_grad_enabled()

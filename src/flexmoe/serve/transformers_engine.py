@@ -34,7 +34,7 @@ from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
-from flexmoe.family import find_folder, find_weights, load
+from flexmoe.family import find_folder, load
 from flexmoe.premoe import Match, Pattern
 from flexmoe.serve import transformers_batch as batching
 from flexmoe.serve.engine import Engine, ServeSettings
@@ -145,7 +145,7 @@ def open_model(
             memory.keep(0)
         if len(widths) > 1:
             model.set_experts_implementation("flexmoe")
-    return model, AutoTokenizer.from_pretrained(find_weights(folder, settings.base)), memory
+    return model, AutoTokenizer.from_pretrained(model.name_or_path), memory
 
 
 def start_batching(model: PreTrainedModel, settings: ServeSettings) -> tuple[GenerationState, int]:

@@ -42,6 +42,11 @@ class VllmEngine(Engine):
         self.model, self.finder = model, finder
 
     def mark(self, body: dict, budget: str) -> dict:
+        if body.get("use_beam_search"):
+            raise FlexmoeError(
+                "use_beam_search is not supported: vLLM's beams are requests of their own, which "
+                "lose the budget. Leave it out"
+            )
         given = body.get("vllm_xargs")
         if given is not None and not isinstance(given, dict):
             raise FlexmoeError(f"vllm_xargs must be an object, found {type(given).__name__}")
