@@ -227,6 +227,7 @@ BAD = [
     (b"\xff\xfe", 400, "not valid JSON"),
     (b"", 400, "not valid JSON"),
     (b"[" * 100_000, 400, "not valid JSON"),
+    (b'{"prompt": "\\ud800"}', 400, "surrogates not allowed"),
     (b'{"model": 3}', 400, "model must be a string, found int"),
     (b'{"model": "moe:99"}', 404, "Did you mean"),
     (b'{"model": "gpt-4"}', 404, "Known: moe, moe:0, moe:20, moe:40, moe:60"),
