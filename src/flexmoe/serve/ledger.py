@@ -19,8 +19,8 @@ class Ticket:
     """One request from its arrival to its end. Times are of the ledger's clock, in seconds.
 
     ``follows``: its model id named no budget, so it got the default; ``first`` and ``last``: when
-    text went out; ``prompt`` and ``tokens``: of the prompt, where the engine says, and of the answer
-    so far; ``ended`` and ``status`` see `Ledger.close`.
+    text went out; ``prompt`` and ``tokens``: how many the prompt has, where the engine says, and
+    the answer so far; ``ended`` and ``status`` see `Ledger.close`.
     """
 
     budget: str
