@@ -41,6 +41,7 @@ def made(tmp_path_factory):
     """A random checkpoint with the shipped tokenizer, and a plan for it."""
     root = tmp_path_factory.mktemp("serve")
     model = tiny_model("qwen3_moe", vocab_size=4096)
+    model.config.max_position_embeddings = 4096
     model.save_pretrained(root / "base")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / "model" / file, root / "base")
@@ -323,13 +324,16 @@ def test_routes_that_load_and_drop_models_are_gone(server):
 def test_drawing():
     torch.manual_seed(0)
     scores = torch.tensor([[2.0, 1.0, 0.0, -9.0]]).expand(4000, 4)
-    ones = torch.ones(4000)
-    share = torch.bincount(batching.draw(scores, ones, ones), minlength=4) / 4000
+    ones, every = torch.ones(4000), torch.zeros(4000, dtype=torch.int64)
+    share = torch.bincount(batching.draw(scores, ones, ones, every), minlength=4) / 4000
     assert torch.allclose(share, scores[0].softmax(-1), atol=0.03)
     # 0.665 + 0.245 reach 0.7
-    assert set(batching.draw(scores, ones, 0.7 * ones).tolist()) == {0, 1}
-    assert set(batching.draw(scores, ones, 0 * ones).tolist()) == {0}
-    assert set(batching.draw(scores, 0.01 * ones, ones).tolist()) == {0}
+    assert set(batching.draw(scores, ones, 0.7 * ones, every).tolist()) == {0, 1}
+    assert set(batching.draw(scores, ones, 0 * ones, every).tolist()) == {0}
+    assert set(batching.draw(scores, 0.01 * ones, ones, every).tolist()) == {0}
+    assert set(batching.draw(scores, ones, ones, every + 3).tolist()) == {0, 1, 2}
+    # of two, the first has 0.73
+    assert set(batching.draw(scores, ones, 0.7 * ones, every + 2).tolist()) == {0}
 
 
 def test_another_transformers_is_refused_at_the_start(monkeypatch):
