@@ -111,6 +111,9 @@ def test_layers_with_a_window_share_the_cache_with_the_others():
     item = SimpleNamespace(initial_tokens=[1] * 100, max_new_tokens=100)
     with pytest.raises(FlexmoeError, match="into the KV cache of 192 tokens for a request"):
         inbox.put(item)
+    sizes.num_blocks = 1
+    with pytest.raises(ValueError, match="no room for one request"):
+        batching.start(model, "m", ends, sizes, [])
     config.max_position_embeddings = 64
     assert batching._room(model, cache) == (
         64,
@@ -125,6 +128,12 @@ def test_an_answer_without_a_limit_ends_where_the_room_does(made):  # noqa: F811
     assert answer.json()["usage"]["total_tokens"] == 32
     assert answer.json()["choices"][0]["finish_reason"] == "length"
     server.generation.shutdown()
+
+
+def test_a_kernel_that_cannot_run_is_refused_before_it_serves(made, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("flexmoe.kernels.interface.FORCED", "triton")
+    with pytest.raises(FlexmoeError, match="'triton' was asked for and cannot run"):
+        Server(made[0] / "plan")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -260,6 +260,8 @@ def _room(model: PreTrainedModel, cache: Any) -> tuple[int, str]:
     )
 
     room = infer_max_single_request_tokens(cache)
+    if room < 2:  # a token of a prompt, and one of its answer
+        raise ValueError("its KV cache has no room for one request")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and positions < room:
         return positions, f"the model's {positions} positions: ask for fewer (max_tokens)"

@@ -113,6 +113,8 @@ def open_model(
             memory.keep(0)
         if len(widths) > 1:
             model.set_experts_implementation("flexmoe")
+    with torch.no_grad():  # what cannot run, as a kernel that was forced, is said before it serves
+        model(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
     return model, AutoTokenizer.from_pretrained(model.name_or_path), memory
 
 
