@@ -222,6 +222,16 @@ def draw(scores_nV: Tensor, temperature_n: Tensor, top_p_n: Tensor, top_k_n: Ten
     return token_nV.gather(-1, kept_nV.multinomial(1))[:, 0]
 
 
+@torch.no_grad()
+def try_out(model: PreTrainedModel, experts: Sequence[nn.Module]) -> None:
+    """One token at the richest budget: what cannot run (a kernel that was forced) raises now, and
+    does not end the worker at the first request."""
+    token_1 = torch.zeros(1, dtype=torch.int32, device=model.device)
+    for module in experts:
+        module.flexmoe_token_budget_T = token_1
+    model(token_1[None].long(), use_cache=False)
+
+
 def start(
     model: PreTrainedModel,
     name: str,

@@ -113,8 +113,6 @@ def open_model(
             memory.keep(0)
         if len(widths) > 1:
             model.set_experts_implementation("flexmoe")
-    with torch.no_grad():  # what cannot run, as a kernel that was forced, is said before it serves
-        model(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
     return model, AutoTokenizer.from_pretrained(model.name_or_path), memory
 
 
@@ -136,6 +134,7 @@ def start_batching(model: PreTrainedModel, settings: ServeSettings) -> tuple[Gen
     )
     several = len(settings.budgets.rows) > 1
     experts = [layer.module for layer in expert_layers(model)] if several else []
+    batching.try_out(model, experts)
     try:
         return batching.start(model, MODEL, ends, config, experts)
     except (ValueError, MemoryError, AttributeError, NotImplementedError) as error:
