@@ -63,7 +63,7 @@ def settings(**changes) -> ServeSettings:
 class Echo:
     """An engine's application: answers with the budget it was given, and the prompt. What a prompt
     says decides how: ``wait`` until `gate` is open, ``fail``, ``split`` chunks anywhere, ``break``
-    with an error in the stream."""
+    with an error in the stream, ``count`` tokens in every event."""
 
     def __init__(self):
         self.gate = asyncio.Event()
@@ -106,6 +106,8 @@ class Echo:
                 await self.gate.wait()
             choice = {"index": 0, "text": f" {word}"}
             event = {"model": body["model"], "budget": body["budget"], "choices": [choice]}
+            if "count" in prompt:
+                event["usage"] = {"prompt_tokens": 7, "completion_tokens": n + 1}
             line = f"data: {json.dumps(event, separators=(',', ':'))}\n\n".encode()
             if "split" in prompt:
                 for at in range(0, len(line), 7):
@@ -113,7 +115,7 @@ class Echo:
             else:
                 yield line
         if "break" in prompt:
-            yield b'data: {"error": "out of memory"}\n\n'
+            yield b'data: {"error": "no "memory"\nfor it"}\n\n'  # as transformers writes them
         yield b"data: [DONE]\n\n"
 
 

@@ -16,7 +16,7 @@ from helpers import random_plan
 from serving import ask_at_once
 from zoo import tiny_model
 
-CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETE, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 BUDGETS = ("0", "20", "40", "60")
 NEW = 12
 
@@ -26,6 +26,7 @@ class Chats:
 
     def __init__(self, root):
         model = tiny_model("qwen3_moe", vocab_size=4096)
+        model.config.max_position_embeddings = 4096
         model.generation_config.eos_token_id = None
         with torch.no_grad():  # else it repeats itself, whatever it was asked
             model.lm_head.weight.normal_(0, 1, generator=torch.Generator().manual_seed(3))
@@ -100,6 +101,18 @@ def test_tools_reach_the_template(chats):
     assert said(answer) == chats.expected("40", tools=TOOLS) != chats.expected("40")
 
 
+def test_responses_are_whole_unless_a_stream_is_asked_for(chats):
+    bodies = [
+        {"model": "moe:40", "input": MESSAGES, "max_output_tokens": NEW, **more}
+        for more in ({}, {"stream": None}, {"stream": True})
+    ]
+    whole, null, stream = chats.post(RESPONSES, *bodies)
+    (output,) = whole.json()["output"]
+    assert output["content"][0]["text"].strip() == chats.expected("40")
+    assert null.json()["output"][0]["content"] == output["content"]
+    assert "event-stream" in stream.headers["content-type"]
+
+
 USER = {"role": "user", "content": "hi"}
 BAD = [
     ({"messages": [USER, USER]}, "roles must alternate"),
@@ -114,6 +127,24 @@ BAD = [
     ({"messages": [USER], "chat_template_kwargs": 3}, "chat_template_kwargs must be an object"),
     ({"messages": [USER], "stream": True, "model": "moe:30"}, "moe:40"),
 ]
+
+
+BAD_RESPONSES = [
+    ({}, "input must be a string or a list of items, found None"),
+    ({"input": []}, "found []"),
+    ({"input": 5}, "found 5"),
+    ({"input": [3]}, "an item of input must be an object, found 3"),
+    ({"input": [USER, USER]}, "roles must alternate"),
+    ({"input": [{"type": "computer_call"}]}, "a part of type 'computer_call' is no text"),
+    ({"input": "hi", "tools": {"a": 1}}, "tools must be a list of tools, found dict"),
+    ({"input": "hi", "prompt": {"id": "p"}}, "prompt is not supported"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD_RESPONSES)
+def test_what_is_wrong_with_a_response_is_said(chats, wrong, message):
+    (answer,) = chats.post(RESPONSES, {"model": "moe", **wrong})
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(("wrong", "message"), BAD)

@@ -116,6 +116,28 @@ def test_a_client_that_goes_away_is_not_counted_on():
     run(go())
 
 
+def test_a_stream_that_ends_because_its_client_left_is_cancelled():
+    """Engines may still send an end, as if nothing were."""
+
+    async def go():
+        serving, seen = Serving(), []
+
+        async def engine(scope, receive, send):
+            kind = [(b"content-type", b"text/event-stream")]
+            await send({"type": "http.response.start", "status": 200, "headers": kind})
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            await send({"type": "http.response.body", "body": b""})
+
+        serving.app.app = engine
+        answer, gone = client(serving.app, b'{"stream": true}', seen)
+        gone.set()
+        await answer
+        assert serving.metric("flexmoe_requests_total", budget="0", status="cancelled") == 1
+
+    run(go())
+
+
 def test_running_requests_keep_the_default_they_came_with():
     async def go():
         serving = Serving()
@@ -150,6 +172,19 @@ def test_counts_and_metrics():
         text = (await serving.client.get("/metrics")).text
         assert 'flexmoe_requests_total{budget="20",status="failed"} 2.0' in text
         assert "flexmoe_budget_default 0.0" in text
+
+    run(go())
+
+
+def test_tokens_that_are_reported_again_are_counted_once():
+    async def go():
+        serving = Serving()
+        await serving.complete("moe:20", "count", stream=True)
+        found = [
+            serving.metric("flexmoe_tokens_total", budget="20", kind=kind)
+            for kind in ("prompt", "completion")
+        ]
+        assert found == [7, 3]
 
     run(go())
 
@@ -192,6 +227,7 @@ BAD = [
     (b"\xff\xfe", 400, "not valid JSON"),
     (b"", 400, "not valid JSON"),
     (b"[" * 100_000, 400, "not valid JSON"),
+    (b'{"prompt": "\\ud800"}', 400, "surrogates not allowed"),
     (b'{"model": 3}', 400, "model must be a string, found int"),
     (b'{"model": "moe:99"}', 404, "Did you mean"),
     (b'{"model": "gpt-4"}', 404, "Known: moe, moe:0, moe:20, moe:40, moe:60"),

@@ -7,6 +7,7 @@ import socket
 import pytest
 from typer.testing import CliRunner
 
+import flexmoe
 from flexmoe.cli import app
 from flexmoe.data import TINY
 from flexmoe.errors import FlexmoeError
@@ -76,6 +77,22 @@ def test_quality_is_that_of_the_saved_curve(family, tmp_path):
 def test_a_checkpoint_is_one_member():
     found = make_settings("tiny", **OTHERS)
     assert found.budgets.ids == ("tiny",) and found.members[0].routed_parameters > 10**6
+
+
+def test_exports_of_stock_widths_say_what_they_keep(family, tmp_path):
+    for layout in ("ragged", "masked"):
+        done = flexmoe.export(family, tmp_path / layout, pruned=0.4, layout=layout)
+        (member,) = prepare.served_members(str(tmp_path / layout), None)
+        assert member.routed_parameters == done.routed_parameters < 0.7 * 1_572_864
+
+
+def test_a_wrong_kernel_is_refused(family, monkeypatch):
+    monkeypatch.setattr("flexmoe.kernels.interface.FORCED", "tourch")
+    monkeypatch.setenv("FLEXMOE_KERNEL", "tourch")
+    with pytest.raises(FlexmoeError, match=r"'tourch'. Did you mean 'torch'"):
+        made(family)
+    run = CliRunner().invoke(app, ["compress", "tiny", "-o", "never"])
+    assert isinstance(run.exception, FlexmoeError) and "FLEXMOE_KERNEL" in str(run.exception)
 
 
 WRONG = [

@@ -8,12 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from chat import TOOLS
 from flexmoe.data import TINY
 from flexmoe.errors import FlexmoeError
 from flexmoe.plan import Plan
 from flexmoe.premoe import Store, compile_plan
 from flexmoe.premoe.pattern import Reach
 from flexmoe.premoe.signature import signatures
+from flexmoe.serve import tasks, transformers_chat
 from flexmoe.serve.prepare import make_settings
 from helpers import masked_logits, random_plan
 from patterns import made_pattern
@@ -31,6 +33,7 @@ def made(tmp_path_factory):
     have the prompts' own signatures."""
     root = tmp_path_factory.mktemp("tasks")
     model = tiny_model("qwen3_moe", vocab_size=4096)
+    model.config.max_position_embeddings = 4096
     model.save_pretrained(root / "base")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / "model" / file, root / "base")
@@ -127,14 +130,30 @@ def test_chats_and_responses_have_a_task_too(server):
     small = {"model": "moe:auto", "max_tokens": 2}
     (answer,) = server.ask({**small, "messages": chat}, path="/v1/chat/completions")
     assert answer.status_code == 200 and answer.headers["x-flexmoe-task"] == "tale"
+    parts = [{"role": "user", "content": [{"type": "text", "text": PROMPTS["tale"]}]}]
+    (answer,) = server.ask({**small, "messages": parts}, path="/v1/chat/completions")
+    assert answer.status_code == 200 and answer.headers["x-flexmoe-task"] == "tale"
     response = {"model": "moe:auto", "input": PROMPTS["code"], "max_output_tokens": 2}
     (answer,) = server.ask(response, path="/v1/responses")
     assert answer.status_code == 200 and answer.headers["x-flexmoe-task"] == "code"
 
 
+@pytest.mark.parametrize("chat_of", [tasks.chat_of, transformers_chat.chat_of])
+def test_the_task_is_found_for_the_text_that_the_model_answers(chat_of):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    asked = {"messages": [{"role": "user", "content": parts}], "tools": TOOLS}
+    messages, more = chat_of({**asked, "chat_template_kwargs": {"thinking": False}})
+    text = "a\nb" if chat_of is tasks.chat_of else "a b"
+    assert messages == [{"role": "user", "content": text}]
+    assert more == {"tools": TOOLS, "thinking": False}
+    messages, _ = chat_of({"input": "hi", "instructions": "be brief"})
+    assert [message["content"] for message in messages] == ["be brief", "hi"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"prompt": [5] * 2049}, "has 2049 tokens, and a request may have 2048"),
         ({"prompt": ""}, "the prompt is empty"),
         ({}, "no prompt was found"),
         ({"prompt": ["a"]}, "for one prompt"),

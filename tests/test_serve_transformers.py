@@ -41,6 +41,7 @@ def made(tmp_path_factory):
     """A random checkpoint with the shipped tokenizer, and a plan for it."""
     root = tmp_path_factory.mktemp("serve")
     model = tiny_model("qwen3_moe", vocab_size=4096)
+    model.config.max_position_embeddings = 4096
     model.save_pretrained(root / "base")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / "model" / file, root / "base")
@@ -195,6 +196,31 @@ def test_what_was_read_of_weights_that_do_not_fit_goes_again(made, expected, mon
     server.generation.shutdown()
 
 
+def test_a_release_without_memory_for_what_stays_keeps_the_poorer_budgets(
+    made, expected, monkeypatch
+):
+    server, kept = Server(made[0] / "plan"), elastic._kept
+    model = server.app.state.engine.memory.model
+    whole, last = expert_bytes(model), expert_layers(model)[-1].module
+
+    def out_of_memory(module, width_E):
+        if module is last:
+            raise RuntimeError("out of memory")
+        return kept(module, width_E)
+
+    monkeypatch.setattr(elastic, "_kept", out_of_memory)
+    (answer,) = server.ask({"budget": "40", "release": True}, path="/flexmoe/budget")
+    assert answer.status_code == 200
+    assert answer.json()["freed_bytes"] == whole - expert_bytes(model) > 0
+    (refused,) = server.ask(body("20", PROMPTS[0]))
+    assert refused.status_code == 503
+    assert server.text(body("40", PROMPTS[0])) == [expected["40", PROMPTS[0]]]
+    server.ask({"budget": "0"}, path="/flexmoe/budget")
+    assert expert_bytes(model) == whole
+    assert server.text(body("20", PROMPTS[0])) == [expected["20", PROMPTS[0]]]
+    server.generation.shutdown()
+
+
 def test_no_more_than_the_richest_budget_served_is_in_memory(made, expected):
     for budgets in ("20,60", "20"):
         server = Server(made[0] / "plan", budgets=budgets)
@@ -298,13 +324,16 @@ def test_routes_that_load_and_drop_models_are_gone(server):
 def test_drawing():
     torch.manual_seed(0)
     scores = torch.tensor([[2.0, 1.0, 0.0, -9.0]]).expand(4000, 4)
-    ones = torch.ones(4000)
-    share = torch.bincount(batching.draw(scores, ones, ones), minlength=4) / 4000
+    ones, every = torch.ones(4000), torch.zeros(4000, dtype=torch.int64)
+    share = torch.bincount(batching.draw(scores, ones, ones, every), minlength=4) / 4000
     assert torch.allclose(share, scores[0].softmax(-1), atol=0.03)
     # 0.665 + 0.245 reach 0.7
-    assert set(batching.draw(scores, ones, 0.7 * ones).tolist()) == {0, 1}
-    assert set(batching.draw(scores, ones, 0 * ones).tolist()) == {0}
-    assert set(batching.draw(scores, 0.01 * ones, ones).tolist()) == {0}
+    assert set(batching.draw(scores, ones, 0.7 * ones, every).tolist()) == {0, 1}
+    assert set(batching.draw(scores, ones, 0 * ones, every).tolist()) == {0}
+    assert set(batching.draw(scores, 0.01 * ones, ones, every).tolist()) == {0}
+    assert set(batching.draw(scores, ones, ones, every + 3).tolist()) == {0, 1, 2}
+    # of two, the first has 0.73
+    assert set(batching.draw(scores, ones, 0.7 * ones, every + 2).tolist()) == {0}
 
 
 def test_another_transformers_is_refused_at_the_start(monkeypatch):

@@ -103,6 +103,16 @@ def test_the_batch_is_written_in_place_and_knows_when_it_mixes(monkeypatch) -> N
     assert batch.token_budget_T.data_ptr() == address
 
 
+def test_beams_are_refused() -> None:
+    pytest.importorskip("fastapi")
+    from flexmoe.serve.vllm.endpoint import VllmEngine
+
+    engine = VllmEngine("moe")
+    with pytest.raises(FlexmoeError, match="use_beam_search is not supported"):
+        engine.mark({"use_beam_search": True}, "40")
+    assert engine.mark({"use_beam_search": False}, "40")["vllm_xargs"] == {BUDGET: "40"}
+
+
 def test_settings_and_versions_that_would_lose_budgets_are_refused(monkeypatch) -> None:
     good = SimpleNamespace(
         use_v2_model_runner=False, parallel_config=SimpleNamespace(use_ubatching=False)

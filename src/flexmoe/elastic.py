@@ -45,11 +45,11 @@ def release(model: PreTrainedModel) -> int:
             "release needs a model that flexmoe.load opened from a family or a plan: what is "
             "released is read again from there"
         )
-    before = _stored_bytes(model)
+    before = stored_bytes(model)
     for layer in expert_layers(model):
         _release(layer, layer.module.flexmoe_width_E)
     _give_back(model)
-    return before - _stored_bytes(model)
+    return before - stored_bytes(model)
 
 
 def _release(layer: ExpertLayer, width_E: list[int]) -> None:
@@ -76,7 +76,7 @@ def restore(model: PreTrainedModel, width: dict[int, Tensor] | None = None) -> i
     released = [layer for layer in expert_layers(model) if is_released(layer.module)]
     if not released:
         return 0
-    before = _stored_bytes(model)
+    before = stored_bytes(model)
     source: Source = model.flexmoe_source
     checkpoint = Checkpoint(source.folder)
     traced = trace(checkpoint, meta_model(source.folder))
@@ -89,7 +89,7 @@ def restore(model: PreTrainedModel, width: dict[int, Tensor] | None = None) -> i
         if width is not None:
             _release(layer, width[layer.index].tolist())
     _give_back(model)
-    return _stored_bytes(model) - before
+    return stored_bytes(model) - before
 
 
 def is_released(module: nn.Module) -> bool:
@@ -188,7 +188,7 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _stored_bytes(model: PreTrainedModel) -> int:
+def stored_bytes(model: PreTrainedModel) -> int:
     """Bytes of storage behind the parameters of all experts."""
     found = [p for layer in expert_layers(model) for p in layer.module.parameters(recurse=False)]
     return sum({p.data_ptr(): p.untyped_storage().nbytes() for p in found}.values())

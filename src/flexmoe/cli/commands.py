@@ -5,6 +5,7 @@ Heavy imports happen inside the commands, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from contextlib import nullcontext
@@ -92,6 +93,10 @@ def options(
     ] = False,
 ) -> None:
     """Set up what all commands share."""
+    if os.environ.get("FLEXMOE_KERNEL"):  # else nothing heavy is imported for it
+        from flexmoe.kernels import check_forced
+
+        check_forced()
 
 
 @app.command(epilog=COMPRESS_EXAMPLES)

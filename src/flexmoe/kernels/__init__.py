@@ -4,6 +4,6 @@
 every token where asked for. Engines call this function only; which back end runs is decided here.
 """
 
-from flexmoe.kernels.interface import Kept, Weights, experts
+from flexmoe.kernels.interface import Kept, Weights, check_forced, experts
 
-__all__ = ["Kept", "Weights", "experts"]
+__all__ = ["Kept", "Weights", "check_forced", "experts"]

@@ -132,6 +132,12 @@ def experts(
     return run.experts(x_TH, index_TK, weight_TK, weights, width_BE, token_budget_T, budget)
 
 
+def check_forced() -> None:
+    """`FlexmoeError` where FLEXMOE_KERNEL names no back end."""
+    if FORCED is not None and FORCED not in BACKENDS:
+        raise did_you_mean(FORCED, BACKENDS, "FLEXMOE_KERNEL")
+
+
 def _backend(weights: Weights, x_TH: Tensor, weight_TK: Tensor, forced: str | None) -> Any:
     if forced is None:
         tensors = (x_TH, weight_TK, weights.up, weights.down)

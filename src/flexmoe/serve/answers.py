@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ class Answer:
     Every ``"model": "INSIDE"`` becomes the id that was ``asked`` for. Replacing bytes is safe:
     inside a JSON string the quotes would be escaped. Of a stream whole lines go on at once and the
     start of a line waits for its end; JSON is passed on whole, with its new length. ``more`` are
-    headers to add.
+    headers to add. ``gone`` says whether the client has left.
     """
 
     def __init__(
@@ -73,9 +73,11 @@ class Answer:
         *,
         inside: str,
         asked: str,
+        gone: Callable[[], bool],
         more: Sequence[tuple[bytes, bytes]] = (),
     ):
         self.send, self.ledger, self.ticket, self.more = send, ledger, ticket, more
+        self.gone = gone
         self.names = {
             f'"model":{gap}{json.dumps(inside, ensure_ascii=False)}'.encode(): (
                 f'"model":{gap}{json.dumps(asked, ensure_ascii=False)}'.encode()
@@ -87,6 +89,7 @@ class Answer:
         self.held = b""  # not passed on yet
         self.error = False
         self.ended = False
+        self.unread = False  # its end went to nobody
 
     @property
     def status(self) -> str:
@@ -95,13 +98,16 @@ class Answer:
             return ""
         if (code := self.start["status"]) >= 400:
             return "refused" if code < 500 else "failed"
-        return "failed" if self.error else "ok"
+        if self.error:
+            return "failed"
+        return "cancelled" if self.unread else "ok"
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             await self._begin(message)
         elif message["type"] == "http.response.body":
             more = message.get("more_body", False)
+            self.unread = self.gone()  # before it is sent: a client that has it all leaves
             await self._body(message.get("body", b""), more)
             self.ended = not more
         else:
@@ -146,7 +152,8 @@ class Answer:
     def _count(self, text: bytes) -> None:
         try:
             event = read_event(json.loads(text))
-        except ValueError:  # [DONE], or nothing of ours
+        except ValueError:  # [DONE], or an error whose text transformers put in as it was
+            self.error = self.error or text.strip().startswith(b'{"error"')
             return
         self.error = self.error or event.error
         if event.pieces:

@@ -75,6 +75,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """A JSON object that can be written again; `Refused` (400) for anything else."""
     try:
         found = json.loads(body)
+        json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
         raise Refused(400, f"the body is not valid JSON: {error}") from None
     if not isinstance(found, dict):

@@ -19,7 +19,8 @@ class Ticket:
     """One request from its arrival to its end. Times are of the ledger's clock, in seconds.
 
     ``follows``: its model id named no budget, so it got the default; ``first`` and ``last``: when
-    text went out; ``tokens``: of the answer so far; ``ended`` and ``status`` see `Ledger.close`.
+    text went out; ``prompt`` and ``tokens``: how many the prompt has, where the engine says, and
+    the answer so far; ``ended`` and ``status`` see `Ledger.close`.
     """
 
     budget: str
@@ -28,6 +29,7 @@ class Ticket:
     began: float
     first: float | None = None
     last: float | None = None
+    prompt: int = 0
     tokens: int = 0
     ended: float | None = None
     status: str = ""
@@ -74,11 +76,13 @@ class Ledger:
         self._count(ticket, tokens)
 
     def usage(self, ticket: Ticket, prompt: int | None, completion: int | None) -> None:
-        """What the engine itself counted; better than counting pieces of text."""
+        """What the engine itself counted so far, which it may say again and again; better than
+        counting pieces of text."""
         if completion is not None:
             self._count(ticket, max(0, completion - ticket.tokens))
-        if prompt is not None:
-            self.metrics.tokens.labels(ticket.budget, "prompt").inc(prompt)
+        if prompt is not None and prompt > ticket.prompt:
+            self.metrics.tokens.labels(ticket.budget, "prompt").inc(prompt - ticket.prompt)
+            ticket.prompt = prompt
 
     def _count(self, ticket: Ticket, tokens: int) -> None:
         ticket.tokens += tokens

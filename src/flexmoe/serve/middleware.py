@@ -117,7 +117,7 @@ class ServeMiddleware:
         request = _Request(json.dumps(marked).encode(), receive)
         ticket = state.ledger.open(budget, follows=follows, streamed=body.get("stream") is True)
         names = {"inside": state.engine.model, "asked": asked}
-        answer = Answer(send, state.ledger, ticket, more=found, **names)
+        answer = Answer(send, state.ledger, ticket, gone=lambda: request.gone, more=found, **names)
         try:
             await self.app(request.scope(scope), request.receive, answer)
         finally:

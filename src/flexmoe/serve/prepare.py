@@ -15,6 +15,7 @@ from flexmoe.evaluation.curve import load_curve
 from flexmoe.experts import routed_parameters
 from flexmoe.family import find_folder, find_weights
 from flexmoe.headers import EXPORT_NAME, read_json, resolve
+from flexmoe.kernels import check_forced
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.serve.engine import ServedMember, ServeSettings, Slo
 from flexmoe.serve.ids import Budgets, label
@@ -82,9 +83,12 @@ def served_members(path: str, budgets: str | None) -> tuple[ServedMember, ...]:
 
 def _single(folder: Path) -> ServedMember:
     about = read_json(folder / EXPORT_NAME) if (folder / EXPORT_NAME).is_file() else {}
+    routed = routed_parameters(meta_model(folder))
+    if about.get("layout") != "uniform":  # the config of others says the widths before
+        routed = round(routed * (1 - about.get("achieved", 0.0)))
     return ServedMember(
         pruned=about.get("pruned", 0.0),
-        routed_parameters=routed_parameters(meta_model(folder)),
+        routed_parameters=routed,
         bytes=Checkpoint(folder).bytes,
     )
 
@@ -165,6 +169,7 @@ def make_settings(
     ``default`` is by default the richest budget, ``name`` the folder's name or the hub id;
     ``patterns`` a pattern store, whose tasks ``keep`` that share of the experts.
     """
+    check_forced()
     check_port(others["host"], others["port"])
     if others["dtype"] not in DTYPES:
         raise did_you_mean(others["dtype"], DTYPES, "dtype")

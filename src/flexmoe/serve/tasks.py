@@ -8,6 +8,7 @@ those that go and all channels for those that stay, in whatever order a family h
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -85,14 +86,42 @@ def beside(model: PreTrainedModel) -> PreTrainedModel:
     return deepcopy(model, {**shared, id(plan): plan})
 
 
+def chat_of(body: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The messages of a chat, or of the responses API, and the template's arguments, much as vLLM
+    gives them: parts of text become lines. Raises anything for what is no chat."""
+    messages: Any = body.get("messages", body.get("input"))
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if body.get("instructions"):
+        messages = [{"role": "system", "content": body["instructions"]}, *messages]
+    messages = [{**message, "content": _text(message.get("content"))} for message in messages]
+    return messages, {"tools": body.get("tools"), **(body.get("chat_template_kwargs") or {})}
+
+
+def _text(content: Any) -> Any:
+    if not isinstance(content, list):
+        return content
+    return "\n".join(part if isinstance(part, str) else part["text"] for part in content)
+
+
 class TaskFinder:
     """Finds the pattern that a request's prompt needs, from the first MoE layer's router in
-    ``model``, of which no more than what stands before that layer's experts is computed."""
+    ``model``, of which no more than what stands before that layer's experts is computed.
+
+    ``room``: tokens that a prompt may have (None: any number); ``chat``: the messages of a request,
+    and the other arguments of the chat template, as the engine gives them to it.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, patterns: list[Pattern]
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        patterns: list[Pattern],
+        room: int | None,
+        chat: Callable[[dict[str, Any]], tuple[list[dict[str, Any]], dict[str, Any]]],
     ):
         self.model, self.tokenizer, self.patterns = model, tokenizer, patterns
+        self.room, self.chat = room, chat
         self.one_at_a_time = asyncio.Lock()
 
     async def find(self, body: dict[str, Any]) -> Match:
@@ -100,6 +129,10 @@ class TaskFinder:
         ids = torch.tensor(self.tokens(body), dtype=torch.long)
         if not len(ids):
             raise FlexmoeError("the prompt is empty: it has no tokens")
+        if self.room is not None and len(ids) > self.room:  # one is looked at, and others wait
+            raise FlexmoeError(
+                f"the prompt has {len(ids)} tokens, and a request may have {self.room}"
+            )
         async with self.one_at_a_time:
             return await asyncio.to_thread(retrieve, self.model, self.patterns, ids)
 
@@ -115,16 +148,12 @@ class TaskFinder:
             return prompt
         if isinstance(prompt, list):
             raise FlexmoeError("the task is found for one prompt: send the others on their own")
-        messages = body.get("messages", body.get("input"))
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        if not isinstance(messages, list) or not messages:
+        if not body.get("messages", body.get("input")):
             raise FlexmoeError("no prompt was found in the request, whose task is looked for")
-        if isinstance(body.get("instructions"), str):
-            messages = [{"role": "system", "content": body["instructions"]}, *messages]
         try:
+            messages, more = self.chat(body)
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages, tokenize=False, add_generation_prompt=True, **more
             )
         except Exception as error:  # of the model's own template, on what a client sent
             raise FlexmoeError(f"the messages do not fit the chat template: {error}") from error

@@ -1,62 +1,74 @@
-"""Chats with transformers' handler, where what clients get wrong is said as theirs."""
+"""Chats with transformers' handlers, where what clients get wrong is said as theirs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.response import ResponseHandler
+from transformers.cli.serving.utils import BaseHandler, Modality
 
 from flexmoe.errors import FlexmoeError
 
-KINDS: dict[str, tuple[type, str]] = {
-    "messages": (list, "a list of messages"),
-    "tools": (list, "a list of tools"),
-    "chat_template_kwargs": (dict, "an object"),
-}
-# What transformers ignores with a line in its log, but would change the answer.
-IGNORED = (
-    "audio", "function_call", "functions", "modalities", "prediction", "reasoning_effort",
-    "response_format", "top_logprobs", "web_search_options",
-)  # fmt: skip
+TEXT = ("text", "input_text", "output_text")  # types of parts
+
+
+def chat_of(body: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The messages of a chat, or of the responses API, as transformers gives them to the template
+    of a text model, and the template's arguments. Raises anything for what is no chat."""
+    messages: Any = body.get("messages")
+    tools = body.get("tools")
+    if "input" in body:
+        messages = ResponseHandler._normalize_input(body)
+        tools = ResponseHandler._normalize_tools(tools)
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            if part["type"] not in TEXT:  # it would be left out without a word
+                raise ValueError(f"a part of type '{part['type']}' is no text")
+    messages = BaseHandler.get_processor_inputs_from_messages(messages, Modality.LLM)
+    return messages, {"tools": tools, **(body.get("chat_template_kwargs") or {})}
+
+
+def _check_template(handler: BaseHandler, body: dict[str, Any]) -> None:
+    """Render the chat before anything is queued: what is wrong with it is a `FlexmoeError`."""
+    _, _, tokenizer = handler._resolve_model(body)
+    try:
+        messages, more = chat_of(body)
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **more)
+    except Exception as error:  # a template is a program of the model's, and raises anything
+        raise FlexmoeError(
+            f"the model's chat template does not take these messages: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 class ChatHandler(ChatCompletionHandler):
-    """Checks a chat and renders its template before anything is queued: what is wrong with it is a
-    `FlexmoeError`."""
+    """``/v1/chat/completions``."""
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
         self._validate_request(body)
-        _check(body)
-        _, model, tokenizer = self._resolve_model(body)
-        modality = self.model_manager.get_model_modality(model, processor=tokenizer)
-        try:
-            tokenizer.apply_chat_template(
-                self.get_processor_inputs_from_messages(body["messages"], modality),
-                tools=body.get("tools"),
-                add_generation_prompt=True,
-                tokenize=False,
-                **(body.get("chat_template_kwargs") or {}),
-            )
-        except Exception as error:  # a template is a program of the model's, and raises anything
-            raise FlexmoeError(
-                f"the model's chat template does not take these messages: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        if not body.get("messages"):
+            raise FlexmoeError("messages must have at least one message")
+        for message in body["messages"]:
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise FlexmoeError(f"a message must be an object with a role, found {message!r}")
+        _check_template(self, body)
         return await super().handle_request(body, request_id)
 
 
-def _check(body: dict) -> None:
-    for name, (kind, words) in KINDS.items():
-        found = body.get(name)
-        if found is not None and not isinstance(found, kind):
-            raise FlexmoeError(f"{name} must be {words}, found {type(found).__name__}")
-    if not body.get("messages"):
-        raise FlexmoeError("messages must have at least one message")
-    for message in body["messages"]:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise FlexmoeError(f"a message must be an object with a role, found {message!r}")
-    ignored = [name for name in IGNORED if body.get(name)]
-    if body.get("tool_choice") not in (None, "auto"):
-        ignored.append("tool_choice")
-    if ignored:
-        raise FlexmoeError(f"{ignored[0]} is not supported by --engine transformers: leave it out")
+class ResponsesHandler(ResponseHandler):
+    """``/v1/responses``. Streams where that is asked for only, as OpenAI's."""
+
+    async def handle_request(self, body: dict, request_id: str) -> Any:
+        self._validate_request(body)
+        if "prompt" in body:
+            raise FlexmoeError("prompt is not supported by --engine transformers: use input")
+        found = body.get("input")
+        if not found or not isinstance(found, str | list):
+            raise FlexmoeError(f"input must be a string or a list of items, found {found!r}")
+        for item in found if isinstance(found, list) else ():
+            if not isinstance(item, dict):
+                raise FlexmoeError(f"an item of input must be an object, found {item!r}")
+        _check_template(self, body)
+        return await super().handle_request({"stream": False, **body}, request_id)

@@ -28,35 +28,28 @@ from transformers import (
 )
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
-from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
-from flexmoe.family import find_folder, find_weights, load
+from flexmoe.family import find_folder, load
 from flexmoe.premoe import Match, Pattern
 from flexmoe.serve import transformers_batch as batching
+from flexmoe.serve import transformers_fields as fields
 from flexmoe.serve.engine import Engine, ServeSettings
-from flexmoe.serve.http import App, Receive, Scope, Send, error_body, without
+from flexmoe.serve.http import error_body
 from flexmoe.serve.middleware import ServeMiddleware
 from flexmoe.serve.state import ServeState
 from flexmoe.serve.tasks import TaskFinder, beside, load_patterns, widths_of
-from flexmoe.serve.transformers_chat import ChatHandler
+from flexmoe.serve.transformers_chat import ChatHandler, ResponsesHandler, chat_of
+from flexmoe.serve.transformers_clients import ending_with_clients
 from flexmoe.serve.transformers_memory import Memory
 
 MODEL = "flexmoe@main"  # in transformers' own form: it adds the revision where there is none
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/health")
 CPU_KV_TOKENS = 16384  # of memory shared with the weights not all that is free is taken
 CPU_PAGE, CPU_BATCH_TOKENS = 32, 512
-GREEDY_BELOW = 0.01  # temperatures at which only the likeliest token has a chance
-# What continuous batching would ignore without a word, and values that ask for nothing.
-IGNORED = (
-    "stop", "n", "best_of", "echo", "logprobs", "frequency_penalty", "presence_penalty",
-    "generation_config",
-)  # fmt: skip
-NOTHING: tuple[Any, ...] = (None, False, 0, 1, [], "")
-LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
 class TransformersEngine(Engine):
@@ -75,31 +68,15 @@ class TransformersEngine(Engine):
         self.rows, self.chats, self.memory, self.finder = rows, chats, memory, finder
         if finder is not None:
             self.no_release = "tasks need every channel of their experts: serve without --patterns"
-        sampled = bool(generation.do_sample)
-        self.temperature = (generation.temperature or 1.0) if sampled else 0.0
-        self.top_p = (generation.top_p or 1.0) if sampled else 1.0
+        self.usual, self.unheeded = fields.usual(generation), fields.unheeded(generation)
 
     def mark(self, body: dict, budget: str) -> dict:
-        for name in IGNORED:
-            if body.get(name) not in NOTHING:
-                raise FlexmoeError(
-                    f"{name} is not supported by --engine transformers: leave it out"
-                )
-        for name in LIMITS:
-            limit = body.get(name)
-            if limit is not None and (type(limit) is not int or limit < 1):
-                raise FlexmoeError(f"{name} must be a whole number from 1 on, found {limit!r}")
+        body = {name: found for name, found in body.items() if found is not None}
+        fields.check(body)
         if not self.chats and ("messages" in body or "input" in body):
             raise FlexmoeError("this model's tokenizer has no chat template: use /v1/completions")
-        temperature = _number(body, "temperature", self.temperature, 0, 2)
-        batching.WISH.set(
-            batching.Wish(
-                budget=self.rows.index(budget),
-                temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
-                top_p=_number(body, "top_p", self.top_p, 0, 1),
-            )
-        )
-        return body
+        batching.WISH.set(fields.wish_of(body, self.usual, self.rows.index(budget)))
+        return {name: found for name, found in body.items() if name != "top_k"}  # not OpenAI's
 
     async def retrieve(self, body: dict) -> Match:
         assert self.finder is not None, "a server without tasks has no id that asks for one"
@@ -108,15 +85,6 @@ class TransformersEngine(Engine):
     async def keep(self, richest: str) -> int:
         assert self.memory is not None, "a server of one budget has no richer one to give back"
         return await asyncio.to_thread(self.memory.keep, self.rows.index(richest))
-
-
-def _number(body: dict, name: str, default: float, low: float, high: float) -> float:
-    found = body.get(name)
-    if found is None:
-        return default
-    if type(found) not in (int, float) or not low <= found <= high:
-        raise FlexmoeError(f"{name} must be a number from {low} to {high}, found {found!r}")
-    return float(found)
 
 
 def open_model(
@@ -145,7 +113,7 @@ def open_model(
             memory.keep(0)
         if len(widths) > 1:
             model.set_experts_implementation("flexmoe")
-    return model, AutoTokenizer.from_pretrained(find_weights(folder, settings.base)), memory
+    return model, AutoTokenizer.from_pretrained(model.name_or_path), memory
 
 
 def start_batching(model: PreTrainedModel, settings: ServeSettings) -> tuple[GenerationState, int]:
@@ -166,6 +134,7 @@ def start_batching(model: PreTrainedModel, settings: ServeSettings) -> tuple[Gen
     )
     several = len(settings.budgets.rows) > 1
     experts = [layer.module for layer in expert_layers(model)] if several else []
+    batching.try_out(model, experts)
     try:
         return batching.start(model, MODEL, ends, config, experts)
     except (ValueError, MemoryError, AttributeError, NotImplementedError) as error:
@@ -184,7 +153,7 @@ def build(
     manager = ModelManager(model_timeout=-1)
     manager.force_model = MODEL
     manager.loaded_models[MODEL] = TimedModel(model, timeout_seconds=-1, processor=tokenizer)
-    handlers = [kind(manager, generation) for kind in (CompletionHandler, ResponseHandler)]
+    handlers = [kind(manager, generation) for kind in (CompletionHandler, ResponsesHandler)]
     app = build_server(
         manager,
         ChatHandler(manager, generation),
@@ -215,18 +184,6 @@ def build(
     return app
 
 
-def own_request_ids(app: App) -> App:
-    """``app`` without ids that clients give their requests: it tells requests apart by them, and
-    two could give the same."""
-
-    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scope = {**scope, "headers": without(scope["headers"], b"x-request-id")}
-        await app(scope, receive, send)
-
-    return wrapped
-
-
 def assemble(
     settings: ServeSettings, registry: CollectorRegistry = REGISTRY
 ) -> tuple[ServeMiddleware, GenerationState, int]:
@@ -235,19 +192,28 @@ def assemble(
     batching.check()
     patterns = load_patterns(settings)
     model, tokenizer, memory = open_model(settings, patterns)
-    finder = TaskFinder(beside(model), tokenizer, patterns) if patterns else None
+    front = beside(model) if patterns else None
     generation, room = start_batching(model, settings)
+    requests: batching.Requests = generation.get_manager(MODEL, use_cb=True)
+    finder = None
+    if front is not None:
+        finder = TaskFinder(front, tokenizer, patterns, requests.room, chat_of)
     chats = tokenizer.chat_template is not None
     rows, generates = settings.budgets.rows, model.generation_config
     engine = TransformersEngine(rows, generates, chats, memory, finder)
-    app = own_request_ids(build(model, tokenizer, generation))
+    app = ending_with_clients(build(model, tokenizer, generation), requests.forget)
     return ServeMiddleware(app, ServeState(settings, engine, registry)), generation, room
 
 
 def launch(settings: ServeSettings, say: Callable[[str], None]) -> None:
     """Load, and serve until the process is told to end; ``say`` gets what is known once loaded."""
     app, generation, room = assemble(settings)
-    say(f"KV cache   room for {room:,} tokens")
+    limit = generation.get_manager(MODEL, use_cb=True).room
+    say(f"KV cache   room for {room:,} tokens, a request may have {limit:,}")
+    engine = app.state.engine
+    assert isinstance(engine, TransformersEngine)
+    if left_out := engine.unheeded:
+        say(f"sampling   without {', '.join(left_out)} of generation_config.json")
     try:
         uvicorn.run(
             app,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,8 @@ from flexmoe import elastic
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.headers import one_line
+
+log = logging.getLogger("flexmoe.serve")
 
 
 class Memory:
@@ -25,12 +28,18 @@ class Memory:
     def keep(self, row: int) -> int:
         """Have in memory what the budget in this row needs, and no more; returns the bytes given
         back, negative where some were read again. Other threads may go on computing. A
-        `FlexmoeError` where they cannot be read: what had been read until then goes again."""
+        `FlexmoeError` where they cannot be read: what had been read until then goes again. Where
+        memory for what stays is missing, less is given back: the budgets are the poorer ones."""
         read = self._restore(self.widths[row]) if row < self.row else 0
         # before the channels go: a request whose client has left may run for some steps yet
         self._write(row)
         self.row = row
-        return elastic.release(self.model) - read
+        before = elastic.stored_bytes(self.model)
+        try:
+            elastic.release(self.model)
+        except (MemoryError, RuntimeError) as error:
+            log.warning("not all that could go was given back: %s", one_line(error))
+        return before - elastic.stored_bytes(self.model) - read
 
     def _restore(self, width: dict[int, Tensor]) -> int:
         try:

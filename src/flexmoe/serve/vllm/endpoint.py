@@ -21,7 +21,7 @@ from flexmoe.premoe.signature import front
 from flexmoe.serve.engine import Engine, ServeSettings
 from flexmoe.serve.middleware import ServeMiddleware
 from flexmoe.serve.state import ServeState
-from flexmoe.serve.tasks import TaskFinder, load_patterns
+from flexmoe.serve.tasks import TaskFinder, chat_of, load_patterns
 from flexmoe.serve.vllm import requests
 from flexmoe.serve.vllm.compat import BUDGET
 
@@ -42,6 +42,11 @@ class VllmEngine(Engine):
         self.model, self.finder = model, finder
 
     def mark(self, body: dict, budget: str) -> dict:
+        if body.get("use_beam_search"):
+            raise FlexmoeError(
+                "use_beam_search is not supported: vLLM's beams are requests of their own, which "
+                "lose the budget. Leave it out"
+            )
         given = body.get("vllm_xargs")
         if given is not None and not isinstance(given, dict):
             raise FlexmoeError(f"vllm_xargs must be an object, found {type(given).__name__}")
@@ -84,7 +89,8 @@ class FlexmoeEndpoint:
         weights = find_weights(self.settings.model, self.settings.base)
         model = self.held.enter_context(front(weights, torch.device("cpu")))
         tokenizer = AutoTokenizer.from_pretrained(weights)
-        return TaskFinder(model, tokenizer, load_patterns(self.settings))
+        room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        return TaskFinder(model, tokenizer, load_patterns(self.settings), room, chat_of)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """`FlexmoeError` unless the engine serves the budgets that are offered: an option of
