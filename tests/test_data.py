@@ -1,5 +1,6 @@
 """Calibration and evaluation text."""
 
+import functools
 import gzip
 import json
 import shutil
@@ -60,6 +61,14 @@ def test_weights_set_the_shares_of_a_mixture(tmp_path, tokenizer):
     windows = calibration_windows(f"{a}:3,{b}:1", tokenizer, samples=16, seq_len=24, seed=0)
     letters = [tokenizer.decode(row)[12] for row in windows.ids]
     assert sum("z" in tokenizer.decode(row) for row in windows.ids) == 4, letters
+
+
+def test_a_source_that_would_give_nothing_is_refused(tokenizer):
+    read = functools.partial(calibration_windows, tokenizer=tokenizer, seq_len=24, seed=0)
+    with pytest.raises(FlexmoeError, match=r"'code.train' would give none of 32 .*more --samples"):
+        read("books.train:100,code.train:1", samples=32)
+    assert len(read("books.train:100,code.train:1", samples=101).ids) == 101
+    assert len(read("tiny", samples=2).ids) == 2
 
 
 def test_documents_are_separated_and_evaluation_keeps_the_order(tmp_path, tokenizer):

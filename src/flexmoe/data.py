@@ -176,6 +176,11 @@ def calibration_windows(
     for source in sources:
         weight += source.weight
         share = round(samples * weight / total) - drawn
+        if not share and spec != "tiny":  # those of tiny stand for each other
+            raise FlexmoeError(
+                f"source '{source.name}' would give none of {samples} windows: more --samples, "
+                "more weight, or leave it out"
+            )
         ids = token_windows(source, tokenizer, seq_len, share, seed)
         if len(ids) < (min(share, 1) if fewer else share):
             raise FlexmoeError(
@@ -229,6 +234,12 @@ def pick_seq_len(asked: int | None, config: Any) -> int:
             f"seq_len must be from 2 to the model's context of {context} tokens, found {asked}"
         )
     return asked
+
+
+def check_seed(seed: int) -> None:
+    """`FlexmoeError` for a seed of which no others can be made for steps and windows."""
+    if not 0 <= seed < 2**40:
+        raise FlexmoeError(f"seed must lie between 0 and 2^40, found {seed}")
 
 
 def pick_batch_size(asked: int | None, seq_len: int) -> int:

@@ -87,10 +87,22 @@ def statistic(
         )
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        if name in STATISTICS:
+            refuse_taken(f"statistic '{name}'", STATISTICS[name].function, function)
         STATISTICS[name] = Statistic(name, when, merge, function, reads, after, whole)
         return function
 
     return register
+
+
+def refuse_taken(what: str, before: Callable[..., object], now: Callable[..., object]) -> None:
+    """`FlexmoeError` if a name is given again in another module (a file that is read again is the
+    same one): one of the two would silently stand for the other."""
+    if before.__module__ != now.__module__:
+        raise FlexmoeError(
+            f"{what} stands in {before.__module__} already, and in {now.__module__}: give yours "
+            "another name"
+        )
 
 
 @statistic("count_E", when="batch")
