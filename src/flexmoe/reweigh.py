@@ -18,6 +18,7 @@ from flexmoe.family import find_folder, load_stock
 from flexmoe.files import refuse_existing, written_beside
 from flexmoe.methods import Method, find_method, score_layers
 from flexmoe.plan import Plan
+from flexmoe.prepare import check_groups
 from flexmoe.routing.rules import mean_outputs
 from flexmoe.sources import COMMA, Source, split_weight
 from flexmoe.statistics import LayerStatistics, Statistics, thin_experts
@@ -46,7 +47,7 @@ def reweigh(
             f"'{family}' has recovered weights, which are fitted to its plan: give the family it "
             "was recovered from"
         )
-    method = find_method(plan.recipe.method)
+    method = find_method(plan.recipe.method, anew=True)
     if method.passes > 1 or method.reference or method.learns:
         raise FlexmoeError(
             f"method '{method.name}' needs more than sums that can be weighed anew: compress again "
@@ -60,6 +61,7 @@ def reweigh(
     chosen = evidence.only(weight)
     if method.unit == "expert":
         groups, order = plan.recipe.router_groups, plan.order
+        check_groups(groups, allocator)
         K = {i: layer.experts_per_token for i, layer in plan.layers.items()}
         width = allocate_experts(allocator, shapes, score, plan.budgets, groups, K)
     else:
