@@ -110,6 +110,16 @@ def test_a_folder_without_tokenizer_files_is_refused(tmp_path):
     assert len(load_tokenizer(TINY / "model", config)) == 4096
 
 
+def test_a_damaged_tokenizer_is_refused(tmp_path):
+    for file in (TINY / "model").glob("*.json"):
+        shutil.copy(file, tmp_path)
+    found = json.loads((tmp_path / "tokenizer.json").read_text())
+    found["model"]["merges"].append(["no", "such"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(FlexmoeError, match=r"tokenizer in .* cannot be loaded"):
+        load_tokenizer(tmp_path, AutoConfig.from_pretrained(TINY / "model"))
+
+
 def test_tokens_of_another_model_are_refused():
     config = AutoConfig.from_pretrained(TINY / "model")
     with pytest.raises(FlexmoeError, match="token 5000, the model knows 4096"):

@@ -9,7 +9,15 @@ from flexmoe.allocate import order_of
 from flexmoe.config import CompressConfig, check_config
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers, experts_function
-from flexmoe.methods import METHODS, Method, all_methods, find_method, score_layers
+from flexmoe.methods import (
+    METHODS,
+    Method,
+    Text,
+    all_methods,
+    find_method,
+    score_layers,
+    score_model,
+)
 from flexmoe.methods.camera import energy
 from flexmoe.observe import observe
 from flexmoe.statistics import THIN, thin_experts, token_loss
@@ -222,6 +230,21 @@ def test_a_name_that_is_taken_is_refused(tmp_path, old, new, taken):
 def test_unknown_methods_are_refused(name, message):
     with pytest.raises(FlexmoeError, match=message):
         find_method(name)
+
+
+@pytest.mark.parametrize(
+    ("learned", "message"),
+    [
+        ({}, r"gave a NoneType for layer 0, expected a tensor \[6, 40\]"),
+        ({0: [1.0]}, "gave a list for layer 0"),
+        (None, "gave a NoneType, expected the scores of every layer"),
+    ],
+)
+def test_bad_learned_scores_are_refused(learned, message):
+    model, ids, _ = golden("mixtral", "flexmoe_rank")
+    method = Method("bad", "none", (), lambda model, text: learned, learns=True)
+    with pytest.raises(FlexmoeError, match=message):
+        score_model(method, model, {}, Text(ids))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flexmoe.errors import FlexmoeError
+from flexmoe.headers import one_line
 from flexmoe.sources import TINY as TINY
 from flexmoe.sources import Document, Source, documents, parse_sources
 
@@ -139,8 +140,8 @@ def load_tokenizer(folder: Path, config: Any) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # tokenizers has no class of its own for damaged files
+        reason = one_line(error)
         raise FlexmoeError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
     known, vocabulary = len(tokenizer), config.get_text_config().vocab_size
     if known < 100 or known > 2 * vocabulary:

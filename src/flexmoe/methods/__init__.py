@@ -216,7 +216,15 @@ def score_model(
     except Exception as error:  # of another's function: anything may come
         what = f"method '{method.name}' failed"
         raise _of_yours(what, method.score.__code__.co_filename, error) from error
-    return {layer.index: _checked(method, layer, found[layer.index]) for layer in layers}
+    if not isinstance(found, Mapping):
+        raise FlexmoeError(
+            f"method '{method.name}' gave a {type(found).__name__}, expected the scores of every "
+            "layer by its index"
+        )
+    return {
+        layer.index: _checked(method, layer, _tensor(method, layer, found.get(layer.index)))
+        for layer in layers
+    }
 
 
 def _checked(method: Method, layer: ExpertLayer, score: Tensor) -> Tensor:
@@ -242,6 +250,10 @@ def score_layer(method: Method, layer: ExpertLayer, statistics: LayerStatistics)
     except Exception as error:  # of another's function: anything may come
         what = f"method '{method.name}' failed for layer {layer.index}"
         raise _of_yours(what, method.score.__code__.co_filename, error) from error
+    return _tensor(method, layer, score)
+
+
+def _tensor(method: Method, layer: ExpertLayer, score: Any) -> Tensor:
     if not isinstance(score, Tensor):
         raise FlexmoeError(
             f"method '{method.name}' gave a {type(score).__name__} for layer {layer.index}, "
