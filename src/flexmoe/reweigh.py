@@ -47,6 +47,7 @@ def reweigh(
             f"'{family}' has recovered weights, which are fitted to its plan: give the family it "
             "was recovered from"
         )
+    check_groups(plan.recipe.router_groups, allocator)
     method = find_method(plan.recipe.method, anew=True)
     if method.passes > 1 or method.reference or method.learns:
         raise FlexmoeError(
@@ -61,7 +62,6 @@ def reweigh(
     chosen = evidence.only(weight)
     if method.unit == "expert":
         groups, order = plan.recipe.router_groups, plan.order
-        check_groups(groups, allocator)
         K = {i: layer.experts_per_token for i, layer in plan.layers.items()}
         width = allocate_experts(allocator, shapes, score, plan.budgets, groups, K)
     else:
