@@ -36,6 +36,13 @@ UNBUILDABLE = (
 )  # fmt: skip
 
 
+def dtype_of(name: str, stored: str) -> torch.dtype:
+    """The dtype that the tensor ``name`` is stored in; a `FlexmoeError` if it is not known."""
+    if stored not in DTYPES:
+        raise FlexmoeError(f"{name} has dtype {stored}, known are {', '.join(DTYPES)}")
+    return DTYPES[stored]
+
+
 class Checkpoint(Headers):
     """The safetensors files of one folder, see `Headers`, and the tensors in them. Opening it
     reads headers only."""
@@ -60,21 +67,20 @@ class Checkpoint(Headers):
         system wants them back, and add up to the whole checkpoint.
         """
         info = self.tensors[name]
-        if info.dtype not in DTYPES:
-            raise FlexmoeError(f"{name} has dtype {info.dtype}, known are {', '.join(DTYPES)}")
+        dtype = dtype_of(name, info.dtype)
         shape, size, start = info.shape, info.bytes, info.start
         if row is not None:
             shape, size = shape[1:], size // shape[0]
             start += row * size
         self.reads[name, row] = size
         if not size:
-            return torch.empty(shape, dtype=DTYPES[info.dtype])
+            return torch.empty(shape, dtype=dtype)
         buffer = bytearray(size)
         with (self.path / info.file).open("rb") as file:
             file.seek(start)
             if file.readinto(buffer) != size:
                 raise FlexmoeError(f"{self.path / info.file} ends within {name}: it is damaged")
-        return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).view(shape)
+        return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
     def beginning(self, name: str, size: int) -> bytes:
         """The first ``size`` bytes of a tensor, or all that it has."""
