@@ -6,6 +6,7 @@ pass adds them up per expert in float64. All are sums (or maxima), so parts of a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -96,13 +97,18 @@ def statistic(
 
 
 def refuse_taken(what: str, before: Callable[..., object], now: Callable[..., object]) -> None:
-    """`FlexmoeError` if a name is given again in another module (a file that is read again is the
-    same one): one of the two would silently stand for the other."""
-    if before.__module__ != now.__module__:
+    """`FlexmoeError` if a name is given again in another file: one of the two would silently stand
+    for the other."""
+    there, here = _file_of(before), _file_of(now)
+    if there != here:
         raise FlexmoeError(
-            f"{what} stands in {before.__module__} already, and in {now.__module__}: give yours "
-            "another name"
+            f"{what} stands in {there} already, and in {here}: give yours another name"
         )
+
+
+def _file_of(function: Callable[..., object]) -> str:
+    module = sys.modules.get(function.__module__)
+    return getattr(module, "__file__", None) or function.__module__  # none in a notebook
 
 
 @statistic("count_E", when="batch")

@@ -163,7 +163,7 @@ def _execute(path: str, function: str) -> Method:
     if not file.is_file():
         raise FlexmoeError(f"method file '{path}' does not exist")
     source = file.read_bytes()
-    module = sys.modules[str(file)] = ModuleType(str(file))  # by this name `refuse_taken` knows it
+    module = sys.modules[str(file)] = ModuleType(str(file))
     module.__file__ = str(file)
     try:
         exec(compile(source, file, "exec", dont_inherit=True), module.__dict__)
