@@ -91,7 +91,8 @@ def router_groups(meta: PreTrainedModel, config: CompressConfig) -> int:
     K = dict.fromkeys(shapes, counts.K)
     width = allocate_experts(name, shapes, alike, (max(config.pruned),), counts.groups, K)
     kept = {len(kept_experts(counts, width_BE[0] == 0, i)) for i, width_BE in width.items()}
-    counts.model(min(kept))
+    if min(kept) < counts.K:
+        counts.model(min(kept))  # refuses a router that cannot choose fewer
     return counts.groups
 
 
