@@ -10,7 +10,8 @@ import torch
 from hypothesis import settings
 from transformers.utils import logging
 
-from flexmoe.methods import METHODS, all_methods
+from flexmoe.methods import FROM_FILES, METHODS, all_methods
+from flexmoe.statistics import STATISTICS
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -20,12 +21,14 @@ settings.load_profile("flexmoe")
 torch.set_num_threads(1)  # the suite runs in one process a core
 
 
-OWN = set(all_methods())
+OWN = {*all_methods(), *STATISTICS}
 
 
 @pytest.fixture(autouse=True)
 def only_own_methods():
-    """Methods that a test has read from a file are forgotten after it."""
+    """Methods and statistics that a test has read from a file are forgotten after it."""
     yield
-    for name in METHODS.keys() - OWN:
-        del METHODS[name]
+    FROM_FILES.clear()
+    for declared in (METHODS, STATISTICS):
+        for name in declared.keys() - OWN:
+            del declared[name]

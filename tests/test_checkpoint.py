@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError
 from flexmoe.exporter import export
-from flexmoe.files import refuse_existing, written_beside
+from flexmoe.family import find_folder
+from flexmoe.files import check_file, refuse_existing, written_beside
 from flexmoe.headers import resolve
-from flexmoe.trace import trace
+from flexmoe.premoe.store import fingerprint_of
+from flexmoe.trace import same_weights, trace
 from helpers import (
     LOGIT_TOLERANCE,
     difference,
@@ -51,6 +53,20 @@ def test_other_names_for_the_same_weights(prefix: str, tmp_path: Path) -> None:
         assert difference(got, want) < LOGIT_TOLERANCE
 
 
+@pytest.mark.parametrize("part", ["w1", "w3", "w2", "gate", "q_proj", "embed_tokens"])
+def test_a_fingerprint_knows_tuned_weights(part: str, tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    before, found = fingerprint_of(tmp_path), tensors(tmp_path)
+    for name in (name for name in found if f".{part}." in name):
+        found[name] = found[name] * 1.01
+    save_file(found, tmp_path / "model.safetensors")
+    after = fingerprint_of(tmp_path)
+    assert same_weights(before, before) and not same_weights(before, after)
+    of_older_versions = before.partition(":")[2]  # down channels alone
+    assert same_weights(before, of_older_versions)
+    assert same_weights(of_older_versions, after) == (part != "w2")
+
+
 def test_transposed_hub_layout(tmp_path: Path) -> None:
     """The hub has this family's experts transposed; saved again they are not. Both load."""
     model, source = tiny_model("qwen3_vl_moe"), tmp_path / "source"
@@ -72,6 +88,26 @@ def test_transposed_hub_layout(tmp_path: Path) -> None:
         export(tmp_path / "plan", tmp_path / layout, pruned=0.4, layout=layout)
         got = logits(load(tmp_path / layout, model), ids)
         assert difference(got, masked_logits(model, plan, 0.4, ids)) < LOGIT_TOLERANCE
+
+
+def test_a_local_folder_is_meant_before_the_packaged_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_model("mixtral").save_pretrained("tiny")
+    assert resolve("tiny") == find_folder("tiny") == Path("tiny")
+
+
+def test_only_what_belongs_to_a_checkpoint_is_copied(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    tiny_model("mixtral").save_pretrained(model)
+    belongs = ["config.json", "generation_config.json", "code/own.py", "1_Pooling/config.json"]
+    other = ["a.work/settings.json", ".cache/x.json", "plan/flexmoe.json", "plan/README.md"]
+    for name in (*belongs[2:], *other):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("{}")
+    tiny_model("mixtral").save_pretrained(model / "another")
+    assert sorted(map(str, Checkpoint(model).other_files())) == sorted(belongs)
 
 
 def test_resolve_says_what_is_wrong(tmp_path: Path) -> None:
@@ -230,6 +266,14 @@ def test_folder_has_the_usual_permissions(umask: int, tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_a_file_for_results_has_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "folder" / "results.json"
+    check_file(path).touch()
+    monkeypatch.setattr("os.access", lambda place, mode: place != path)
+    with pytest.raises(FlexmoeError, match="it is read-only, give another file"):
+        check_file(path)
 
 
 def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

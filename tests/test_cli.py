@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from flexmoe.cli import app, main
@@ -148,3 +149,29 @@ def test_public_names_stay_what_they_are():
             assert callable(getattr(flexmoe, name)), name
     with pytest.raises(AttributeError):
         _ = flexmoe.nothing
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "flexmoe: No space left on device\n"),
+        (OSError(2, "No such file", "x"), "flexmoe: No such file: 'x'\n"),
+        (SafetensorError("I/O error: File too large"), "flexmoe: I/O error: File too large\n"),
+        (MemoryError(), "flexmoe: out of memory\nUse a smaller --batch-size"),
+        (RuntimeError("can't allocate memory: you tried"), "flexmoe: can't allocate memory"),
+    ],
+)
+def test_a_full_machine_is_one_message(error, said, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("flexmoe.cli.commands.app", fail)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith(said)
+
+
+def test_other_errors_are_not_hidden(monkeypatch):
+    monkeypatch.setattr("flexmoe.cli.commands.app", lambda: {}["x"])
+    with pytest.raises(KeyError):
+        main()

@@ -12,7 +12,7 @@ from flexmoe.checkpoint import meta_model
 from flexmoe.cli import app
 from flexmoe.comparison.entries import chosen, parse
 from flexmoe.comparison.inputs import CompareConfig
-from flexmoe.comparison.results import read
+from flexmoe.comparison.results import Results, read
 from flexmoe.comparison.run import _check, _those, compare
 from flexmoe.comparison.tables import as_good, best_first, markdown
 from flexmoe.evaluation.evaluate import measure
@@ -20,7 +20,7 @@ from flexmoe.evaluation.inputs import EvaluateConfig
 from flexmoe.experts import expert_layers
 from flexmoe.family import load_stock
 from flexmoe.headers import resolve
-from flexmoe.methods import all_methods
+from flexmoe.methods import all_methods, find_method
 from minimal import made_pairs, write_pairs
 
 SMALL = {"samples": 4, "seq_len": 32, "eval_samples": 3, "evaluate": "books.valid,math.valid"}
@@ -141,6 +141,13 @@ def test_the_model_is_as_before_after_every_entry(monkeypatch, tmp_path):
         assert layer.E == 16
 
 
+def test_results_of_an_older_version_are_gone_on_with(tmp_path):
+    Results.open(tmp_path / "r.jsonl", {"weights_sha256": "b", "seed": 0})
+    Results.open(tmp_path / "r.jsonl", {"weights_sha256": "a:b", "seed": 0})
+    with pytest.raises(FlexmoeError, match="weights_sha256 was"):
+        Results.open(tmp_path / "r.jsonl", {"weights_sha256": "a:c", "seed": 0})
+
+
 def test_those_that_cannot_run_are_left_out_of_all_and_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr("flexmoe.statistics.MOST", 15)
     said = []
@@ -179,6 +186,16 @@ def test_a_plot_of_an_unknown_kind_is_refused_at_once(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("measured", [{"method_sha256": "old"}, {}])
+def test_an_edited_method_is_not_taken_for_measured(tmp_path, measured):
+    row = {"method": "mine", "pruned": 0.5, **measured}
+    results = Results(tmp_path / "r.jsonl", {}, [row])
+    for share in (0.5, 0.25):
+        with pytest.raises(FlexmoeError, match="another version of its file: give another --json"):
+            results.done("mine", share, "new")
+        assert results.done("mine", share, row.get("method_sha256", "")) == (share == 0.5)
+
+
 def test_on_the_command_line(tmp_path):
     out, plot, page = (tmp_path / name for name in ("r.jsonl", "p.png", "t.md"))
     command = (
@@ -192,5 +209,7 @@ def test_on_the_command_line(tmp_path):
         assert word in result.output
     assert plot.stat().st_size > 10_000 and "| aimer" in page.read_text()
     assert json.loads(out.read_text().splitlines()[0])["settings"]["model"] == "tiny"
+    (mine,) = (row for row in read(out).rows if row["method"] == "reach@layer")
+    assert mine["method_sha256"] == find_method("docs/my_method.py:score").sha256
     again = CliRunner().invoke(app, [*command.split(), "--pairs-per-paradigm", "3"])
     assert isinstance(again.exception, FlexmoeError) and "no effect" in str(again.exception)

@@ -1,5 +1,6 @@
 """Calibration and evaluation text."""
 
+import functools
 import gzip
 import json
 import shutil
@@ -62,6 +63,14 @@ def test_weights_set_the_shares_of_a_mixture(tmp_path, tokenizer):
     assert sum("z" in tokenizer.decode(row) for row in windows.ids) == 4, letters
 
 
+def test_a_source_that_would_give_nothing_is_refused(tokenizer):
+    read = functools.partial(calibration_windows, tokenizer=tokenizer, seq_len=24, seed=0)
+    with pytest.raises(FlexmoeError, match=r"'code.train' would give none of 32 .*more --samples"):
+        read("books.train:100,code.train:1", samples=32)
+    assert len(read("books.train:100,code.train:1", samples=101).ids) == 101
+    assert len(read("tiny", samples=2).ids) == 2
+
+
 def test_documents_are_separated_and_evaluation_keeps_the_order(tmp_path, tokenizer):
     file = lines(tmp_path / "x.jsonl", "hello there", "general words " * 20)
     ids = evaluation_windows(str(file), tokenizer, samples=None, seq_len=8)["x"]
@@ -99,6 +108,16 @@ def test_a_folder_without_tokenizer_files_is_refused(tmp_path):
     with pytest.raises(FlexmoeError, match="tokenizer"):
         load_tokenizer(tmp_path, config)
     assert len(load_tokenizer(TINY / "model", config)) == 4096
+
+
+def test_a_damaged_tokenizer_is_refused(tmp_path):
+    for file in (TINY / "model").glob("*.json"):
+        shutil.copy(file, tmp_path)
+    found = json.loads((tmp_path / "tokenizer.json").read_text())
+    found["model"]["merges"].append(["no", "such"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(FlexmoeError, match=r"tokenizer in .* cannot be loaded"):
+        load_tokenizer(tmp_path, AutoConfig.from_pretrained(TINY / "model"))
 
 
 def test_tokens_of_another_model_are_refused():

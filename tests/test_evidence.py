@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,15 @@ def test_every_source_has_its_own_sums(model, windows, evidence):
         assert stats.tokens == together[i].tokens and stats.experts_per_token == 4
         for key, value in stats.values.items():  # float32 products of other batches
             assert torch.allclose(value, together[i][key], rtol=1e-4, atol=1e-9), key
+
+
+def test_the_last_step_is_written_once(model, windows):
+    steps = []
+    saved = SimpleNamespace(
+        due=True, load=lambda: None, save=lambda step, tensors: steps.append(step)
+    )
+    gather(model, windows, ("count_E",), batch_size=4, saved=saved)
+    assert steps == [1, 2, 3]  # 6 windows of books in two batches, 2 of code
 
 
 def test_a_mixture_weighs_sums_by_tokens_and_leaves_maxima(evidence):

@@ -1,5 +1,6 @@
 """Plans of whole experts, raw scores on disk, the pages about methods."""
 
+import dataclasses
 import runpy
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from flexmoe.cli import app
 from flexmoe.experts import expert_layers
 from flexmoe.headers import resolve
 from flexmoe.plan import LayerRecord, Plan
+from flexmoe.prepare import router_groups
 from flexmoe.score import score
 from flexmoe.uniform import uniform_width
 from helpers import LOGIT_TOLERANCE, difference, ids_of, logits
 from test_plan import RECIPE, problems
+from zoo import tiny_model
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -58,6 +61,23 @@ def test_whole_experts_stay_or_go_and_budgets_are_hit_to_half_a_one(problem, nam
         plan.widths(middle)
     with pytest.raises(FlexmoeError, match="ranked whole experts"):
         uniform_width(plan, budgets[1])
+
+
+@pytest.mark.parametrize("allocate", ["layer", "global"])
+def test_a_budget_without_experts_in_a_layer_is_refused_before_the_pass(allocate):
+    model = tiny_model("qwen3_moe")  # 2 layers of 8 experts, 2 a token
+    config = CompressConfig(method="reap", router="remove", allocate=allocate, pruned=(0.5, 0.96))
+    with pytest.raises(FlexmoeError, match=r"layer . would keep no expert"):
+        router_groups(model, config)
+    assert router_groups(model, dataclasses.replace(config, pruned=(0.5, 0.875))) == 1
+
+
+def test_every_layer_keeps_its_best_expert_longest():
+    shapes = {layer.index: layer.shape for layer in expert_layers(tiny_model("qwen3_moe"))}
+    score = {i: torch.arange(8) + 100.0 * n for n, i in enumerate(shapes)}
+    K = dict.fromkeys(shapes, 2)
+    for width in allocate_experts("global", shapes, score, (0.875,), 1, K).values():
+        assert (width[0] > 0).tolist() == [False] * 7 + [True]
 
 
 def test_a_family_of_whole_experts_by_the_methods_own_rule(tmp_path):

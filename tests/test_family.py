@@ -161,7 +161,7 @@ def test_generation_at_a_budget_with_and_without_cache(made):
 
 def test_a_plan_knows_its_very_weights(made, tmp_path):
     _, family, plan = made("olmoe")
-    assert len(plan.recipe.weights_sha256) == 64
+    assert len(plan.recipe.weights_sha256) == 64 + 1 + 64
     plan.save(tmp_path / "plan")
     other = checkpoint(tmp_path / "other", "olmoe")
     model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)

@@ -1,12 +1,23 @@
 """Scores equal those of the methods' official code; statistics merge; bad methods are refused."""
 
+import hashlib
+
 import pytest
 import torch
 
 from flexmoe.allocate import order_of
+from flexmoe.config import CompressConfig, check_config
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers, experts_function
-from flexmoe.methods import METHODS, Method, all_methods, find_method, score_layers
+from flexmoe.methods import (
+    METHODS,
+    Method,
+    Text,
+    all_methods,
+    find_method,
+    score_layers,
+    score_model,
+)
 from flexmoe.methods.camera import energy
 from flexmoe.observe import observe
 from flexmoe.statistics import THIN, thin_experts, token_loss
@@ -167,15 +178,45 @@ def undecorated(layer, stats):
 def test_a_method_of_your_own_needs_no_change_of_the_package(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(MINE)
-    try:
-        method = find_method(f"{file}:score")
-        model, ids, _ = golden("mixtral", "flexmoe_rank")
-        got = score_layers(method, expert_layers(model), observe(model, ids, method.needs))
-        assert all((score >= 0).all() and score.sum() > 0 for score in got.values())
-        with pytest.raises(FlexmoeError, match="no method function 'undecorated'"):
-            find_method(f"{file}:undecorated")
-    finally:
-        METHODS.pop("mine", None)
+    method = find_method(f"{file}:score")
+    model, ids, _ = golden("mixtral", "flexmoe_rank")
+    got = score_layers(method, expert_layers(model), observe(model, ids, method.needs))
+    assert all((score >= 0).all() and score.sum() > 0 for score in got.values())
+    with pytest.raises(FlexmoeError, match="no method function 'undecorated'"):
+        find_method(f"{file}:undecorated")
+
+
+def test_a_file_is_executed_where_a_run_begins_and_then_no_more(tmp_path):
+    file, config = tmp_path / "mine.py", CompressConfig(method=f"{tmp_path}/mine.py:score")
+    file.write_text(MINE)
+    check_config(config)
+    before = find_method(config.method)
+    assert before.sha256 == hashlib.sha256(MINE.encode()).hexdigest()
+    file.write_text(f"{MINE}x = (")  # half an edit
+    assert find_method(config.method) is before and config.needs == before.needs
+    with pytest.raises(FlexmoeError, match=r"mine.py', line 12: '\(' was never"):
+        check_config(config)
+    file.write_text(f"{MINE}x = ()")
+    check_config(config)
+    assert find_method(config.method).sha256 != before.sha256
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "taken"),
+    [
+        ('method("mine"', 'method("fisher"', "method 'fisher' stands in .*/methods/fisher.py"),
+        ('method("mine"', 'method("mine"', "method 'mine' stands in .*/mine.py already"),
+        ("copy_EI", "fisher_EI", "statistic 'fisher_EI' stands in .*/methods/fisher.py"),
+    ],
+)
+def test_a_name_that_is_taken_is_refused(tmp_path, old, new, taken):
+    (tmp_path / "mine.py").write_text(MINE)
+    for _ in range(2):  # the same file again
+        find_method(f"{tmp_path}/mine.py:score", anew=True)
+    (tmp_path / "copy.py").write_text(MINE.replace("mine_EI", "copy_EI").replace(old, new))
+    with pytest.raises(FlexmoeError, match=f"{taken}.*copy.py: give yours another name"):
+        find_method(f"{tmp_path}/copy.py:score")
+    assert METHODS["fisher"].score.__module__ == "flexmoe.methods.fisher"
 
 
 @pytest.mark.parametrize(
@@ -189,6 +230,21 @@ def test_a_method_of_your_own_needs_no_change_of_the_package(tmp_path):
 def test_unknown_methods_are_refused(name, message):
     with pytest.raises(FlexmoeError, match=message):
         find_method(name)
+
+
+@pytest.mark.parametrize(
+    ("learned", "message"),
+    [
+        ({}, r"gave a NoneType for layer 0, expected a tensor \[6, 40\]"),
+        ({0: [1.0]}, "gave a list for layer 0"),
+        (None, "gave a NoneType, expected the scores of every layer"),
+    ],
+)
+def test_bad_learned_scores_are_refused(learned, message):
+    model, ids, _ = golden("mixtral", "flexmoe_rank")
+    method = Method("bad", "none", (), lambda model, text: learned, learns=True)
+    with pytest.raises(FlexmoeError, match=message):
+        score_model(method, model, {}, Text(ids))
 
 
 @pytest.mark.parametrize(

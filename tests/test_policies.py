@@ -11,13 +11,18 @@ import flexmoe
 from flexmoe import FlexmoeError
 from flexmoe.around import router_weights
 from flexmoe.cli import app
+from flexmoe.evaluation.compared import compare
 from flexmoe.evaluation.inputs import EvaluateConfig
+from flexmoe.evaluation.members import How
 from flexmoe.experts import expert_layers
+from flexmoe.family import attach, set_budget
+from flexmoe.headers import resolve
 from flexmoe.policies import Batch, Fitted, LayerFacts, all_policies, parse, routing_weights, stop
 from flexmoe.policies.lexi import search, sensitivity
 from flexmoe.policies.naee_skip import thresholds
 from flexmoe.routing.edits import Routed
 from helpers import LOGIT_TOLERANCE, difference, ids_of, logits
+from test_router_rules import expert_plan
 from zoo import model_class, tiny_config, tiny_model
 
 E = 8
@@ -220,6 +225,26 @@ def test_a_policy_goes_with_budgets_and_router_rules(tmp_path):
     assert rows["--router remove"]["work"]["pairs"] == 1
     assert rows["--router remove --policy halve:2"]["work"] == {"pairs": 0.5, "channels": 0.5}
     assert len({row["nll"] for row in rows.values()}) == 3
+
+
+@pytest.mark.parametrize("first", [0.0, 0.5])
+def test_a_policy_is_fitted_on_the_unpruned_model(first):
+    model, ids = tiny_model("qwen3_moe"), ids_of(tiny_model("qwen3_moe"))
+    fresh = Fitted(*parse("naee-skip"), ids)
+    fresh.fit(model)
+    attach(model, expert_plan(model, "base", router="remove"), ranked=True)
+    set_budget(model, first)
+    fitted = Fitted(*parse("naee-skip"), ids)
+    How(policy=fitted).set(model, 0.5)
+    assert fitted.numbers == fresh.numbers
+    assert expert_layers(model)[0].module.flexmoe_renumber is not None  # the rule is on again
+
+
+def test_a_second_number_is_refused_where_the_router_forgets(tmp_path):
+    model = flexmoe.load("tiny")
+    expert_plan(model, resolve("tiny"), router="remove").save(tmp_path)
+    with pytest.raises(FlexmoeError, match="give one number, or --router keep"):
+        compare(tmp_path, policy="halve:2/4")
 
 
 def test_a_policy_leaves_nothing_behind():

@@ -3,22 +3,26 @@
 import dataclasses
 import functools
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import flexmoe
 from flexmoe.around import router_weights
-from flexmoe.distil import LABELS, STRATA, Swapped, parts_of_step
+from flexmoe.distil import LABELS, STRATA, Swapped, _backward, _factors, _losses, parts_of_step
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
-from flexmoe.family import load, set_budget
+from flexmoe.family import attach, load, set_budget
+from flexmoe.headers import resolve
 from flexmoe.lora import lora_experts
 from flexmoe.pipeline import CompressConfig, compress
 from flexmoe.plan import Plan
 from flexmoe.recover import prepare, recover
 from flexmoe.recover_config import RecoverConfig
 from flexmoe.resume import Work, work_folder
+from helpers import random_plan
+from test_router_rules import expert_plan
 from zoo import tiny_model
 
 SMALL = RecoverConfig(data="tiny", tokens=32 * 6, seq_len=16, batch_size=2)
@@ -158,6 +162,23 @@ def test_micro_batches_and_recomputed_activations_change_nothing_but_rounding(fa
     assert apart < 0.05 * change
 
 
+@pytest.mark.parametrize("scheme", ["family", "cp"])
+def test_gradients_do_not_depend_on_how_a_batch_is_split(scheme):
+    model = tiny_model("mixtral")
+    attach(model, random_plan(model, resolve("tiny")), ranked=False)
+    parameters = [layer.module.down_proj.requires_grad_() for layer in expert_layers(model)]
+    ids = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(0))
+    parts = parts_of_step(scheme, 0.4, 0.6, 4, 0, [0.25] * STRATA, 0)
+    found = []
+    for micro in (4, 1):
+        model.zero_grad()
+        arguments = (model, nullcontext, ids, parts)
+        factors = _factors(parts, _losses(*arguments, micro))
+        _backward(*arguments, factors, micro)
+        found.append(torch.cat([p.grad.flatten() for p in parameters]))
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-6 * float(found[0].abs().max()))
+
+
 def test_a_plan_alone_becomes_a_family(family, tmp_path):
     plan = Plan.load(family)
     plan.save(tmp_path / "plan")
@@ -229,8 +250,12 @@ def test_state_that_is_damaged_is_refused(tmp_path):
     assert stage.load()[0] == 1
     data = work.path / json.loads((work.path / "s.json").read_text())["file"]
     data.write_bytes(data.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(FlexmoeError, match="damaged"):
+    work.stage("other").save(1, {"t": torch.ones(3)})
+    with pytest.raises(FlexmoeError, match="damaged"), work.on():
         stage.load()
+    assert work.stage("other").load()[0] == 1  # is kept
+    (work.path / "s.json").unlink()  # as it says
+    assert stage.load() is None
 
 
 @pytest.mark.parametrize(
@@ -248,11 +273,33 @@ def test_state_that_is_damaged_is_refused(tmp_path):
         ({"tokens": 10}, "less than one batch"),
         ({"lr": 2.0}, "between 0 and 1"),
         ({"micro_batch": 0}, "at least 1"),
+        ({"seed": 1_764_000_000_000_000_000}, r"between 0 and 2\^40"),
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(family, change, message):
     with pytest.raises(FlexmoeError, match=message):
         prepare(family, dataclasses.replace(SMALL, **change))
+
+
+def test_members_that_the_plan_lacks_are_refused_before_the_model_is_loaded(tmp_path):
+    experts = expert_plan(load("tiny"), "tiny", budgets=(0.0, 0.25, 0.5))
+    experts.save(tmp_path / "experts")
+    for scheme in (None, "family", "cp"):
+        config = dataclasses.replace(SMALL, scheme=scheme)
+        with pytest.raises(FlexmoeError, match=r"one of them with --at \(0.25, 0.5\), or --mode"):
+            prepare(tmp_path / "experts", config, "tiny")
+    with pytest.raises(FlexmoeError, match=r"those of its budgets only.*by default: give --at"):
+        prepare(tmp_path / "experts", dataclasses.replace(SMALL, scheme="sp"), "tiny")
+    for fine in ({"at": 0.25}, {"mode": "closed-form"}):
+        prepare(tmp_path / "experts", dataclasses.replace(SMALL, **fine), "tiny")
+
+
+@pytest.mark.parametrize("memory", [None, 2**36])
+def test_a_plan_alone_is_not_put_on_other_weights(family, tmp_path, memory):
+    Plan.load(family).save(tmp_path / "plan")
+    config = dataclasses.replace(SMALL, mode="closed-form", memory=memory)
+    with pytest.raises(FlexmoeError, match="are not those that the plan was made for"):
+        prepare(tmp_path / "plan", config, base=family)
 
 
 def test_an_existing_folder_is_left_alone(family, tmp_path):

@@ -12,11 +12,15 @@ import flexmoe
 from flexmoe import CompressConfig, FlexmoeError, compress, set_budget
 from flexmoe.allocate import allocate_experts
 from flexmoe.checkpoint import Checkpoint
+from flexmoe.evidence import Evidence
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import export
 from flexmoe.family import attach
 from flexmoe.plan import LayerRecord, Plan, Recipe
+from flexmoe.prepare import router_groups
+from flexmoe.reweigh import reweigh
 from flexmoe.routing.counts import builder, find_counts
+from flexmoe.statistics import LayerStatistics
 from helpers import LOGIT_TOLERANCE, difference, ids_of, load, logits
 from zoo import model_class, tiny_config, tiny_model
 
@@ -234,6 +238,28 @@ def test_groups_lose_equally_many(grouped, tmp_path):
     attach(grouped, uneven, ranked=True)
     with pytest.raises(FlexmoeError, match="within 2 groups of experts, which must stay equally"):
         set_budget(grouped, HALF, "remove")
+
+    config = CompressConfig(method="reap", router="remove", pruned=(HALF,))
+    assert router_groups(grouped, config) == 2
+    for change in ({"allocate": "global"}, {"sequential": 0.4}):
+        with pytest.raises(FlexmoeError, match=r"equally large: with --router remove .*--[as]"):
+            router_groups(grouped, dataclasses.replace(config, **change))
+
+
+def test_a_new_mixture_keeps_groups_equal(grouped, tmp_path, monkeypatch):
+    plan = expert_plan(grouped, "base", groups=2, router="remove")
+    replaced = plan.recipe.model_copy(update={"method": "frequency"})
+    dataclasses.replace(plan, recipe=replaced).save(tmp_path / "plan")
+    statistics = {
+        i: LayerStatistics({"count_E": torch.rand(E, dtype=torch.float64)}, 8) for i in plan.layers
+    }
+    kept = Evidence({"a": statistics}, "")
+    monkeypatch.setattr("flexmoe.reweigh.Evidence.load", lambda folder, sha256: kept)
+    monkeypatch.setattr("flexmoe.reweigh.meta_model", lambda folder: grouped)
+    with pytest.raises(FlexmoeError, match="equally large: with --router remove use --allocate l"):
+        reweigh(tmp_path / "plan", "a", tmp_path / "out")
+    new, _ = reweigh(tmp_path / "plan", "a", tmp_path / "out", allocator="layer")
+    assert all((w[1] > 0).view(2, -1).sum(1).tolist() == [2, 2] for w in new.width.values())
 
 
 def test_a_token_is_sent_to_no_more_experts_than_there_are(tmp_path):

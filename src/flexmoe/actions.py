@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.experts import ExpertLayer, expert_layers, experts_function
+from flexmoe.experts import ExpertLayer, expert_layers, experts_function, masked
 from flexmoe.progress import Steps, Track, silent
 from flexmoe.training import batches
 
@@ -135,7 +135,7 @@ def learn_widths(
     price, reached = 0.01, 0.0
     model.requires_grad_(False)
     draw = list(batches(torch.arange(len(ids)), batch_size, config.steps, seed))
-    try:
+    with masked(layers):
         for step in track(Steps(0, config.steps, batch_size * ids.shape[1]), "learn"):
             batch = ids[draw[step]].to(device)
             progress = (step + 1) / config.steps
@@ -161,10 +161,6 @@ def learn_widths(
             if share >= reached + 0.01:
                 path.append((share, width))
                 reached = share
-    finally:
-        for layer in layers:
-            for name in ("flexmoe_mask_EI", "flexmoe_load_E"):
-                layer.module.__dict__.pop(name, None)
     return path
 
 

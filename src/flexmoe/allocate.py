@@ -151,8 +151,8 @@ def allocate_experts(
 
     ``layer``: every layer loses the same share of its experts, as near as their number allows,
     which is what most papers do; ``global``: the best experts of the model stay, and of every layer
-    as many as a token is sent to (``per_token``) as long as there are others. Of several ``groups``
-    of neighbours every one loses equally many (by ``layer`` only).
+    as many as a token is sent to (``per_token``) as long as there are others, the best one longest.
+    Of several ``groups`` of neighbours every one loses equally many (by ``layer`` only).
     """
     if name == "global":
         whole = max(shape.channels for shape in layers.values())
@@ -161,6 +161,7 @@ def allocate_experts(
         score = {i: score[i].clone() for i in layers}
         for i, number in per_token.items():
             score[i][score[i].topk(number).indices] += above
+            score[i][score[i].argmax()] += above  # a router must choose one
         spread = {i: score[i][:, None].expand(-1, shape.channels) for i, shape in layers.items()}
         return allocate("global", layers, spread, budgets, whole)
     if name != "layer":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ UNBUILDABLE = (
 )  # fmt: skip
 
 
+def dtype_of(name: str, stored: str) -> torch.dtype:
+    """The dtype that the tensor ``name`` is stored in; a `FlexmoeError` if it is not known."""
+    if stored not in DTYPES:
+        raise FlexmoeError(f"{name} has dtype {stored}, known are {', '.join(DTYPES)}")
+    return DTYPES[stored]
+
+
 class Checkpoint(Headers):
     """The safetensors files of one folder, see `Headers`, and the tensors in them. Opening it
     reads headers only."""
@@ -59,34 +67,50 @@ class Checkpoint(Headers):
         system wants them back, and add up to the whole checkpoint.
         """
         info = self.tensors[name]
-        if info.dtype not in DTYPES:
-            raise FlexmoeError(f"{name} has dtype {info.dtype}, known are {', '.join(DTYPES)}")
+        dtype = dtype_of(name, info.dtype)
         shape, size, start = info.shape, info.bytes, info.start
         if row is not None:
             shape, size = shape[1:], size // shape[0]
             start += row * size
         self.reads[name, row] = size
         if not size:
-            return torch.empty(shape, dtype=DTYPES[info.dtype])
+            return torch.empty(shape, dtype=dtype)
         buffer = bytearray(size)
         with (self.path / info.file).open("rb") as file:
             file.seek(start)
             if file.readinto(buffer) != size:
                 raise FlexmoeError(f"{self.path / info.file} ends within {name}: it is damaged")
-        return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).view(shape)
+        return torch.frombuffer(buffer, dtype=dtype).view(shape)
+
+    def beginning(self, name: str, size: int) -> bytes:
+        """The first ``size`` bytes of a tensor, or all that it has."""
+        info = self.tensors[name]
+        with (self.path / info.file).open("rb") as file:
+            file.seek(info.start)
+            return file.read(min(size, info.bytes))
 
     def other_files(self) -> list[Path]:
         """Everything beside weights, their index and flexmoe's own files, relative to the
-        folder: configs, tokenizer, chat template, custom code."""
+        folder: configs, tokenizer, chat template, custom code. Not what only lies there: hidden
+        folders, the state of work, other checkpoints and plans."""
         own = {INDEX_NAME, JSON_NAME, TENSORS_NAME, EXPORT_NAME, CURVE_NAME}
         found = []
-        for file in sorted(self.path.rglob("*")):
-            relative = file.relative_to(self.path)
-            hidden = any(part.startswith(".") for part in relative.parts[:-1])
-            weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-            if file.is_file() and not hidden and not weights and str(relative) not in own:
-                found.append(relative)
-        return found
+        for above, inside, names in os.walk(self.path):
+            folder = Path(above)
+            inside[:] = [name for name in inside if _belongs(folder / name)]
+            for file in (folder / name for name in names):
+                relative = file.relative_to(self.path)
+                weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+                if file.is_file() and not weights and str(relative) not in own:
+                    found.append(relative)
+        return sorted(found)
+
+
+def _belongs(folder: Path) -> bool:
+    """Whether a folder inside a checkpoint's is a part of it."""
+    if folder.name.startswith(".") or folder.suffix == ".work" or (folder / JSON_NAME).is_file():
+        return False
+    return not ((folder / "config.json").is_file() and any(folder.glob("*.safetensors")))
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flexmoe.actions import ActionConfig
 from flexmoe.allocate import PRIMARY
-from flexmoe.data import pick_batch_size
+from flexmoe.data import check_seed, pick_batch_size
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.family import pick_device
 from flexmoe.learn import LearnConfig
@@ -82,7 +82,7 @@ class CompressConfig:
 
 def check_config(config: CompressConfig) -> None:
     """Refuse what cannot work, or would have no effect, before anything slow starts."""
-    method = find_method(config.method)
+    method = find_method(config.method, anew=True)
     if config.allocator not in ALLOCATORS:
         raise did_you_mean(config.allocator, ALLOCATORS, "allocator")
     check_reference([method], config.reference)
@@ -110,6 +110,7 @@ def check_config(config: CompressConfig) -> None:
         )
     if config.quantum is not None and config.quantum < 1:
         raise FlexmoeError(f"quantum must be at least 1 channel, found {config.quantum}")
+    check_seed(config.seed)
     pick_batch_size(config.batch_size, 1)
     unread = ("data", "samples", "seq_len", "batch_size")
     asked = [name for name in unread if getattr(config, name) is not None]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flexmoe.errors import FlexmoeError
+from flexmoe.headers import one_line
 from flexmoe.sources import TINY as TINY
 from flexmoe.sources import Document, Source, documents, parse_sources
 
@@ -139,8 +140,8 @@ def load_tokenizer(folder: Path, config: Any) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # tokenizers has no class of its own for damaged files
+        reason = one_line(error)
         raise FlexmoeError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
     known, vocabulary = len(tokenizer), config.get_text_config().vocab_size
     if known < 100 or known > 2 * vocabulary:
@@ -176,6 +177,11 @@ def calibration_windows(
     for source in sources:
         weight += source.weight
         share = round(samples * weight / total) - drawn
+        if not share and spec != "tiny":  # those of tiny stand for each other
+            raise FlexmoeError(
+                f"source '{source.name}' would give none of {samples} windows: more --samples, "
+                "more weight, or leave it out"
+            )
         ids = token_windows(source, tokenizer, seq_len, share, seed)
         if len(ids) < (min(share, 1) if fewer else share):
             raise FlexmoeError(
@@ -229,6 +235,12 @@ def pick_seq_len(asked: int | None, config: Any) -> int:
             f"seq_len must be from 2 to the model's context of {context} tokens, found {asked}"
         )
     return asked
+
+
+def check_seed(seed: int) -> None:
+    """`FlexmoeError` for a seed of which no others can be made for steps and windows."""
+    if not 0 <= seed < 2**40:
+        raise FlexmoeError(f"seed must lie between 0 and 2^40, found {seed}")
 
 
 def pick_batch_size(asked: int | None, seq_len: int) -> int:

@@ -18,9 +18,10 @@ which members a step looks at.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ STRATA = 4  # the full model, and equal stretches of pruned shares up to the poo
 @dataclass(frozen=True)
 class Part:
     """Rows of a batch that one member is trained on: KL to the teacher and cross-entropy with the
-    given weights; ``scaled``: times the full member's loss over this one's."""
+    given weights; ``scaled``: times the full member's loss over this one's, of the batch."""
 
     pruned: float
     rows: Tensor
@@ -122,20 +123,12 @@ def parts_of_step(
 def stratum_weights(model: PreTrainedModel, ids: Tensor, poorest: float, micro: int) -> list[float]:
     """One over the root of each stratum's divergence before training, at its middle; the full
     model, which has none yet and must not pay for the others, counts twice the richest. Sum 1."""
-    found = []
-    for low, high in strata(poorest)[1:]:
-        total = torch.zeros(1, dtype=torch.float64)
-        for part in part_of(ids).split(micro):
-            part = part.to(next(model.parameters()).device)
-            with torch.no_grad():
-                set_budget(model, 0.0)
-                teacher = model(input_ids=part, use_cache=False).logits
-                set_budget(model, (low + high) / 2)
-                student = model(input_ids=part, use_cache=False).logits
-                total += float(divergence(student, teacher))
-        add_up([total])
-        found.append(float(total) / ids[:, 1:].numel())
-    weight = [max(value, 1e-3) ** -0.5 for value in found]
+    every = torch.arange(len(ids))
+    middles = [Part((low + high) / 2, every, 1.0, 0.0) for low, high in strata(poorest)[1:]]
+    total_P = _losses(model, nullcontext, ids, middles, micro)
+    add_up([total_P])
+    tokens = ids[:, 1:].numel()
+    weight = [max(total / tokens, 1e-3) ** -0.5 for total in total_P.tolist()]
     weight = [2 * weight[0], *weight]
     return [w / sum(weight) for w in weight]
 
@@ -157,6 +150,7 @@ class Schedule:
 
 
 Teacher = Callable[[], AbstractContextManager[None]]
+Result = TypeVar("Result")
 
 
 def distil(
@@ -192,10 +186,13 @@ def distil(
     micro = MicroBatch(schedule.micro_batch)
     mixed = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
 
-    def backward(batch: Tensor, parts: Sequence[Part], size: int) -> None:
+    def run(work: Callable[[int], Result], rows: int) -> Result:
+        with mixed:  # sharded: all processes make the same calls
+            return work(micro.size) if is_sharded(model) else micro.run(work, rows)
+
+    def backward(batch: Tensor, parts: Sequence[Part], factors: list[float], size: int) -> None:
         optimizer.zero_grad()
-        with mixed:
-            _backward(model, teacher, batch, parts, size, device)
+        _backward(model, teacher, batch, parts, factors, size)
 
     try:
         with activations_recomputed(model, checkpointing):
@@ -207,11 +204,12 @@ def distil(
                 parts = parts_of_step(
                     scheme, at, poorest, rows, step, weights, schedule.seed, labels
                 )
-                work = partial(backward, ids[order[step]], parts)
-                if is_sharded(model):  # all processes make the same calls
-                    work(micro.size)
-                else:
-                    micro.run(work, rows)
+                batch, factors = ids[order[step]], [1.0] * len(parts)
+                if any(part.scaled for part in parts):
+                    total_P = run(partial(_losses, model, teacher, batch, parts), rows)
+                    add_up([total_P])
+                    factors = _factors(parts, total_P)
+                run(partial(backward, batch, parts, factors), rows)
                 if processes()[1] > 1 and not is_sharded(model):
                     _sum_gradients(parameters)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -228,39 +226,71 @@ def _backward(
     teacher: Teacher,
     batch: Tensor,
     parts: Sequence[Part],
+    factors: Sequence[float],
     micro: int,
-    device: torch.device,
 ) -> None:
-    """Add up the gradient of all parts over this process's windows of the batch."""
+    """Add up the gradient of all parts, times their factors, over this process's windows of the
+    batch."""
     tokens = batch[:, 1:].numel()
     sharded = is_sharded(model)
     # sharded gradients come averaged over processes, the others are added up afterwards
     scale = (processes()[1] if sharded else 1) / tokens
-    for chosen in part_of(torch.arange(len(batch))).split(micro):
-        windows = batch[chosen].to(device)
-        set_budget(model, 0.0)
-        with teacher(), torch.no_grad():
-            taught = model(input_ids=windows, use_cache=False).logits
-        full: Tensor | None = None
-        for part in parts:
+    for chosen, windows, taught in _taught(model, teacher, batch, micro):
+        for part, factor in zip(parts, factors, strict=True):
             here = torch.isin(chosen, part.rows)
             idle = not here.any()
             if idle and not sharded:
                 continue
             if idle:  # sharded weights are gathered by all processes together, also for nothing
                 here[0] = True
-            set_budget(model, part.pruned)
-            logits = model(input_ids=windows[here], use_cache=False).logits
-            loss = torch.zeros((), device=device)
-            if part.divergence:
-                loss = loss + part.divergence * divergence(logits, taught[here])
-            if part.cross_entropy:
-                loss = loss + part.cross_entropy * token_loss(logits, windows[here])
-            if full is None:
-                full = loss.detach()
-            if part.scaled:
-                loss = loss * (full / (loss.detach() + 1e-8))
-            (loss * (0.0 if idle else scale)).backward()
+            loss = _loss(model, part, windows[here], taught[here])
+            (loss * (0.0 if idle else scale * factor)).backward()
+
+
+@torch.no_grad()
+def _losses(
+    model: PreTrainedModel, teacher: Teacher, batch: Tensor, parts: Sequence[Part], micro: int
+) -> Tensor:
+    """The loss of each part [P], summed over this process's windows of the batch: all of them are
+    rows of every part."""
+    total_P = torch.zeros(len(parts), dtype=torch.float64)
+    for _, windows, taught in _taught(model, teacher, batch, micro):
+        for p, part in enumerate(parts):
+            total_P[p] += float(_loss(model, part, windows, taught))
+    return total_P
+
+
+def _factors(parts: Sequence[Part], total_P: Tensor) -> list[float]:
+    """What the loss of each part is multiplied by, from those of the whole batch: of the batch, so
+    that the result does not depend on how it is split."""
+    full = float(total_P[0])
+    pairs = zip(parts, total_P.tolist(), strict=True)
+    return [full / (total + 1e-8) if part.scaled else 1.0 for part, total in pairs]
+
+
+def _taught(
+    model: PreTrainedModel, teacher: Teacher, batch: Tensor, micro: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This process's windows of the batch, ``micro`` at a time: their rows, their tokens and the
+    teacher's logits."""
+    for chosen in part_of(torch.arange(len(batch))).split(micro):
+        windows = batch[chosen].to(next(model.parameters()).device)
+        set_budget(model, 0.0)
+        with teacher(), torch.no_grad():
+            taught = model(input_ids=windows, use_cache=False).logits
+        yield chosen, windows, taught
+
+
+def _loss(model: PreTrainedModel, part: Part, windows: Tensor, taught: Tensor) -> Tensor:
+    """The loss of a part's member, summed over the tokens of these windows."""
+    set_budget(model, part.pruned)
+    logits = model(input_ids=windows, use_cache=False).logits
+    loss = torch.zeros((), device=logits.device)
+    if part.divergence:
+        loss = loss + part.divergence * divergence(logits, taught)
+    if part.cross_entropy:
+        loss = loss + part.cross_entropy * token_loss(logits, windows)
+    return loss
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -218,7 +218,8 @@ def gather(
                 if at + 1 == len(batches) or batches[at + 1][0] != source:
                     for stats in into.values():  # one source's at a time stand on the device
                         stats.to("cpu")
-                if saved is not None and world == 1 and saved.due:
+                last = at + 1 == len(batches)  # is written below
+                if saved is not None and world == 1 and not last and saved.due:
                     step = number * len(every) + at + 1
                     saved.save(step, found.beside(part).tensors())
             if is_sharded(model) and len(batches) < len(every[::world]):

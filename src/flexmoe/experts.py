@@ -13,7 +13,7 @@ Shape letters, here and everywhere: ``L`` MoE layers, ``E`` experts, ``I`` chann
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -245,6 +245,11 @@ def _linear(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight if module.is_transposed else F.linear(x, weight)
 
 
+def unchanged(routing: Routing, h_SI: Tensor) -> Tensor:
+    """The observer that changes nothing."""
+    return h_SI
+
+
 def observe_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Registered as ``flexmoe_observe``: ``module.flexmoe_observer`` sees activations go by, its
     method ``see``, where it has one, everything (see `Seen`)."""
@@ -264,6 +269,17 @@ def mask_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: T
         return h_SI * mask_EI[routing.expert_S].to(h_SI.dtype)
 
     return full_width_forward(module, x_TH, index_TK, weight_TK, edit)
+
+
+@contextmanager
+def masked(layers: Sequence[ExpertLayer]) -> Iterator[None]:
+    """What `mask_forward` reads and notes on the modules goes after the block."""
+    try:
+        yield
+    finally:
+        for layer in layers:
+            for name in ("flexmoe_mask_EI", "flexmoe_load_E"):
+                layer.module.__dict__.pop(name, None)
 
 
 def prefix_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:

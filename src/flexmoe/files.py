@@ -48,12 +48,16 @@ def free_disk(path: str | Path) -> int:
 
 
 def check_file(path: Path) -> Path:
-    """``path`` if a file can be written there; else a `FlexmoeError`, before the work it is for."""
+    """``path`` if a file can be written there, in a folder that is made for it; else a
+    `FlexmoeError`, before the work it is for."""
     if path.is_dir():
         raise FlexmoeError(f"cannot write '{path}': it is a folder, give a file")
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise FlexmoeError(f"cannot write '{path}': '{above}' is no folder to write in")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise FlexmoeError(f"cannot write '{path}': it is read-only, give another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 

@@ -27,13 +27,12 @@ DTYPE_NAMES = {
 
 
 def resolve(model: str | Path) -> Path:
-    """The folder of a checkpoint: a local folder, ``tiny`` (the model inside the package) or a
-    hub id, which is downloaded. A `FlexmoeError` says why it cannot be used."""
+    """The folder of a checkpoint: a local folder, else ``tiny`` (the model inside the package) or
+    a hub id, which is downloaded. A `FlexmoeError` says why it cannot be used."""
     path = Path(model).expanduser()
-    if str(model) == "tiny":
-        path = Path(flexmoe.__file__).parent / "tiny" / "model"
-    elif not path.is_dir():
-        path = _download(str(model))
+    if not path.is_dir():
+        packaged = Path(flexmoe.__file__).parent / "tiny" / "model"
+        path = packaged if str(model) == "tiny" else _download(str(model))
     if not (path / "config.json").is_file():
         raise FlexmoeError(f"{path} is not a Hugging Face checkpoint: it has no config.json")
     if not any(path.glob("*.safetensors")):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.experts import ExpertLayer, expert_layers, experts_function
+from flexmoe.experts import ExpertLayer, expert_layers, experts_function, masked
 from flexmoe.memory import MicroBatch
 from flexmoe.progress import Steps, Track, silent
 from flexmoe.resume import Saved
@@ -146,7 +146,7 @@ def learn_positions(
         start, tensors = state
         positions.value_X = tensors["position"]
     order = list(batches(torch.arange(len(ids)), batch_size, config.steps, seed))
-    try:
+    with masked(layers):
         with activations_recomputed(model, checkpointing):
             tokens = batch_size * ids.shape[1]
             for step in track(Steps(start, config.steps, tokens), "learn"):
@@ -183,10 +183,6 @@ def learn_positions(
                     saved.save(step + 1, {"position": positions.value_X})
         mixed = [positions.spread(torch.lerp(first_X, positions.value_X, a)) for a in MIXES]
         positions.value_X = _best(model, positions, mixed, ids[: 4 * batch_size], micro.size)
-    finally:
-        for layer in layers:
-            for name in ("flexmoe_mask_EI", "flexmoe_load_E"):
-                layer.module.__dict__.pop(name, None)
     return positions.by_layer(positions.value_X)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from flexmoe.allocate import cut_between
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import LayerShape
-from flexmoe.files import read_sealed, seal
+from flexmoe.files import read_sealed, seal, write_whole
 
 FORMAT = 1
 JSON_NAME, TENSORS_NAME = "flexmoe.json", "flexmoe.safetensors"
@@ -262,8 +261,6 @@ class Plan:
         tensors |= {f"layers.{i}.width": t.int().contiguous() for i, t in self.width.items()}
         tensors |= {f"layers.{i}.constant": t.contiguous() for i, t in self.constant.items()}
         content = save(tensors)
-        partial = folder / f"{TENSORS_NAME}.partial"
-        partial.write_bytes(content)
         manifest = Manifest(
             format=FORMAT,
             ranked=ranked,
@@ -274,11 +271,9 @@ class Plan:
             bytes_per_parameter=self.bytes_per_parameter,
             tensors_sha256=hashlib.sha256(content).hexdigest(),
         )
-        os.replace(partial, folder / TENSORS_NAME)
+        write_whole(folder / TENSORS_NAME, content)
         text = json.dumps(seal(manifest.model_dump()), indent=1) + "\n"
-        partial = folder / f"{JSON_NAME}.partial"
-        partial.write_text(text)
-        os.replace(partial, folder / JSON_NAME)
+        write_whole(folder / JSON_NAME, text.encode())
         return manifest
 
     @classmethod

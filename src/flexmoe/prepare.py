@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 import flexmoe
+from flexmoe.allocate import allocate_experts
 from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.config import SAMPLES, CompressConfig, check_config
 from flexmoe.data import (
@@ -28,6 +28,7 @@ from flexmoe.headers import resolve
 from flexmoe.learn import check_halves
 from flexmoe.methods import find_method
 from flexmoe.routing.counts import builder, find_counts
+from flexmoe.routing.rules import kept_experts
 from flexmoe.trace import fingerprint, trace
 from flexmoe.training import part_of, share
 from flexmoe.widths import default_quantum
@@ -61,9 +62,8 @@ class Prepared:
         inputs = {"weights_sha256": self.weights_sha256, "version": flexmoe.__version__}
         if self.windows:
             inputs["data_sha256"] = self.windows.sha256
-        path = Path(self.config.method.rpartition(":")[0])
-        if path.is_file():
-            inputs["method_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        if sha256 := find_method(self.config.method).sha256:
+            inputs["method_sha256"] = sha256
         return inputs
 
 
@@ -79,16 +79,31 @@ def pick_quantum(config: CompressConfig, channels: list[int]) -> int:
 
 
 def router_groups(meta: PreTrainedModel, config: CompressConfig) -> int:
-    """From how many groups experts must go in equal numbers; `FlexmoeError` if they cannot."""
+    """From how many groups experts must go in equal numbers; `FlexmoeError` if they cannot, or if
+    too few would be left at the poorest budget."""
     if config.router != "remove":
         return 1
-    groups = find_counts(meta.config.to_dict(), builder(meta)).groups
-    if groups > 1 and config.allocator != "layer":
-        raise FlexmoeError(
-            f"this router chooses within {groups} groups of experts, which must stay equally "
-            "large: with --router remove use --allocate layer"
-        )
-    return groups
+    counts = find_counts(meta.config.to_dict(), builder(meta))
+    check_groups(counts.groups, config.allocator, config.sequential)
+    shapes = {layer.index: layer.shape for layer in expert_layers(meta)}
+    alike = {i: torch.zeros(shape.experts) for i, shape in shapes.items()}
+    name = "layer" if config.allocator == "layer" else "global"
+    K = dict.fromkeys(shapes, counts.K)
+    width = allocate_experts(name, shapes, alike, (max(config.pruned),), counts.groups, K)
+    kept = {len(kept_experts(counts, width_BE[0] == 0, i)) for i, width_BE in width.items()}
+    if min(kept) < counts.K:
+        counts.model(min(kept))  # refuses a router that cannot choose fewer
+    return counts.groups
+
+
+def check_groups(groups: int, allocator: str, sequential: float | None = None) -> None:
+    """`FlexmoeError` unless all ``groups`` of experts that a router chooses within lose equally
+    many when it forgets them."""
+    said = f"this router chooses within {groups} groups of experts, which must stay equally large"
+    if groups > 1 and allocator != "layer":
+        raise FlexmoeError(f"{said}: with --router remove use --allocate layer")
+    if groups > 1 and sequential is not None:
+        raise FlexmoeError(f"{said}: with --router remove leave out --sequential")
 
 
 def prepare(model: str | Path, config: CompressConfig) -> Prepared:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.experts import ExpertLayer, expert_layers, experts_function
+from flexmoe.experts import ExpertLayer, expert_layers, experts_function, masked
 from flexmoe.progress import Track, silent
 from flexmoe.training import batches, divergence
 
@@ -154,7 +154,7 @@ def learn_mask(
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     drawn = batches(ids, config.windows, config.steps * config.draws, seed)
-    try:
+    with masked(units.layers):
         for step in track(range(config.steps), f"rco {pruned:g}"):
             first, last = config.tau
             tau = first * (last / first) ** (step / max(1, config.steps - 1))
@@ -176,10 +176,6 @@ def learn_mask(
             logit_X = units.retract(moved_X.masked_fill(gone_X, fixed), pruned)
             logit_X = logit_X.masked_fill(gone_X, fixed)
             mean_X = units.project(mean_X, logit_X)
-    finally:
-        for layer in units.layers:
-            for name in ("flexmoe_mask_EI", "flexmoe_load_E"):
-                layer.module.__dict__.pop(name, None)
     return logit_X
 
 

@@ -48,7 +48,6 @@ from flexmoe.recover_config import (
     RecoverConfig,
     check_recovery,
     default_rate,
-    is_family,
 )
 from flexmoe.refit import refit
 from flexmoe.reports.card import write_card
@@ -58,6 +57,7 @@ from flexmoe.sharding import shard_model
 from flexmoe.shards import Shards, Source, replaced, verify, write
 from flexmoe.streamed.layer_loader import LayerLoader
 from flexmoe.streamed.refit import refit_within, refitted
+from flexmoe.trace import check_weights
 from flexmoe.training import by_first, part_of, processes
 
 
@@ -91,10 +91,11 @@ def prepare(family: str | Path, config: RecoverConfig, base: str | Path | None =
     if ranked and base is not None:
         raise FlexmoeError(f"'{family}' is a family with weights of its own: leave base out")
     plan.check_router_kept("recovery trains members with the router as it is")
-    if config.at is not None:
-        plan.widths(config.at)
+    _check_members(plan, config)
     weights = folder if ranked else resolve(base or plan.recipe.base_model)
     source = Source.open(weights, plan)
+    if not ranked:
+        check_weights(plan, source.checkpoint, source.layers)
     settings = source.model.config
     length = pick_seq_len(config.seq_len, settings)
     size = pick_batch_size(config.batch_size, length)
@@ -125,6 +126,28 @@ def prepare(family: str | Path, config: RecoverConfig, base: str | Path | None =
     )
     trained = sum(p.numel() for p in trained_parameters(source.model, config.mode).values())
     return Prepared(config, folder, base, plan, source, ids, windows.sha256, schedule, trained)
+
+
+def _check_members(plan: Plan, config: RecoverConfig) -> None:
+    """`FlexmoeError` unless the plan has the members that the scheme trains."""
+    if config.mode == "closed-form":
+        return
+    if config.picked_scheme == "sp":
+        try:
+            plan.widths(config.picked_at)
+        except FlexmoeError as error:
+            hint = (
+                ""
+                if config.at is not None
+                else ". Scheme 'sp' trains that one by default: give --at"
+            )
+            raise FlexmoeError(f"{error}{hint}") from None
+    elif plan.recipe.unit == "expert":
+        raise FlexmoeError(
+            f"scheme '{config.picked_scheme}' trains members between the budgets, and this plan "
+            "removes whole experts and knows those of its budgets only: give one of them with "
+            f"--at ({', '.join(f'{share:g}' for share in plan.budgets[1:])}), or --mode closed-form"
+        )
 
 
 def trained_parameters(model: nn.Module, mode: str) -> dict[str, nn.Parameter]:
@@ -271,8 +294,7 @@ def train(
     if config.mode == "closed-form":
         report = refit(model, ready.plan, ready.ids, batch_size=schedule.batch_size, track=track)
         return {"seconds": round(report.seconds, 1)}
-    scheme = config.scheme or ("family" if is_family(config) else "sp")
-    at = 0.4 if config.at is None else config.at
+    scheme, at = config.picked_scheme, config.picked_at
     options: dict[str, Any] = {
         "scheme": scheme,
         "at": at,

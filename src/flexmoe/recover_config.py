@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexmoe.data import pick_batch_size
+from flexmoe.data import check_seed, pick_batch_size
 from flexmoe.distil import SCHEMES
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.family import pick_device
@@ -17,6 +17,7 @@ MODES = ("closed-form", "router", "lora", "full")
 RATES = {"full": 1e-3, "lora": 1e-3, "router": 1e-3}
 MEASURED_HIDDEN = 128
 RANK = 16  # of LoRA
+AT = 0.4  # the paper's single point
 TOKENS = {"closed-form": 131_072, "router": 600_000, "lora": 1_200_000, "full": 1_200_000}
 
 
@@ -49,6 +50,16 @@ class RecoverConfig:
     shard: bool = False
     memory: int | None = None
 
+    @property
+    def picked_scheme(self) -> str:
+        """The scheme, where anything is trained."""
+        return self.scheme or ("family" if self.at is None else "sp")
+
+    @property
+    def picked_at(self) -> float:
+        """The budget that ``sp`` trains."""
+        return AT if self.at is None else self.at
+
 
 def check_recovery(config: RecoverConfig) -> None:
     """Refuse what cannot work, or would have no effect, before anything slow starts."""
@@ -59,7 +70,7 @@ def check_recovery(config: RecoverConfig) -> None:
     unread = {
         "at": config.mode != "closed-form" and config.scheme in (None, "sp"),
         "scheme": config.mode != "closed-form",
-        "labels": config.mode != "closed-form" and is_family(config),
+        "labels": config.mode != "closed-form" and config.picked_scheme == "family",
         "lr": config.mode != "closed-form",
         "micro_batch": config.mode != "closed-form",
         "checkpointing": config.mode != "closed-form",
@@ -86,17 +97,13 @@ def check_recovery(config: RecoverConfig) -> None:
         raise FlexmoeError(f"lr must lie between 0 and 1, found {config.lr:g}")
     if config.labels is not None and not 0 <= config.labels <= 10:
         raise FlexmoeError(f"labels must lie between 0 and 10, found {config.labels:g}")
+    check_seed(config.seed)
     pick_batch_size(config.batch_size, 1)
     pick_device(config.device)
     if config.shard:
         check_processes()
     if config.memory is not None and processes()[1] > 1:
         raise FlexmoeError("a limit of memory works with one process: leave out torchrun")
-
-
-def is_family(config: RecoverConfig) -> bool:
-    """Whether all budgets are trained together."""
-    return config.scheme == "family" or (config.scheme is None and config.at is None)
 
 
 def default_rate(mode: str, hidden: int) -> float:

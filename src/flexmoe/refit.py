@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.experts import ExpertLayer, Routing, expert_layers, experts_function
+from flexmoe.experts import ExpertLayer, Routing, expert_layers, experts_function, unchanged
 from flexmoe.plan import Plan
 from flexmoe.progress import Steps, Track, silent
 
@@ -179,7 +179,7 @@ def _pass(
 ) -> None:
     """Run one batch as far as the last layer of ``moments``, unpruned, and add up."""
     for layer in layers:
-        layer.module.flexmoe_observer = moments.get(layer.index, lambda routing, h_SI: h_SI)
+        layer.module.flexmoe_observer = moments.get(layer.index, unchanged)
     try:
         model(input_ids=batch, use_cache=False)
     except _Enough:

@@ -33,6 +33,10 @@ def work_folder(out: str | Path) -> Path:
     return out.with_name(f"{out.name}.work")
 
 
+class Damaged(FlexmoeError):
+    """The state of one stage cannot be read; that of the others can."""
+
+
 class Work:
     """The folder of one command's state. ``settings`` says what the command is: state of another
     command is refused, not continued."""
@@ -52,7 +56,7 @@ class Work:
     def on(self, **inputs: str) -> Iterator[None]:
         """Inside the block there is state of this command, run on these ``inputs`` (their hashes):
         with others than before it is not continued either. A `FlexmoeError` ends it: the same
-        command would end in the same way."""
+        command would end in the same way, unless what is `Damaged` goes."""
         self._refuse_other("inputs", inputs)
         if processes()[0] == 0:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -60,6 +64,8 @@ class Work:
             write_whole(self.path / SETTINGS_NAME, text.encode())
         try:
             yield
+        except Damaged:
+            raise
         except FlexmoeError:
             self.clear()
             raise
@@ -130,9 +136,9 @@ class Saved:
                 raise SafetensorError("its checksum is not what was written")
             return record["step"], load_file(data)
         except (OSError, ValueError, LookupError, SafetensorError) as error:
-            raise FlexmoeError(
+            raise Damaged(
                 f"the state of stage '{self.name}' in '{self.work.path}' is damaged ({error}): "
-                "remove that folder to begin again"
+                f"remove '{about}' to begin that stage again"
             ) from None
 
     @property

@@ -18,6 +18,7 @@ from flexmoe.family import find_folder, load_stock
 from flexmoe.files import refuse_existing, written_beside
 from flexmoe.methods import Method, find_method, score_layers
 from flexmoe.plan import Plan
+from flexmoe.prepare import check_groups
 from flexmoe.routing.rules import mean_outputs
 from flexmoe.sources import COMMA, Source, split_weight
 from flexmoe.statistics import LayerStatistics, Statistics, thin_experts
@@ -46,7 +47,8 @@ def reweigh(
             f"'{family}' has recovered weights, which are fitted to its plan: give the family it "
             "was recovered from"
         )
-    method = find_method(plan.recipe.method)
+    check_groups(plan.recipe.router_groups, allocator)
+    method = find_method(plan.recipe.method, anew=True)
     if method.passes > 1 or method.reference or method.learns:
         raise FlexmoeError(
             f"method '{method.name}' needs more than sums that can be weighed anew: compress again "

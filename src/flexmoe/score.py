@@ -15,6 +15,7 @@ from flexmoe.checkpoint import meta_model
 from flexmoe.config import SAMPLES
 from flexmoe.data import (
     calibration_windows,
+    check_seed,
     check_tokens,
     load_tokenizer,
     pick_batch_size,
@@ -50,8 +51,9 @@ def score(
     Written to the file ``out`` as float64 tensors ``layers.{i}.{method}`` [E, I] or [E], higher =
     keep, with what they are of in the file's metadata. The text is as in `compress`.
     """
-    chosen = [find_method(name) for name in dict.fromkeys(methods)]
+    chosen = [find_method(name, anew=True) for name in dict.fromkeys(methods)]
     check_reference(chosen, reference)
+    check_seed(seed)
     asked = {"data": data, "samples": samples, "seq_len": seq_len, "batch_size": batch_size}
     given = [name for name, value in asked.items() if value is not None]
     needs_data = any(method.needs_data for method in chosen)

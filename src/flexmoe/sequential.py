@@ -23,6 +23,7 @@ from flexmoe.experts import (
     expert_layers,
     experts_function,
     observe_forward,
+    unchanged,
 )
 from flexmoe.methods import Method, score_layers
 from flexmoe.observe import Observer
@@ -73,7 +74,7 @@ def score_sequential(
     width = {layer.index: torch.full((layer.E,), layer.I) for layer in layers}
     try:
         for layer in layers:
-            layer.module.flexmoe_observer = _untouched
+            layer.module.flexmoe_observer = unchanged
         for layer in track(layers, "observe"):
             target = _outputs(model, layer, batches) if targets else None
             if router == "remove":
@@ -131,10 +132,6 @@ def _run_to(model: nn.Module, layer: ExpertLayer, batch: Tensor) -> Tensor:
 def _outputs(model: nn.Module, layer: ExpertLayer, batches: Sequence[Tensor]) -> list[Tensor]:
     """What the experts of ``layer`` give in the unpruned model, by batch."""
     return [_run_to(model, layer, batch) for batch in batches]
-
-
-def _untouched(routing: Routing, h_SI: Tensor) -> Tensor:
-    return h_SI
 
 
 class _Silenced:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from flexmoe.checkpoint import DTYPES, Checkpoint, meta_model
+from flexmoe.checkpoint import DTYPES, Checkpoint, dtype_of, meta_model
 from flexmoe.errors import FlexmoeError
 from flexmoe.headers import INDEX_NAME, TensorInfo
 from flexmoe.hf import CONSTANT, LEAVES, SIDES_OF
@@ -40,8 +40,11 @@ class Entry:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    itemsize: int
     make: Callable[[], Tensor]
+
+    @property
+    def itemsize(self) -> int:
+        return dtype_of(self.name, self.dtype).itemsize
 
     @property
     def bytes(self) -> int:
@@ -80,11 +83,8 @@ def _all_shards(source: Source, of_piece: Callable[[int, Piece], list[Entry]]) -
         if name in pieces:
             shards[info.file] += of_piece(*pieces[name])
         else:
-            size = torch.Size(info.shape).numel()
             make = partial(source.checkpoint.tensor, name)
-            shards[info.file].append(
-                Entry(name, info.dtype, info.shape, info.bytes // max(size, 1), make)
-            )
+            shards[info.file].append(Entry(name, info.dtype, info.shape, make))
     return shards
 
 
@@ -98,8 +98,7 @@ def same_names(source: Source, cuts: dict[int, Cut]) -> Shards:
         shape = list(info.shape)
         shape[piece.axis] = size * len(piece.sides)
         make = partial(_rebuild, source.checkpoint, piece, cut, shape)
-        itemsize = info.bytes // torch.Size(info.shape).numel()
-        return [Entry(piece.name, info.dtype, tuple(shape), itemsize, make)]
+        return [Entry(piece.name, info.dtype, tuple(shape), make)]
 
     return _all_shards(source, of_piece)
 
@@ -145,17 +144,9 @@ def replaced(source: Source, new: dict[str, Tensor]) -> Shards:
         for piece in traced.stored:
             if piece.axis is None:
                 continue  # a down bias has no channels and is not trained
-            make = partial(_piece_of_model, new, name, traced, piece, info[piece.name])
-            size = torch.Size(info[piece.name].shape).numel()
-            shards[info[piece.name].file].append(
-                Entry(
-                    piece.name,
-                    info[piece.name].dtype,
-                    info[piece.name].shape,
-                    info[piece.name].bytes // size,
-                    make,
-                )
-            )
+            own = info[piece.name]
+            make = partial(_piece_of_model, new, name, traced, piece, own)
+            shards[own.file].append(Entry(piece.name, own.dtype, own.shape, make))
     return shards
 
 
@@ -257,7 +248,6 @@ def ragged(source: Source, cuts: dict[int, Cut], names: RaggedNames) -> Shards:
 
     def of_piece(i: int, piece: Piece) -> list[Entry]:
         info, cut, entries = source.checkpoint.tensors[piece.name], cuts[i], []
-        itemsize = info.bytes // torch.Size(info.shape).numel()
         experts = range(len(cut.width_E)) if piece.expert is None else [piece.expert]
         for e in experts:
             for side in piece.sides:
@@ -266,19 +256,17 @@ def ragged(source: Source, cuts: dict[int, Cut], names: RaggedNames) -> Shards:
                 make = partial(_best, source.checkpoint, piece, cut, e, side)
                 if not w:  # nothing of it stays, so nothing of it is read
                     make = partial(torch.empty, shape, dtype=DTYPES[info.dtype])
-                entries.append(Entry(names[i][e, side], info.dtype, shape, itemsize, make))
+                entries.append(Entry(names[i][e, side], info.dtype, shape, make))
         return entries
 
     shards = _all_shards(source, of_piece)
     for traced in source.layers.values():
         if not _plain(traced):
             info = source.checkpoint.tensors[traced.stored[0].name]
-            dtype = DTYPES[info.dtype]
-            make = partial(torch.empty, 0, dtype=dtype)
+            make = partial(torch.empty, 0, dtype=DTYPES[info.dtype])
             for piece in traced.standard:
                 if piece.axis is not None:
-                    entry = Entry(piece.name, info.dtype, (0,), dtype.itemsize, make)
-                    shards[info.file].append(entry)
+                    shards[info.file].append(Entry(piece.name, info.dtype, (0,), make))
     return shards
 
 
@@ -292,8 +280,7 @@ def with_constants(source: Source, shards: Shards, constant: dict[int, Tensor]) 
     for name, i in renamed.items():
         tensor = constant[int(i)].float()
         file = source.checkpoint.tensors[source.layers[int(i)].stored[0].name].file
-        entry = Entry(name, "F32", tuple(tensor.shape), 4, partial(torch.clone, tensor))
-        more[file].append(entry)
+        more[file].append(Entry(name, "F32", tuple(tensor.shape), partial(torch.clone, tensor)))
     return more
 
 

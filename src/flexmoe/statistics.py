@@ -6,6 +6,7 @@ pass adds them up per expert in float64. All are sums (or maxima), so parts of a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -87,10 +88,27 @@ def statistic(
         )
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        if name in STATISTICS:
+            refuse_taken(f"statistic '{name}'", STATISTICS[name].function, function)
         STATISTICS[name] = Statistic(name, when, merge, function, reads, after, whole)
         return function
 
     return register
+
+
+def refuse_taken(what: str, before: Callable[..., object], now: Callable[..., object]) -> None:
+    """`FlexmoeError` if a name is given again in another file: one of the two would silently stand
+    for the other."""
+    there, here = _file_of(before), _file_of(now)
+    if there != here:
+        raise FlexmoeError(
+            f"{what} stands in {there} already, and in {here}: give yours another name"
+        )
+
+
+def _file_of(function: Callable[..., object]) -> str:
+    module = sys.modules.get(function.__module__)
+    return getattr(module, "__file__", None) or function.__module__  # none in a notebook
 
 
 @statistic("count_E", when="batch")

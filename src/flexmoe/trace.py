@@ -26,6 +26,7 @@ from flexmoe.names import Names, Patterns
 from flexmoe.plan import Plan
 
 SIDES = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+BEGINNING = 4096  # bytes of a tensor outside the experts that its fingerprint looks at
 CODED_HIDDEN = 3  # hidden size of the coded parameters: enough to see which axis is hidden
 
 
@@ -113,19 +114,34 @@ def trace(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[int, TracedLay
 
 
 def fingerprint(checkpoint: Checkpoint, layers: dict[int, TracedLayer]) -> str:
-    """sha256 of the down channels of expert 0 of every layer, as stored: it tells these very
-    weights in this very order of channels from all others."""
-    digest = hashlib.sha256()
+    """What tells these very weights in this very order of channels from all others (compare with
+    `same_weights`): sha256 of expert 0 of every layer and the beginnings of all tensors outside the
+    experts; then, after a colon, of expert 0's down channels alone, which is all that older
+    versions noted."""
+    digest, of_down = hashlib.sha256(), hashlib.sha256()
     for _, traced in sorted(layers.items()):
-        down_IH = traced.expert(checkpoint, 0)["down"]
-        digest.update(down_IH.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        for side, tensor in sorted(traced.expert(checkpoint, 0).items()):
+            content = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+            digest.update(content)
+            if side == "down":
+                of_down.update(content)
+    of_experts = {piece.name for traced in layers.values() for piece in traced.stored}
+    for name in sorted(checkpoint.tensors.keys() - of_experts):
+        digest.update(name.encode() + checkpoint.beginning(name, BEGINNING))
+    return f"{digest.hexdigest()}:{of_down.hexdigest()}"
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same weights, as far as both of them tell."""
+    if ":" in one and ":" in other:
+        return one == other
+    return one.rpartition(":")[2] == other.rpartition(":")[2]
 
 
 def check_weights(plan: Plan, checkpoint: Checkpoint, layers: dict[int, TracedLayer]) -> None:
     """Raise `FlexmoeError` unless a plan alone was made for exactly these weights."""
     wanted = plan.recipe.weights_sha256
-    if wanted and (found := fingerprint(checkpoint, layers)) != wanted:
+    if wanted and not same_weights(found := fingerprint(checkpoint, layers), wanted):
         raise FlexmoeError(
             f"the weights in {checkpoint.path} (sha256 {found[:12]}) are not those that the plan "
             f"was made for (sha256 {wanted[:12]} of {plan.recipe.base_model}): they may be of "

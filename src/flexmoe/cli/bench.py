@@ -118,8 +118,6 @@ def model(
     quiet()
     if dtype not in (known := ("auto", "float32", "bfloat16", "float16")):
         raise did_you_mean(dtype, known, "dtype")
-    if json_out is not None:
-        check_file(json_out)
     config = SpeedConfig(
         batches=_numbers(batch, "--batch"),
         prompt=prompt,
@@ -129,10 +127,11 @@ def model(
         device=device,
         dtype=dtype,
     )
+    if json_out is not None:
+        check_file(json_out)
     found = measure(path, config, against)
     say(_table(path, found))
     if json_out is not None:
-        json_out.parent.mkdir(parents=True, exist_ok=True)
         json_out.write_text(json.dumps({"model": path, **found}, indent=1) + "\n")
 
 

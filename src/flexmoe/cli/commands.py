@@ -297,26 +297,32 @@ def demo(
 
 
 def main() -> None:
-    """Entry point: a user's mistake ends in one message and exit code 2."""
+    """Entry point: a user's mistake, or a full machine, ends in one message and exit code 2."""
     # end as on Ctrl-C, so that what is half-written goes
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
-    except FlexmoeError as error:
-        print(f"flexmoe: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None or error.strerror is None:
+    except Exception as error:
+        said = str(error) if isinstance(error, FlexmoeError) else _of_the_machine(error)
+        if said is None:
             raise
-        print(f"flexmoe: {error.strerror}: '{error.filename}'", file=sys.stderr)
+        print(f"flexmoe: {said}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        if "out of memory" not in str(error).lower():
-            raise
-        reason = str(error).splitlines()[0]
-        print(
-            f"flexmoe: {reason}\nUse a smaller --batch-size (down to 1) or --seq-len, or a device "
-            "with more memory.",
-            file=sys.stderr,
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What to say of memory that is out and of files that cannot be read or written; None of any
+    other error."""
+    from safetensors import SafetensorError
+
+    from flexmoe.memory import out_of_memory
+
+    if out_of_memory(error):
+        reason = (str(error) or "out of memory").splitlines()[0]
+        return (
+            f"{reason}\nUse a smaller --batch-size (down to 1) or --seq-len, or a device with more "
+            "memory."
         )
-        sys.exit(2)
+    if isinstance(error, OSError) and error.strerror is not None:
+        return error.strerror + (f": '{error.filename}'" if error.filename else "")
+    return str(error) if isinstance(error, SafetensorError) else None

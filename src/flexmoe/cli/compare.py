@@ -77,7 +77,7 @@ def compare(
         check_plot(plot)
     for path in (plot, markdown):
         if path is not None:
-            check_file(path).parent.mkdir(parents=True, exist_ok=True)
+            check_file(path)
     config = CompareConfig(
         methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
         pruned=budget_list(pruned),

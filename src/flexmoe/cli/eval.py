@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -115,8 +114,6 @@ def evaluate(
     from flexmoe.progress import bar
 
     quiet()
-    if json_out is not None:
-        check_file(json_out)
     config = EvaluateConfig(
         data=data,
         pruned=None if pruned == "all" else budget_list(pruned),
@@ -142,7 +139,7 @@ def evaluate(
         policy_data=policy_data,
     )
     if json_out is not None:
-        _check_can_write(json_out)
+        check_file(json_out)
     done = measure(path, config, command=_command(), track=bar)
     for table in tables(done, path):
         say(table)
@@ -156,18 +153,6 @@ def evaluate(
         typer.echo(done.verdict.text, err=not done.verdict.passed)
         if not done.verdict.passed:
             raise typer.Exit(1)
-
-
-def _check_can_write(path: Path) -> None:
-    """`FlexmoeError` unless the file can be written: said before the long part."""
-    from flexmoe.errors import FlexmoeError
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FlexmoeError(f"cannot write '{path}': {error.strerror}") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise FlexmoeError(f"cannot write '{path}': it is a folder, or its folder is read-only")
 
 
 def _command() -> str:

@@ -51,7 +51,7 @@ def parse(text: str) -> Entry:
     rest, plus, router = text.rpartition("+")
     rest = rest if plus else text
     spec, at, allocate = rest.rpartition("@")
-    method = find_method(spec if at else rest)
+    method = find_method(spec if at else rest, anew=True)
     if at and allocate not in ALLOCATORS:
         raise did_you_mean(allocate, ALLOCATORS, "allocator")
     if plus and router not in RULES:

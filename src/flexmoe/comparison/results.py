@@ -16,6 +16,7 @@ from typing import Any
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.files import check_file
+from flexmoe.trace import same_weights
 
 FORMAT = 1
 Row = dict[str, Any]
@@ -52,7 +53,7 @@ class Results:
         differ = [
             f"{key} was {_short(before.settings.get(key))}, is {_short(settings.get(key))}"
             for key in dict.fromkeys([*before.settings, *settings])
-            if before.settings.get(key) != settings.get(key)
+            if not _same(key, before.settings.get(key), settings.get(key))
         ]
         if differ:
             raise FlexmoeError(
@@ -62,9 +63,16 @@ class Results:
         _cut_unfinished(path)
         return before
 
-    def done(self, entry: str, pruned: float) -> bool:
-        """Whether there is a line of this entry and budget."""
-        return any(row["method"] == entry and row["pruned"] == pruned for row in self.rows)
+    def done(self, entry: str, pruned: float, method_sha256: str = "") -> bool:
+        """Whether there is a line of this entry and budget. A `FlexmoeError` if there is any of a
+        method's file of another sha256 than now: they could not be compared."""
+        rows = [row for row in self.rows if row["method"] == entry]
+        if any(row.get("method_sha256", "") != method_sha256 for row in rows):
+            raise FlexmoeError(
+                f"'{self.path}' has results of {entry} that were measured with another version of "
+                "its file: give another --json"
+            )
+        return any(row["pruned"] == pruned for row in rows)
 
     def add(self, line: Row) -> None:
         """Write a line; it stays, whatever happens next."""
@@ -73,7 +81,6 @@ class Results:
         self._take(line)
 
     def _write(self, line: Row) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
             file.flush()
@@ -102,6 +109,12 @@ def _cut_unfinished(path: Path) -> None:
     content = path.read_bytes()
     if not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _same(key: str, before: Any, now: Any) -> bool:
+    if key == "weights_sha256" and before is not None:
+        return same_weights(before, now)
+    return before == now
 
 
 def _short(value: Any) -> str:

@@ -73,7 +73,7 @@ def compare(
     ready = prepare(model, replace(config.common, method="frequency", reference=None))
     held = read_held(source, meta, config, track)
     results = Results.open(out, settings_of(model, ready, held, config))
-    left = [e for e in entries if not all(results.done(e.name, b) for b in config.pruned)]
+    left = [e for e in entries if _missing(e, results, config)]
     if results.base is not None and not left:
         return results
     dtype = torch.float32 if pick_device(config.device).type == "cpu" else "auto"
@@ -86,6 +86,12 @@ def compare(
         if group := [entry for entry in left if entry.method.cost == cost]:
             job.measure_group(group)
     return results
+
+
+def _missing(entry: Entry, results: Results, config: CompareConfig) -> list[float]:
+    """The budgets that there is no line of yet."""
+    sha256 = entry.method.sha256
+    return [share for share in config.pruned if not results.done(entry.name, share, sha256)]
 
 
 def _check(entry: Entry, meta: PreTrainedModel, config: CompareConfig) -> None:
@@ -190,7 +196,7 @@ class _Job:
     def measure(self, entry: Entry, statistics: Statistics, calibration: Mapping[str, Any]) -> None:
         """The plan of one entry, and a line of results for each budget that has none."""
         own, begin = entry.config(self.config.common), time.monotonic()
-        shares = [b for b in self.config.pruned if not self.results.done(entry.name, b)]
+        shares = _missing(entry, self.results, self.config)
         score = self.score(entry, statistics)
         fitted = replace(
             self.ready,
@@ -217,6 +223,8 @@ class _Job:
             "plan_seconds": round(seconds, 2),
             "version": flexmoe.__version__,
         }
+        if entry.method.sha256:
+            about["method_sha256"] = entry.method.sha256
         for share in shares:
             self.results.add({**about, **plan.member(share).model_dump(), **rows[share]})
 

@@ -32,6 +32,7 @@ from flexmoe.experts import (
     expert_layers,
     experts_function,
     full_width_forward,
+    unchanged,
 )
 from flexmoe.statistics import Statistic, goes_backward, token_loss
 from flexmoe.training import activations_recomputed, divergence
@@ -210,7 +211,7 @@ class DryRun:
     def _teacher(self, windows: int, length: int) -> tuple[Cost, torch.Size]:
         """The cost of a teacher's logits, and their shape; tried once, most steps begin with it."""
         if (windows, length) not in self.taught:
-            with torch.no_grad(), self._counted(lambda routing, h_SI: h_SI) as found:
+            with torch.no_grad(), self._counted(unchanged) as found:
                 shape = self._logits(windows, length).shape
             self.taught[windows, length] = found[0], shape
         return self.taught[windows, length]
@@ -218,7 +219,7 @@ class DryRun:
     def compare(self, windows: int, length: int) -> Cost:
         """The divergence of one member from the full model, without gradients."""
         teacher, shape = self._teacher(windows, length)
-        with torch.no_grad(), self._counted(lambda routing, h_SI: h_SI) as found:
+        with torch.no_grad(), self._counted(unchanged) as found:
             taught = torch.empty(shape, dtype=self.dtype)
             divergence(self._logits(windows, length), taught)
         return teacher.then(found[0])
@@ -255,7 +256,7 @@ class DryRun:
                 parameter.grad = torch.zeros_like(parameter)
         with (
             activations_recomputed(self.model, checkpointing),
-            self._counted(lambda routing, h_SI: h_SI) as found,
+            self._counted(unchanged) as found,
         ):
             taught, count = torch.empty(shape, dtype=self.dtype), max(rows)
             logits, ids = self._logits(count, length), torch.zeros(count, length, dtype=torch.long)

@@ -38,7 +38,7 @@ from flexmoe.methods import Method, check_shape, find_method, score_layer
 from flexmoe.methods.diep import EPOCHS, WINDOWS
 from flexmoe.rco import RcoConfig
 from flexmoe.recover import trained_parameters
-from flexmoe.recover_config import RANK, TOKENS, RecoverConfig, is_family
+from flexmoe.recover_config import RANK, TOKENS, RecoverConfig
 from flexmoe.reference import ROUTER
 from flexmoe.statistics import LayerStatistics, find_statistics
 from flexmoe.trace import TracedLayer, trace
@@ -220,7 +220,7 @@ class Estimator:
         dry = self.dry(torch.float32)
         mode = "full" if config.mode == "lora" else config.mode
         trained = list(trained_parameters(dry.model, mode).values())
-        family = is_family(config)
+        family = config.picked_scheme == "family"
         rows = [micro] if not family else _dealt(micro)
         key = (mode, micro, *rows, length, config.checkpointing)
         if key not in self._distilled:  # of two modes the step is the same

@@ -19,7 +19,7 @@ from flexmoe.evaluation.members import BASE, How, Key, Members, Shelf, fit_toget
 from flexmoe.family import SPREAD, find_folder, input_device, load
 from flexmoe.headers import EXPORT_NAME, read_json, resolve
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
-from flexmoe.policies import Fitted, parse
+from flexmoe.policies import Fitted, Policy, parse
 from flexmoe.routing.rules import check_rule
 
 MODEL = "model"
@@ -88,6 +88,8 @@ def compare(
     if router is not None:
         _check_router(path, plan, router)
     asked_policy = None if policy is None else parse(policy)
+    if asked_policy is not None and plan is not None:
+        _check_policy(asked_policy[0], router or plan.recipe.router)
     with_full = with_base and against is None and policy is None
     budgets = _budgets(path, folder, plan, pruned, with_full)
     weights = _weights(folder, base)
@@ -133,6 +135,15 @@ def _check_router(path: str | Path, plan: Plan | None, router: str) -> None:
     check_rule(router, plan.recipe.unit, bool(plan.constant))
     if router == "keep" and plan.recipe.unit != "expert":
         raise FlexmoeError("--router has no effect: the plan removes no whole experts")
+
+
+def _check_policy(policy: Policy, rule: str) -> None:
+    if policy.other is not None and rule == "remove":
+        raise FlexmoeError(
+            f"policy '{policy.name}' with a second number reads what the router says of all "
+            "experts, and --router remove takes experts out of it: give one number, or --router "
+            "keep"
+        )
 
 
 def _policy_tokens(data: str | None, tokenizer: Any, settings: PreTrainedConfig) -> Tensor:

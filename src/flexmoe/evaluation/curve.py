@@ -22,7 +22,7 @@ from flexmoe.checkpoint import Checkpoint
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.compared import MODEL, Compared
 from flexmoe.evaluation.records import Curve, OfWeights
-from flexmoe.files import read_sealed, seal
+from flexmoe.files import read_sealed, seal, write_whole
 from flexmoe.headers import CURVE_NAME
 from flexmoe.plan import JSON_NAME, read_manifest
 from flexmoe.progress import Track, silent
@@ -132,10 +132,8 @@ def check_can_save(path: str | Path) -> None:
 def save_curve(folder: str | Path, curve: Curve) -> Path:
     """Write ``evaluation.json`` into ``folder``, whole or not at all; returns its path."""
     path = Path(folder) / CURVE_NAME
-    partial = path.with_name(f"{CURVE_NAME}.partial")
     try:
-        partial.write_text(json.dumps(seal(curve.model_dump()), indent=1) + "\n")
-        os.replace(partial, path)
+        write_whole(path, (json.dumps(seal(curve.model_dump()), indent=1) + "\n").encode())
     except OSError as error:
         raise FlexmoeError(f"cannot write {path}: {error.strerror}") from None
     return path

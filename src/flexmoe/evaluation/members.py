@@ -38,6 +38,8 @@ class How:
 
     def set(self, model: PreTrainedModel, pruned: float | None) -> PreTrainedModel:
         """The model at a budget (None: it has none) with this router."""
+        if self.policy is not None:
+            self.policy.fit(model)
         if pruned is not None:
             set_budget(model, pruned, self.rule)
         if self.policy is not None:

@@ -7,14 +7,15 @@ of your own works without touching the package: ``--method ./mine.py:score``.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-import importlib.util
 import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from torch._subclasses.fake_tensor import (
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.experts import ExpertLayer, expert_layers
 from flexmoe.progress import Track, silent
-from flexmoe.statistics import LayerStatistics, find_statistics, passes
+from flexmoe.statistics import LayerStatistics, find_statistics, passes, refuse_taken
 
 Score = Callable[[ExpertLayer, LayerStatistics], Tensor]
 
@@ -54,7 +55,8 @@ class Method:
     ``needs``, the ``unit`` it scores (channel [E, I] or expert [E]), where it was published, how it
     ``allocate``s by default (as its paper does, or as near as an allocator comes), what its paper
     does with the ``router`` (see `routing.rules`), and whether it compares with a second
-    checkpoint, whose routers are ``stats["reference_router_EH"]``."""
+    checkpoint, whose routers are ``stats["reference_router_EH"]``. ``sha256`` is of the file that
+    it was read from, "" of those that come with flexmoe."""
 
     name: str
     paper: str
@@ -65,6 +67,7 @@ class Method:
     reference: bool = False
     router: str = "keep"
     learns: bool = False
+    sha256: str = ""
 
     @property
     def summary(self) -> str:
@@ -98,6 +101,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+FROM_FILES: dict[tuple[Path, str], Method] = {}  # by file and function, see `find_method`
 
 
 def method(
@@ -122,6 +126,8 @@ def method(
         raise FlexmoeError(f"method '{name}' learns on the text: it needs no statistics")
 
     def register(score: Function) -> Function:
+        if name in METHODS:
+            refuse_taken(f"method '{name}'", METHODS[name].score, score)
         METHODS[name] = Method(name, paper, needs, score, unit, rule, reference, router, learns)
         return score
 
@@ -135,34 +141,42 @@ def all_methods() -> dict[str, Method]:
     return METHODS
 
 
-def find_method(name: str) -> Method:
-    """A method by its name, or from a file as ``path/to/file.py:function``."""
+def find_method(name: str, *, anew: bool = False) -> Method:
+    """A method by its name, or from a file as ``path/to/file.py:function``. A file is executed
+    when it is first asked for, and ``anew`` where a run begins: it may be edited meanwhile."""
     path, colon, function = name.rpartition(":")
+    known = all_methods()  # before a file of yours, which may use what comes with flexmoe
     if not (colon and path.endswith(".py")):
-        known = all_methods()
         if name.endswith(".py"):
             raise FlexmoeError(f"'{name}' names a file but no function: write {name}:score")
         if name not in known:
             raise did_you_mean(name, known, "method")
         return known[name]
-    if not Path(path).is_file():
+    key = Path(path).resolve(), function
+    if anew or key not in FROM_FILES:
+        FROM_FILES[key] = _execute(path, function)
+    return FROM_FILES[key]
+
+
+def _execute(path: str, function: str) -> Method:
+    file = Path(path).resolve()
+    if not file.is_file():
         raise FlexmoeError(f"method file '{path}' does not exist")
-    all_methods()  # a file of yours may use the statistics that come with flexmoe
-    module_name = f"flexmoe_method_{Path(path).stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
+    source = file.read_bytes()
+    module = sys.modules[str(file)] = ModuleType(str(file))
+    module.__file__ = str(file)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, file, "exec", dont_inherit=True), module.__dict__)
     except SyntaxError as error:
         raise FlexmoeError(f"'{path}', line {error.lineno}: {error.msg}") from error
+    except FlexmoeError:
+        raise
     except Exception as error:  # of another's file: anything may come
         raise _of_yours(f"'{path}' cannot be imported", path, error) from error
     found = getattr(module, function, None)
     for candidate in METHODS.values():
         if found is not None and candidate.score is found:
-            return candidate
+            return replace(candidate, sha256=hashlib.sha256(source).hexdigest())
     raise FlexmoeError(
         f"'{path}' has no method function '{function}': decorate it with "
         '@flexmoe.method("name", paper="...", needs=(...))'
@@ -172,7 +186,7 @@ def find_method(name: str) -> Method:
 def _of_yours(what: str, path: str, error: Exception) -> FlexmoeError:
     """An error in a method's file: what it said, and in which of the file's lines."""
     places = traceback.extract_tb(error.__traceback__)
-    lines = [place.lineno for place in places if Path(place.filename) == Path(path).absolute()]
+    lines = [place.lineno for place in places if Path(place.filename) == Path(path).resolve()]
     where = f", line {lines[-1]} of {path}" if lines else ""
     reason = str(error).splitlines()[0] if str(error) else ""
     return FlexmoeError(f"{what}: {type(error).__name__}: {reason}{where}")
@@ -202,7 +216,15 @@ def score_model(
     except Exception as error:  # of another's function: anything may come
         what = f"method '{method.name}' failed"
         raise _of_yours(what, method.score.__code__.co_filename, error) from error
-    return {layer.index: _checked(method, layer, found[layer.index]) for layer in layers}
+    if not isinstance(found, Mapping):
+        raise FlexmoeError(
+            f"method '{method.name}' gave a {type(found).__name__}, expected the scores of every "
+            "layer by its index"
+        )
+    return {
+        layer.index: _checked(method, layer, _tensor(method, layer, found.get(layer.index)))
+        for layer in layers
+    }
 
 
 def _checked(method: Method, layer: ExpertLayer, score: Tensor) -> Tensor:
@@ -228,6 +250,10 @@ def score_layer(method: Method, layer: ExpertLayer, statistics: LayerStatistics)
     except Exception as error:  # of another's function: anything may come
         what = f"method '{method.name}' failed for layer {layer.index}"
         raise _of_yours(what, method.score.__code__.co_filename, error) from error
+    return _tensor(method, layer, score)
+
+
+def _tensor(method: Method, layer: ExpertLayer, score: Any) -> Tensor:
     if not isinstance(score, Tensor):
         raise FlexmoeError(
             f"method '{method.name}' gave a {type(score).__name__} for layer {layer.index}, "

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexmoe.experts import ExpertLayer, expert_layers, experts_function
+from flexmoe.experts import ExpertLayer, expert_layers, experts_function, masked
 from flexmoe.methods import Text, method
 from flexmoe.statistics import token_loss
 from flexmoe.training import batches
@@ -78,7 +78,7 @@ def learn(model: nn.Module, text: Text) -> dict[int, Tensor]:
     steps = EPOCHS * -(-len(text.ids) // WINDOWS)
     drawn = list(batches(text.ids, WINDOWS, steps, text.seed))
     model.requires_grad_(False)
-    try:
+    with masked(layers):
         for step, batch in enumerate(text.track(drawn, "learn")):
             for part in batch.to(device).split(text.batch_size):
                 scale = {
@@ -90,10 +90,6 @@ def learn(model: nn.Module, text: Text) -> dict[int, Tensor]:
             turns[step % TURN == TURN - 1].step()
             for turn in turns:
                 turn.zero_grad()
-    finally:
-        for x in layers:
-            for name in ("flexmoe_mask_EI", "flexmoe_load_E"):
-                x.module.__dict__.pop(name, None)
     return {
         x.index: (a * b).detach().double().cpu()
         for x, a, b in zip(layers, alpha, beta, strict=True)

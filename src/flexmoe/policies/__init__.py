@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from flexmoe.around import Around, Reads, around_experts
 from flexmoe.errors import FlexmoeError, did_you_mean
-from flexmoe.experts import ExpertLayer, Seen, expert_layers, experts_function
+from flexmoe.experts import ExpertLayer, Seen, expert_layers, experts_function, unchanged
 from flexmoe.routing.edits import Edit, Routed, choose_function
+from flexmoe.routing.rules import restore
 
 EVEN = 1e-3  # routing weights of a token that always come to the same sum are normalised
 
@@ -173,10 +174,10 @@ class Fitted:
     batch: Batch = field(default_factory=Batch)
 
     def use(self, model: PreTrainedModel) -> None:
-        """The policy is on for ``model`` until `stop`; it goes with any budget."""
+        """The policy is on for ``model`` until `stop`; it goes with any budget. Under a router rule
+        it must be fitted before (`fit`)."""
         stop(model)
-        if not self.facts:
-            self._fit(model)
+        self.fit(model)
         layers, hooks = expert_layers(model), ExitStack()
         reads = Reads(() if self.policy.other is None else ("router",))
         around = hooks.enter_context(around_experts(layers, [reads]))
@@ -189,7 +190,12 @@ class Fitted:
             layer.module.flexmoe_policy = _edit(self.policy.rule, facts, self.numbers[i])
         choose_function(model)
 
-    def _fit(self, model: PreTrainedModel) -> None:
+    def fit(self, model: PreTrainedModel) -> None:
+        """Find the numbers, unless they are known: of the unpruned model, so that they do not
+        depend on the budget that comes first. A router rule is undone for it."""
+        if self.facts:
+            return
+        restore(model)
         layers = expert_layers(model)
         weight = routing_weights(model, self.ids)
         second = self.policy.other
@@ -236,8 +242,7 @@ class _Weights:
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
 
-    def __call__(self, routing: Any, h_SI: Tensor) -> Tensor:
-        return h_SI
+    __call__ = staticmethod(unchanged)
 
     def see(self, seen: Seen) -> None:
         self.parts.append(seen.weight_TK.float().sort(1, descending=True).values.cpu())

@@ -10,7 +10,7 @@ from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.headers import resolve
 from flexmoe.premoe.pattern import Pattern
-from flexmoe.trace import fingerprint, trace
+from flexmoe.trace import fingerprint, same_weights, trace
 
 FOLDER = "patterns"  # where a store is unless said otherwise
 TASK = re.compile(r"\w[\w.-]*")
@@ -77,7 +77,7 @@ class Store:
         all patterns here."""
         for pattern in map(self.load, self.tasks):
             wanted = pattern.recipe.weights_sha256
-            if found != wanted:
+            if not same_weights(found, wanted):
                 raise FlexmoeError(
                     f"'{self.path}' is a store of another model: '{pattern.task}' was profiled on "
                     f"{pattern.recipe.base_model} (weights sha256 {wanted[:12]}), those of "
@@ -87,7 +87,7 @@ class Store:
 
 
 def fingerprint_of(model: str | Path) -> str:
-    """The `trace.fingerprint` of a model: no more than one expert's part of a layer is read."""
+    """The `trace.fingerprint` of a model: of its experts no more than one a layer is read."""
     folder = resolve(model)
     checkpoint = Checkpoint(folder)
     return fingerprint(checkpoint, trace(checkpoint, meta_model(folder)))

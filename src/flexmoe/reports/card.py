@@ -7,7 +7,6 @@ only what stands between two marks, so that what people write beside is kept.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from flexmoe.checkpoint import Checkpoint
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.curve import load_curve, stale
 from flexmoe.evaluation.records import Curve, Point
+from flexmoe.files import write_whole
 from flexmoe.plan import Member, Recipe, read_manifest
 from flexmoe.progress import Track, silent
 from flexmoe.reports.provenance import CARD_NAME, Record, block, commands, record_of
@@ -104,9 +104,7 @@ def refresh_card(folder: str | Path, curve: Curve) -> None:
     # what people wrote beside stays as it is, whatever its encoding
     text = path.read_bytes().decode(errors="surrogateescape")
     new = MEASURED.sub(lambda _: f"{BEGIN}\n{_measured(curve, None)}\n{END}", text, count=1)
-    partial = path.with_name(f"{CARD_NAME}.partial")
-    partial.write_bytes(new.encode(errors="surrogateescape"))
-    os.replace(partial, path)
+    write_whole(path, new.encode(errors="surrogateescape"))
 
 
 # --- Metadata ------------------------------------------------------------------------------------

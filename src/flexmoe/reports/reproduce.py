@@ -23,6 +23,7 @@ from flexmoe.progress import Track, silent
 from flexmoe.recover import recover
 from flexmoe.recover_config import RecoverConfig
 from flexmoe.reports.provenance import CARD_NAME, Record, commands, record_in, record_of
+from flexmoe.trace import same_weights
 
 RECORD_NAME = "record.json"  # in the folder of a rerun: what it is a rerun of
 SPREAD = ("processes", "shard")  # how the work was spread: no part of the result but for rounding
@@ -172,7 +173,8 @@ def compare(
     record is of, where it is at hand."""
     now = record_of(made, track)
     was, new = record.recipe, now.recipe
-    lines = [_line("base model's weights", was.weights_sha256, new.weights_sha256)]
+    same = same_weights(was.weights_sha256, new.weights_sha256)
+    lines = [Line("base model's weights", was.weights_sha256, new.weights_sha256, same)]
     if was.data:
         lines.append(_line("calibration tokens", was.data_sha256, new.data_sha256))
     for number, (before, after) in enumerate(zip(was.recovery, new.recovery, strict=True), 1):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexmoe.checkpoint import DTYPES, Checkpoint, meta_model
+from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError
 from flexmoe.names import missing_parameters, parameter_names
 from flexmoe.plan import Plan
@@ -115,7 +115,7 @@ def _entry(checkpoint: Checkpoint, name: str, axis: int = 0, kept_n: Tensor | No
     if kept_n is not None:
         shape[axis] = len(kept_n)
         make = partial(_rows_of, checkpoint, name, axis, kept_n)
-    return Entry(name, info.dtype, tuple(shape), DTYPES[info.dtype].itemsize, make)
+    return Entry(name, info.dtype, tuple(shape), make)
 
 
 def _named(source: Source, i: int, piece: Piece, number: int) -> str:

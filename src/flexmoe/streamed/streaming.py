@@ -22,7 +22,7 @@ from torch import Tensor
 from flexmoe.around import around_experts
 from flexmoe.data import Windows
 from flexmoe.evidence import Evidence
-from flexmoe.experts import Routing, experts_function
+from flexmoe.experts import experts_function, unchanged
 from flexmoe.memory import MicroBatch
 from flexmoe.observe import Observer
 from flexmoe.progress import Steps, Track, silent
@@ -251,7 +251,7 @@ class Pass:
             observer = None
             if found is not None:
                 observer = Observer(layer, self.wanted, self.earlier.get(index))
-            layer.module.flexmoe_observer = observer or _unchanged
+            layer.module.flexmoe_observer = observer or unchanged
             try:
                 with around_experts([layer], self.wanted if observer else ()) as around:
                     if observer is not None:
@@ -301,11 +301,6 @@ def _leaves(output: Output) -> Output:
 
 def _gradients(output: Output) -> Output:
     return same_form(output, [None if part is None else part.grad for part in tensors_of(output)])
-
-
-def _unchanged(routing: Routing, h_SI: Tensor) -> Tensor:
-    """In the place of an observer: experts go the same way as when they are observed."""
-    return h_SI
 
 
 def _output(index: int) -> str:
