@@ -14,6 +14,10 @@ from flexmoe.premoe import Pattern
 from flexmoe.premoe.pattern import Reach
 from flexmoe.premoe.store import fingerprint_of
 from test_plan import RECIPE
+from zoo import tiny_model
+
+# an expert a tensor; all experts in one, with biases that stay; dense layers before the first MoE
+FORMS = ("qwen3_moe", "gpt_oss", "nemotron_h")
 
 
 def made_pattern(task: str, folder: Path, seed: int = 0) -> Pattern:
@@ -38,3 +42,13 @@ def made_pattern(task: str, folder: Path, seed: int = 0) -> Pattern:
         bytes_full=checkpoint.bytes,
         bytes_per_parameter=4,
     )
+
+
+def saved(name: str, folder: Path, tasks: tuple[str, ...] = ("a", "b")) -> tuple[Path, Path]:
+    """A random model's checkpoint, and a store with made-up patterns of it."""
+    source, store = folder / "model", folder / "store"
+    tiny_model(name).save_pretrained(source)
+    store.mkdir()
+    for seed, task in enumerate(tasks):
+        made_pattern(task, source, seed).save(store)
+    return source, store

@@ -7,7 +7,6 @@ data is escaped.
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.curve import command, load_curve, stale
 from flexmoe.evaluation.evaluate import perplexity
 from flexmoe.evaluation.records import Curve
-from flexmoe.files import refuse_existing, written_beside
+from flexmoe.files import refuse_existing, write_whole, written_beside
 from flexmoe.plan import Plan, Recipe, read_manifest
 from flexmoe.progress import Track, silent
 from flexmoe.reports.plots import (
@@ -80,9 +79,7 @@ class Page:
         if out.suffix == ".html":
             refuse_existing(out)
             out.parent.mkdir(parents=True, exist_ok=True)
-            partial = out.with_name(f".{out.name}.partial")
-            partial.write_text(self.html(), encoding="utf-8")
-            os.replace(partial, out)
+            write_whole(out, self.html().encode())
             names = [out]
         else:
             with written_beside(out) as folder:
@@ -306,11 +303,7 @@ def _samples(samples: Sequence[Sample]) -> str:
     for number, sample in enumerate(samples, 1):
         rows = [("beginning", sample.prompt), ("the text itself", sample.original)]
         rows += [(f"{percent(share)} pruned", text) for share, text in sample.continued.items()]
-        body = "".join(
-            f'<tr><th scope="row">{_text(name)}</th><td>{_text(text)}</td></tr>'
-            for name, text in rows
-        )
-        shown.append(f'<h3>{number}. {_text(sample.file)}</h3><table class="sample">{body}</table>')
+        shown.append(f"<h3>{number}. {_text(sample.file)}</h3>{_pairs(rows)}")
     return "".join(shown)
 
 
@@ -327,10 +320,7 @@ def _made(recipe: Recipe, curve: Curve) -> str:
         ("hardware", recipe.hardware or "unknown"),
         ("versions", versions or "unknown"),
     ]
-    body = "".join(
-        f'<tr><th scope="row">{name}</th><td>{_text(text)}</td></tr>' for name, text in rows
-    )
-    return f'<pre>{_text(chr(10).join(lines))}</pre><table class="sample">{body}</table>'
+    return f"<pre>{_text(chr(10).join(lines))}</pre>{_pairs(rows)}"
 
 
 # --- pieces --------------------------------------------------------------------------------------
@@ -338,6 +328,13 @@ def _made(recipe: Recipe, curve: Curve) -> str:
 
 def _text(text: str) -> str:
     return html.escape(text)
+
+
+def _pairs(rows: Iterable[tuple[str, str]]) -> str:
+    body = "".join(
+        f'<tr><th scope="row">{_text(name)}</th><td>{_text(text)}</td></tr>' for name, text in rows
+    )
+    return f'<table class="sample">{body}</table>'
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]], caption: str = "") -> str:
