@@ -274,6 +274,8 @@ def test_a_file_for_results_has_its_folder(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("os.access", lambda place, mode: place != path)
     with pytest.raises(FlexmoeError, match="it is read-only, give another file"):
         check_file(path)
+    with pytest.raises(FlexmoeError, match="cannot write '/proc/results"):
+        check_file(Path("/proc/results.json"))  # which says that root may write
 
 
 def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,8 +142,10 @@ def test_raw_scores_of_several_methods_in_one_file(tmp_path):
         score("tiny", ["reap"], out)
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FlexmoeError, match="is a folder"):
-        score("tiny", ["reap"], tmp_path / "empty")
+    (tmp_path / "full" / "folder").mkdir(parents=True)
+    for folder in ("empty", "full"):
+        with pytest.raises(FlexmoeError, match="is a folder"):
+            score("tiny", ["reap"], tmp_path / folder)
 
 
 def test_change_of_the_router_is_read_from_a_second_checkpoint(tmp_path):

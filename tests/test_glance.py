@@ -214,5 +214,9 @@ assert not {"torch", "transformers"} & set(sys.modules)
     for more in ([], ["--json"]):
         unknown = CliRunner().invoke(app, ["doctor", str(source), "--quick", *more])
         assert unknown.exit_code != 0 and "leave out --quick" in str(unknown.exception)
+    ragged = json.loads(config) | {"quantization_config": {"quant_method": "flexmoe"}}
+    (source / "config.json").write_text(json.dumps(ragged))
+    said = CliRunner().invoke(app, ["doctor", str(source), "--quick"])
+    assert said.exit_code == 2 and "ragged export: start from its family" in said.output
     (source / "config.json").write_text("{")
     assert CliRunner().invoke(app, ["doctor", str(source), "--quick"]).exit_code == 2

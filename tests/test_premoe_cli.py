@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flexmoe.cli import app, main
+from flexmoe.headers import resolve
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,9 @@ def test_profile_list_and_specialise_on_the_command_line(store, tmp_path):
     assert all(sorted(row) == [0] * 4 + [64] * 12 for row in widths.values())
     row = CliRunner().invoke(app, f"eval {out} --data math.valid --samples 2 --seq-len 64".split())
     assert row.exit_code == 0, row.output
+    assert "| profile |" in (out / "README.md").read_text()
+    again = CliRunner().invoke(app, ["reproduce", str(out)])
+    assert "specialists are not made again" in str(again.exception)
 
 
 PROFILE = "profile tiny --data math.train --samples 2 --seq-len 32 --store STORE"
@@ -53,6 +57,7 @@ PROFILE = "profile tiny --data math.train --samples 2 --seq-len 32 --store STORE
         ("specialise ./none --tasks books --keep 0.5 -o out --store STORE", "no folder './none'"),
         ("patterns nowhere", "no patterns in 'nowhere'"),
         ("patterns file", "'file' is a file"),
+        (f"patterns {resolve('tiny')}", "is a model or a plan: no store of patterns"),
         (f"{PROFILE} --task books", "has a pattern of 'books' already"),
         (f"{PROFILE} --task a/b", "cannot be the name of a task"),
         (f"{PROFILE} --task auto", "servers call so what they find"),

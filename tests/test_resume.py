@@ -102,12 +102,13 @@ def test_what_a_killed_write_left_is_removed(tmp_path, monkeypatch):
     assert not stale.exists()
 
 
-def test_other_text_under_the_same_name_is_refused(tmp_path):
+def test_other_text_under_the_same_name_is_refused(tmp_path, caplog):
     text = tmp_path / "a.txt"
     text.write_text("one two three four five six " * 400)
     config = replace(CONFIG, data=str(text), samples=8, allocate="global", learn=None)
     with pytest.raises(KeyboardInterrupt):
         compress("tiny", tmp_path / "out", config, track=dies_after(1, []))
+    assert f"the same command goes on from '{tmp_path / 'out.work'}'" in caplog.text
     text.write_text("six five four three two one " * 400)
     with pytest.raises(FlexmoeError, match=r"another command.*data_sha256"):
         compress("tiny", tmp_path / "out", config)

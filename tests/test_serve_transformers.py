@@ -132,7 +132,9 @@ def test_streams_equal_whole_answers(server, expected):
     answers = server.ask(*[body(b, PROMPTS[0], stream=True) for b in BUDGETS])
     for budget, answer in zip(BUDGETS, answers, strict=True):
         assert answer.headers["x-flexmoe-budget"] == budget
-        events = [json.loads(line[6:]) for line in answer.text.strip().split("\n\n")]
+        *lines, last = answer.text.strip().split("\n\n")
+        assert last == "data: [DONE]"  # as OpenAI's end, which transformers' do not
+        events = [json.loads(line[6:]) for line in lines]
         assert {event["model"] for event in events} == {f"moe:{budget}"}
         text = "".join(event["choices"][0]["text"] for event in events)
         assert text == expected[budget, PROMPTS[0]]

@@ -183,7 +183,12 @@ def calibration_windows(
                 "more weight, or leave it out"
             )
         ids = token_windows(source, tokenizer, seq_len, share, seed)
-        if len(ids) < (min(share, 1) if fewer else share):
+        if not len(ids) and share:
+            raise FlexmoeError(
+                f"{source.path} has no text for one window of {seq_len} tokens: lower --seq-len, "
+                "or give more text"
+            )
+        if len(ids) < share and not fewer:
             raise FlexmoeError(
                 f"{source.path} has text for {len(ids)} windows of {seq_len} tokens, {share} are "
                 "wanted: lower --samples or --seq-len, or give more text"

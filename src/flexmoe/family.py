@@ -92,7 +92,7 @@ def check_finite(model: PreTrainedModel) -> None:
             bad = int((~torch.isfinite(parameter)).sum())
             raise FlexmoeError(
                 f"{name} has {bad:,} values that are NaN or infinite: the checkpoint is damaged, "
-                "download it again"
+                "download or make it again"
             )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +58,11 @@ def check_file(path: Path) -> Path:
         raise FlexmoeError(f"cannot write '{path}': '{above}' is no folder to write in")
     if path.exists() and not os.access(path, os.W_OK):
         raise FlexmoeError(f"cannot write '{path}': it is read-only, give another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()  # some folders say that they can and cannot
+    except OSError as error:
+        raise _cannot_write(path, error) from None
     return path
 
 

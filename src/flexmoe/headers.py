@@ -99,7 +99,7 @@ def _download(model: str) -> Path:
 def _no_download(model: str, error: Exception) -> FlexmoeError:
     return FlexmoeError(
         f"'{model}' is no folder here and could not be downloaded from the hub: "
-        f"{one_line(error)}. Check the name and the connection; a gated model "
+        f"{one_line(error).rstrip('.')}. Check the name and the connection; a gated model "
         "needs 'hf auth login'; without a network give the path of a local copy."
     )
 
@@ -114,11 +114,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except ValueError as error:  # not JSON, or not text
-        raise FlexmoeError(f"{path} is not valid JSON ({error}): download it again") from None
+        raise FlexmoeError(
+            f"{path} is not valid JSON ({error}): download or make it again"
+        ) from None
     if not isinstance(found, dict):
         raise FlexmoeError(
             f"{path} holds a {type(found).__name__} where an object {{...}} is expected: "
-            "download it again"
+            "download or make it again"
         )
     return found
 
@@ -150,7 +152,9 @@ class Headers:
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise FlexmoeError(f"{index} has no 'weight_map': damaged, download it again")
+                raise FlexmoeError(
+                    f"{index} has no 'weight_map': damaged, download or make it again"
+                )
             self.files = sorted(set(map(str, weight_map.values())))
         else:
             self.files = ["model.safetensors"]
@@ -167,12 +171,14 @@ class Headers:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file; a `FlexmoeError` if it is missing or damaged."""
     if not path.is_file():
-        raise FlexmoeError(f"{path} is missing: the checkpoint is incomplete, download it again")
+        raise FlexmoeError(
+            f"{path} is missing: the checkpoint is incomplete, download or make it again"
+        )
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > path.stat().st_size:
             raise FlexmoeError(
-                f"{path} is not a safetensors file or is cut short, download it again"
+                f"{path} is not a safetensors file or is cut short, download or make it again"
             )
         text = file.read(size)
     try:
@@ -187,14 +193,21 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         }
     except (ValueError, AttributeError, LookupError, TypeError) as error:
         raise FlexmoeError(
-            f"{path} has a damaged safetensors header ({one_line(error)}): download it again"
+            f"{path} has a damaged safetensors header ({one_line(error)}): download or make it "
+            "again"
         ) from None
     if 8 + size + end != path.stat().st_size:
         raise FlexmoeError(
             f"{path} has {path.stat().st_size} bytes where its header says {8 + size + end}: "
-            "cut short or damaged, download it again"
+            "cut short or damaged, download or make it again"
         )
     return tensors
+
+
+def refuse_ragged(where: str | Path, config: dict[str, Any]) -> None:
+    """`FlexmoeError` for the config.json of a ragged export."""
+    if config.get("quantization_config"):  # that of others is refused before
+        raise FlexmoeError(f"{where} is a ragged export: start from its family instead")
 
 
 def refuse_quantized(where: str | Path, config: dict[str, Any]) -> None:

@@ -97,5 +97,5 @@ def missing_parameters(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         raise FlexmoeError(
             f"the weights in {checkpoint.path} are not those of its config.json: "
             + "; ".join(what + other[:3])
-            + ". A file is missing or of another model, download it again"
+            + ". A file is missing or of another model, download or make it again"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -20,6 +21,8 @@ from torch import Tensor
 from flexmoe.errors import FlexmoeError
 from flexmoe.files import write_whole
 from flexmoe.training import processes
+
+log = logging.getLogger(__name__)
 
 SETTINGS_NAME = "settings.json"
 EVERY = (
@@ -65,6 +68,9 @@ class Work:
         try:
             yield
         except Damaged:
+            raise
+        except (KeyboardInterrupt, SystemExit):
+            log.warning("interrupted: the same command goes on from '%s'", self.path)
             raise
         except FlexmoeError:
             self.clear()

@@ -62,9 +62,9 @@ def score(
             f"{', '.join(given)} without effect: {', '.join(methods)} looks at the weights only"
         )
     out = Path(out).expanduser()
-    refuse_existing(out)
     if out.is_dir():
         raise FlexmoeError(f"'{out}' is a folder: scores are one file, such as {out}.safetensors")
+    refuse_existing(out)
     source = resolve(model)
     config = meta_model(source).config
     ids, about = torch.zeros(1, 2, dtype=torch.long), {"data": "", "data_sha256": ""}

@@ -21,6 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from flexmoe.checkpoint import Checkpoint
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers
+from flexmoe.headers import refuse_ragged
 from flexmoe.hf import SIDES_OF
 from flexmoe.names import Names, Patterns
 from flexmoe.plan import Plan
@@ -89,8 +90,7 @@ def trace(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[int, TracedLay
     ``model`` is its `meta_model`. Raises `FlexmoeError` naming the tensors that are missing, do
     not fit config.json or hold channels in a way that cannot be read.
     """
-    if checkpoint.config.get("quantization_config"):  # `meta_model` refuses those of others
-        raise FlexmoeError(f"{checkpoint.path} is a ragged export: start from its family instead")
+    refuse_ragged(checkpoint.path, checkpoint.config)
     names = Names(model)
     stored = names.groups(checkpoint.tensors)
     found = {}

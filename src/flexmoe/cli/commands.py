@@ -72,12 +72,18 @@ COMPRESS_EXAMPLES = """\
 EXPORT_EXAMPLES = """\
 [bold]Examples[/bold]
 
-  flexmoe export families/tiny --pruned 0.4 --layout uniform -o tiny-40       loads everywhere
+  # loads everywhere
 
-  flexmoe export families/reap --pruned 0.5 --layout uniform --router remove -o reap-50  fewer experts
+  flexmoe export families/tiny --pruned 0.4 --layout uniform -o tiny-40
 
-  flexmoe export families/tiny --pruned 0.35 --layout ragged -o tiny-35       smaller loss, needs flexmoe
-"""  # noqa: E501
+  # fewer experts
+
+  flexmoe export families/reap --pruned 0.5 --layout uniform --router remove -o reap-50
+
+  # smaller loss, needs flexmoe
+
+  flexmoe export families/tiny --pruned 0.35 --layout ragged -o tiny-35
+"""
 
 
 def _version(asked: bool) -> None:

@@ -21,7 +21,9 @@ EXAMPLES = """\
 
   flexmoe doctor families/tiny --json
 
-  flexmoe doctor ./Qwen3-30B-A3B --quick --json     in a second, without torch
+  # in a second, without torch
+
+  flexmoe doctor ./Qwen3-30B-A3B --quick --json
 """
 
 

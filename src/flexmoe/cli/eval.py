@@ -20,13 +20,19 @@ EXAMPLES = """\
 
   flexmoe eval families/tiny --pruned 0,0.4 --data books.valid,my.jsonl
 
-  flexmoe eval families/tiny --pairs blimp.jsonl.gz --save       for: flexmoe pick
+  # for: flexmoe pick
 
-  flexmoe eval tiny-40 --against tiny --min-recovery 0.95        exit code 1 if it keeps less
+  flexmoe eval families/tiny --pairs blimp.jsonl.gz --save
+
+  # exit code 1 if it keeps less
+
+  flexmoe eval tiny-40 --against tiny --min-recovery 0.95
 
   flexmoe eval families/reap --router remove --json removed.json
 
-  flexmoe eval tiny --policy top-any:0.9                         fewer experts for some tokens
+  # fewer experts for some tokens
+
+  flexmoe eval tiny --policy top-any:0.9
 
   flexmoe eval families/qwen3 --tasks arc_easy,./my_task.yaml --generate prompts.jsonl
 """

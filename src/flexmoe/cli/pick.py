@@ -12,9 +12,13 @@ from flexmoe.cli.common import quiet
 EXAMPLES = """\
 [bold]Examples[/bold]
 
-  flexmoe pick families/qwen3 --keep 0.95                        the poorest that keeps 95 %
+  # the poorest that keeps 95 %
 
-  flexmoe pick families/qwen3 --memory 24GiB                     the richest that fits
+  flexmoe pick families/qwen3 --keep 0.95
+
+  # the richest that fits
+
+  flexmoe pick families/qwen3 --memory 24GiB
 
   flexmoe pick families/qwen3 --params 20B --keep 0.9 --by pairs --json
 """

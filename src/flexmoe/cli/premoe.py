@@ -21,9 +21,13 @@ PROFILE_EXAMPLES = """\
 SPECIALISE_EXAMPLES = """\
 [bold]Examples[/bold]
 
-  flexmoe specialise tiny --tasks books --keep 0.5 -o tiny-books                   a specialist
+  # a specialist
 
-  flexmoe specialise tiny --tasks code,math,tech --keep 0.75 -o tiny-technical      a generalist
+  flexmoe specialise tiny --tasks books --keep 0.5 -o tiny-books
+
+  # a generalist
+
+  flexmoe specialise tiny --tasks code,math,tech --keep 0.75 -o tiny-technical
 """
 Store = Annotated[Path, typer.Option(help="folder with the patterns of one model")]
 

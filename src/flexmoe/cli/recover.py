@@ -23,12 +23,16 @@ from flexmoe.cli.common import (
 EXAMPLES = """\
 [bold]Examples[/bold]
 
-  flexmoe recover families/tiny -o families/tiny-2                        all budgets, by distillation
+  # all budgets, by distillation
 
-  flexmoe recover families/tiny -o families/tiny-2 --mode closed-form     one forward pass, no training
+  flexmoe recover families/tiny -o families/tiny-2
+
+  # one forward pass, no training
+
+  flexmoe recover families/tiny -o families/tiny-2 --mode closed-form
 
   torchrun --nproc-per-node 8 -m flexmoe recover families/qwen3 -o families/qwen3-2 --shard
-"""  # noqa: E501
+"""
 
 
 def recover(

@@ -12,9 +12,13 @@ from flexmoe.cli.common import Base, Device, quiet, say
 EXAMPLES = """\
 [bold]Examples[/bold]
 
-  flexmoe report families/tiny -o report                     report/report.html and PNGs
+  # report/report.html and PNGs
 
-  flexmoe report families/tiny -o tiny.html --samples 4      one page, with text of every size
+  flexmoe report families/tiny -o report
+
+  # one page, with text of every size
+
+  flexmoe report families/tiny -o tiny.html --samples 4
 """
 SHOWN = 5  # budgets whose text stands side by side
 

@@ -14,9 +14,13 @@ from flexmoe.cli.common import quiet, say
 EXAMPLES = """\
 [bold]Examples[/bold]
 
-  flexmoe reproduce families/tiny                                          a family, plan or export
+  # a family, plan or export
 
-  flexmoe reproduce README.md --model ./OLMoE-1B-7B-0924 -o again          from its card alone
+  flexmoe reproduce families/tiny
+
+  # from its card alone
+
+  flexmoe reproduce README.md --model ./OLMoE-1B-7B-0924 -o again
 """
 
 

@@ -12,11 +12,15 @@ from flexmoe.cli.common import Base, Device, quiet
 EXAMPLES = """\
 [bold]Examples[/bold]
 
-  flexmoe serve families/qwen3                                   every budget is a model id
+  # every budget is a model id
+
+  flexmoe serve families/qwen3
 
   flexmoe serve families/qwen3 --budgets 0,20,40 --policy slo --ttft-ms 500 --tpot-ms 50
 
-  flexmoe serve ./Qwen3-30B-A3B --patterns patterns --keep 0.5   every task is one
+  # every task is one
+
+  flexmoe serve ./Qwen3-30B-A3B --patterns patterns --keep 0.5
 
   flexmoe serve families/qwen3 --engine vllm -- --tensor-parallel-size 2 --max-model-len 8192
 """

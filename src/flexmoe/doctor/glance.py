@@ -30,6 +30,7 @@ from flexmoe.headers import (
     read_header,
     read_json,
     refuse_quantized,
+    refuse_ragged,
     resolve,
 )
 from flexmoe.widths import LAYOUTS, coupled_reason
@@ -56,6 +57,7 @@ def glance(model: str | Path, device: str | None = None) -> Diagnosis:
         return found
     found.model_type = str(config.get("model_type"))
     found.attempt(lambda: refuse_quantized(folder, config))
+    found.attempt(lambda: refuse_ragged(folder, config))
     headers = found.attempt(lambda: resolve(folder)) and open_headers(Headers, folder, found)
     table = json.loads(TABLE.read_bytes())
     known = table["architectures"].get(found.model_type)

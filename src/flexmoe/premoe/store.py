@@ -9,6 +9,7 @@ from pathlib import Path
 from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.headers import resolve
+from flexmoe.plan import JSON_NAME
 from flexmoe.premoe.pattern import Pattern
 from flexmoe.trace import fingerprint, same_weights, trace
 
@@ -24,6 +25,8 @@ class Store:
         self.path = Path(path).expanduser()
         if self.path.exists() and not self.path.is_dir():
             raise FlexmoeError(f"'{self.path}' is a file: a store of patterns is a folder")
+        if any((self.path / name).is_file() for name in ("config.json", JSON_NAME)):
+            raise FlexmoeError(f"'{self.path}' is a model or a plan: no store of patterns")
 
     @property
     def tasks(self) -> list[str]:

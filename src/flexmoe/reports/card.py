@@ -270,7 +270,8 @@ def _made(record: Record) -> str:
     recipe = record.recipe
     lines = commands(record)
     parts = ["```\n" + "\n".join(lines) + "\n```" if lines else _unrecorded(recipe)]
-    rows = [("compress", *_run(recipe.data_sha256, recipe.hardware, recipe.versions))]
+    first = "profile" if "tasks" in recipe.settings else "compress"
+    rows = [(first, *_run(recipe.data_sha256, recipe.hardware, recipe.versions))]
     for done in recipe.recovery:
         rows.append(("recover", *_run(done.get("data_sha256", ""), done.get("hardware", ""), done)))
     head = ("", "tokens read (sha256)", "hardware", "versions")

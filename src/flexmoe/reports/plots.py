@@ -26,6 +26,7 @@ from flexmoe.reports.sizes import GONE
 INK = "#14171a"  # of text and axes; in a page the colour of its text
 COLORS = ("#3b82c4", "#d9762b", "#3a9a5b", "#c44e7a", "#8a6fc9", "#8c7a3b")  # on light and dark
 MARKERS = "osD^vP"
+FEW = 8  # lines that are all named where they end
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "flexmoe",  # the same figure is the same text
@@ -130,6 +131,7 @@ def pareto_figure(rows: Sequence[Row]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4.6))
         axes = figure.subplots()
+        few = len(lines) <= FEW
         for name, line in lines.items():
             xs, ys, units = zip(*sorted(line), strict=True)
             random = name.startswith("random")
@@ -137,13 +139,13 @@ def pareto_figure(rows: Sequence[Row]) -> Figure:
                 xs, ys, marker="o", markersize=3, color=COLORS[units[0] == "expert"], alpha=0.6,
                 linestyle="--" if random else "-", linewidth=1.8 if random else 0.8,
             )  # fmt: skip
-            if random:
+            if random or few:
                 at = (xs[-1], ys[-1])
                 axes.annotate(name, at, (6, 0), textcoords="offset points", size=8)
         for x, y, name in front:
             axes.plot([x], [y], marker="o", markersize=7, color=COLORS[2])
-            at = (x, y)
-            axes.annotate(name, at, (6, -12), textcoords="offset points", size=8)
+            if not few:
+                axes.annotate(name, (x, y), (6, -12), textcoords="offset points", size=8)
         for number, label in enumerate(("channels", "whole experts", "beaten by none")):
             axes.plot([], [], marker="o", color=COLORS[number], linewidth=0, label=label)
         if all(y > 0 for _, y, _ in points):
@@ -153,7 +155,7 @@ def pareto_figure(rows: Sequence[Row]) -> Figure:
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("pruned (% of the routed-expert parameters)")
         axes.set_ylabel("loss increase (nats per token)")
-        axes.margins(x=0.18, y=0.1)
+        axes.margins(x=0.25, y=0.1)
         axes.grid(alpha=0.25)
         axes.legend(loc="upper left", fontsize=9)
     return figure

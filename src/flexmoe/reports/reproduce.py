@@ -85,6 +85,11 @@ def rerun(
     step. Several processes are not started: this one does all the work.
     """
     recipe, out = record.recipe, Path(out).expanduser()
+    if "tasks" in recipe.settings:
+        raise FlexmoeError(
+            "specialists are not made again: their patterns are, with flexmoe profile, and then "
+            "flexmoe specialise takes the options that the card says"
+        )
     if not commands(record):
         raise FlexmoeError(
             "this was made by a flexmoe that did not record its options: it cannot be made again "

@@ -1,4 +1,5 @@
-"""Requests in front of transformers' server: ids of our own, and an end when the client leaves."""
+"""Requests in front of transformers' server: ids of our own, an end when the client leaves, and
+the last line of a stream."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from uuid import uuid4
 from flexmoe.serve.http import App, Message, Receive, Scope, Send, error_body, send_json, without
 
 ID = b"x-request-id"
+# OpenAI's streams end with this, but for those of its responses API; transformers' do not
+DONE, WITH_DONE = b"data: [DONE]\n\n", ("/v1/completions", "/v1/chat/completions")
 
 
 def ending_with_clients(app: App, forget: Callable[[str], None]) -> App:
@@ -30,11 +33,16 @@ def ending_with_clients(app: App, forget: Callable[[str], None]) -> App:
                     forget(name)
                 await messages.put(message)
 
-        began = False
+        began = streams = False
 
         async def noting(message: Message) -> None:
-            nonlocal began
+            nonlocal began, streams
             began = True
+            if message["type"] == "http.response.start":
+                kind = dict(message["headers"]).get(b"content-type", b"")
+                streams = kind.startswith(b"text/event-stream") and scope["path"] in WITH_DONE
+            elif streams and not message.get("more_body", False):
+                message = {**message, "body": message.get("body", b"") + DONE}
             await send(message)
 
         headers = [*without(scope["headers"], ID), (ID, name.encode())]
