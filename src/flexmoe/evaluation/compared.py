@@ -171,16 +171,15 @@ def _budgets(
     asked: Sequence[float] | None,
     with_full: bool,
 ) -> tuple[float, ...]:
-    """The budgets to measure; of a model that is one member the share it was exported at."""
+    """The budgets to measure, rich to poor; of a model that is one member the share it was exported at."""
     if plan is None:
         if asked is not None and len(asked) != 1:
             raise FlexmoeError(
                 f"'{path}' is one member: --pruned has no effect on it, leave it out"
             )
         return (_exported_share(folder),)
-    budgets = plan.budgets if asked is None else tuple(dict.fromkeys(asked))
-    if with_full:
-        budgets = tuple(sorted({0.0, *budgets}))
+    shares = set(plan.budgets if asked is None else asked)
+    budgets = tuple(sorted(shares | {0.0} if with_full else shares))
     for share in budgets:
         plan.widths(share)  # refuse a share out of reach before the slow part
     return budgets
