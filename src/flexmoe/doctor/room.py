@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from flexmoe.doctor.found import Diagnosis, Need
 from flexmoe.reports.report import size
 
@@ -60,14 +58,3 @@ def what_does_not_fit(
         text = f"{need.job} writes {size(need.disk + need.scratch)}, the disk has {size(disk)} free"
         (hopeless if compressing else doubtful).append(text)
     return hopeless, doubtful
-
-
-def free_ram() -> int:
-    """Bytes of memory that are free: what the control group of this process leaves."""
-    import psutil  # comes with accelerate
-
-    free = int(psutil.virtual_memory().available)
-    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
-        free = min(free, int(most) - int(used.read_text()))
-    return free
