@@ -171,7 +171,8 @@ def _budgets(
     asked: Sequence[float] | None,
     with_full: bool,
 ) -> tuple[float, ...]:
-    """The budgets to measure, rich to poor; of a model that is one member the share it was exported at."""
+    """The budgets to measure, rich to poor; of a model that is one member the share it was exported
+    at."""
     if plan is None:
         if asked is not None and len(asked) != 1:
             raise FlexmoeError(

@@ -171,8 +171,8 @@ def _quality(page: Page, curve: Curve) -> str:
             "quality",
             quality_figure(curve.budgets),
             alt,
-            f"Increase of the held-out loss over {curve.base}; bars are 95 % intervals over the choice "
-            "of text, labels the share pruned.",
+            f"Increase of the held-out loss over {curve.base}; bars are 95 % intervals over the "
+            "choice of text, labels the share pruned.",
         )
         + _table(head, rows, "Every budget that was measured")
         + f"<p>On {_text(files)}. Measured {_text(curve.date)} in {_text(curve.dtype)} on "
