@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flexmoe.cli import app, main
+from flexmoe.cli.eval import _command as command
 from flexmoe.data import TINY
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.curve import load_curve, stale
@@ -229,9 +230,17 @@ def test_a_loss_that_is_no_number_is_not_saved(family):
     weights = load_file(family / "model.safetensors")
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
     save_file(weights, family / "model.safetensors", {"format": "pt"})
-    result = run(f"eval {family} {options()} --pruned 0.4 --save")
+    out = family.parent / "rows.json"
+    result = run(f"eval {family} {options()} --pruned 0.4 --save --json {out}")
     assert "the curve is not saved: nll is nan" in str(result.exception)
     assert not (family / "evaluation.json").exists()
+    assert "perplexity" in result.output and len(json.loads(out.read_text())["budgets"]) == 2
+
+
+def test_a_word_too_long_for_a_path_is_an_option(monkeypatch):
+    long = ",".join(["a" * 60] * 90)
+    monkeypatch.setattr(sys, "argv", [str(TINY / "model"), long])
+    assert command() == f"model {long}"
 
 
 @pytest.mark.parametrize(

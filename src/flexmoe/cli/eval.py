@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -108,6 +109,7 @@ def evaluate(
     interval, paired where two are compared.
     """
     from flexmoe.config import budget_list
+    from flexmoe.errors import FlexmoeError
     from flexmoe.evaluation.evaluate import measure
     from flexmoe.evaluation.inputs import EvaluateConfig
     from flexmoe.evaluation.tables import tables
@@ -151,11 +153,13 @@ def evaluate(
         say(f"saved in {done.saved}; next: flexmoe pick {path} --keep 0.95")
     if done.verdict is not None:
         typer.echo(done.verdict.text, err=not done.verdict.passed)
-        if not done.verdict.passed:
-            raise typer.Exit(1)
+    if done.unsaved is not None:
+        raise FlexmoeError(done.unsaved)
+    if done.verdict is not None and not done.verdict.passed:
+        raise typer.Exit(1)
 
 
 def _command() -> str:
     """The command line as it was given, of paths the last part: results are passed on."""
-    words = [Path(word).name if Path(word).exists() else word for word in sys.argv]
+    words = [Path(word).name if os.path.exists(word) else word for word in sys.argv]
     return shlex.join(words)
