@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flexmoe.cli import app, main
-from flexmoe.cli.eval import _command as command
+from flexmoe.cli.eval import _command as words
 from flexmoe.data import TINY
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.curve import load_curve, stale
@@ -240,7 +240,7 @@ def test_a_loss_that_is_no_number_is_not_saved(family):
 def test_a_word_too_long_for_a_path_is_an_option(monkeypatch):
     long = ",".join(["a" * 60] * 90)
     monkeypatch.setattr(sys, "argv", [str(TINY / "model"), long])
-    assert command() == f"model {long}"
+    assert words() == f"model {long}"
 
 
 @pytest.mark.parametrize(
