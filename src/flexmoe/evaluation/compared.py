@@ -178,7 +178,7 @@ def _budgets(
             raise FlexmoeError(
                 f"'{path}' is one member: --pruned has no effect on it, leave it out"
             )
-        return (_exported_share(folder),)
+        return (exported_share(folder),)
     shares = set(plan.budgets if asked is None else asked)
     budgets = tuple(sorted(shares | {0.0} if with_full else shares))
     for share in budgets:
@@ -186,8 +186,9 @@ def _budgets(
     return budgets
 
 
-def _exported_share(folder: Path) -> float:
-    """The share an export was asked for; what it came to where one width cannot be as exact."""
+def exported_share(folder: Path) -> float:
+    """The share an export was asked for, what it came to where one width cannot be as exact, and 0
+    of what is no export."""
     if not (folder / EXPORT_NAME).is_file():
         return 0.0
     about = read_json(folder / EXPORT_NAME)
