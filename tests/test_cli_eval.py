@@ -13,6 +13,7 @@ from flexmoe.cli import app, main
 from flexmoe.cli.eval import _command as words
 from flexmoe.data import TINY
 from flexmoe.errors import FlexmoeError
+from flexmoe.evaluation.compared import compare
 from flexmoe.evaluation.curve import load_curve, stale
 from flexmoe.evaluation.evaluate import EvaluateConfig, evaluate_path, measure
 from flexmoe.exporter import export, rank_checkpoint
@@ -224,6 +225,13 @@ def test_one_model_without_budgets_and_a_budget_without_its_base(family, pairs):
     assert "increase" not in row and row["pairs"]["ratio"] is None
     result = run(f"eval {family} {options()} --pruned 0.4 --pairs {pairs}")
     assert result.exit_code == 0, result.output
+    assert "compared with nothing: 0 is not among --pruned" in result.output
+
+
+def test_a_base_that_has_no_effect_is_refused_before_anything_is_measured(family):
+    for path, message in ((family, "leave base out"), (TINY / "model", "is no plan")):
+        with pytest.raises(FlexmoeError, match=message):
+            compare(path, base="tiny", against="tiny", device="cpu")
 
 
 def test_a_loss_that_is_no_number_is_not_saved(family):

@@ -35,10 +35,12 @@ EXAMPLES = """\
 
 def evaluate(
     path: Annotated[str, typer.Argument(help="family, plan, export, or any MoE checkpoint")],
-    pruned: Annotated[str, typer.Option(help="budgets of a family: 0,0.4 or all")] = "all",
+    pruned: Annotated[
+        str, typer.Option(help="budgets of a family: 0,0.4 or all; compared with 0 if it is there")
+    ] = "all",
     against: Annotated[
         str | None,
-        typer.Option(help="model to compare with, measured too; default: budget 0 of a family"),
+        typer.Option(help="model to compare with, measured too; default: 0 among --pruned"),
     ] = None,
     data: Annotated[
         str,
@@ -103,7 +105,8 @@ def evaluate(
 ) -> None:
     """How good every budget is, on held-out text, minimal pairs, tasks and prompts of yours.
 
-    All is compared with budget 0, or the model --against, in the same run. increase: of the loss;
+    All is compared with budget 0 if it is among --pruned (--save and --min-recovery add it), or
+    the model --against, in the same run. increase: of the loss;
     kept: exp(-increase), the share of the likelihood per token; KL: divergence of the predictions,
     nats per token; top-1: how often the most likely token is the same; ± is half of a 95%
     interval, paired where two are compared.
@@ -145,6 +148,8 @@ def evaluate(
     done = measure(path, config, command=_command(), track=bar)
     for table in tables(done, path):
         say(table)
+    if pruned != "all" and not any("increase" in row for row in done.members):
+        say("compared with nothing: 0 is not among --pruned, and there is no --against")
     if json_out is not None:
         found = {"model": path, **done.about, "against": done.against}
         found |= {"rows": done.rows, "budgets": done.members}
