@@ -225,7 +225,7 @@ def test_one_model_without_budgets_and_a_budget_without_its_base(family, pairs):
     assert "increase" not in row and row["pairs"]["ratio"] is None
     result = run(f"eval {family} {options()} --pruned 0.4 --pairs {pairs}")
     assert result.exit_code == 0, result.output
-    assert "compared with nothing: 0 is not among --pruned" in result.output
+    assert "compared with nothing" in result.output
 
 
 def test_a_base_that_has_no_effect_is_refused_before_anything_is_measured(family):

@@ -149,7 +149,7 @@ def evaluate(
     for table in tables(done, path):
         say(table)
     if pruned != "all" and not any("increase" in row for row in done.members):
-        say("compared with nothing: 0 is not among --pruned, and there is no --against")
+        say("compared with nothing: that takes 0 among --pruned of a family, or --against MODEL")
     if json_out is not None:
         found = {"model": path, **done.about, "against": done.against}
         found |= {"rows": done.rows, "budgets": done.members}
