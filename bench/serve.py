@@ -144,8 +144,9 @@ async def complete(
         found = answer.json()
         tokens = found["usage"]["completion_tokens"]
         return answer.headers["x-flexmoe-budget"], found["choices"][0]["text"], tokens
-    pieces = []
-    async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+    pieces, usage = [], None
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
             if line.startswith("data: {"):
@@ -153,7 +154,10 @@ async def complete(
                 if "error" in event:
                     raise ValueError(event["error"])
                 pieces += [choice["text"] for choice in event["choices"]]
-    return answer.headers["x-flexmoe-budget"], "".join(pieces), sum(map(bool, pieces))
+                usage = event.get("usage") or usage
+    # a piece may be several tokens, or none
+    tokens = sum(map(bool, pieces)) if usage is None else usage["completion_tokens"]
+    return answer.headers["x-flexmoe-budget"], "".join(pieces), tokens
 
 
 class Switcher:

@@ -7,8 +7,9 @@ from huggingface_hub import ModelCard
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.curve import of_weights, save_curve, versions
-from flexmoe.evaluation.records import OfWeights
+from flexmoe.evaluation.records import Curve, OfWeights
 from flexmoe.exporter import export, write_family
+from flexmoe.headers import EXPORT_NAME, read_json
 from flexmoe.learn import LearnConfig
 from flexmoe.pipeline import CompressConfig
 from flexmoe.plan import Plan, Recipe
@@ -182,6 +183,31 @@ def test_an_export_tells_what_its_member_was_measured_at(family, tmp_path):
     export(family, tmp_path / "stale", pruned=0.4, layout="ragged")
     for name in ("between", "uniform", "stale"):
         assert "Nothing yet" in (tmp_path / name / "README.md").read_text()
+
+
+def test_a_uniform_export_says_what_it_came_to(family, tmp_path):
+    export(family, tmp_path / "uniform", pruned=0.4, layout="uniform")
+    achieved = read_json(tmp_path / "uniform" / EXPORT_NAME)["achieved"]
+    text = (tmp_path / "uniform" / "README.md").read_text()
+    said = text.split("## How it was made")[0]
+    assert said.count(f"{100 * achieved:.4g}%") == 4 and "40%" not in said
+    assert record_in(tmp_path / "uniform" / "README.md").pruned == 0.4
+
+
+def test_a_card_says_what_is_compared_and_each_loss_once(family):
+    curve = made_curve(Plan.load(family), of_weights(family), ("a", "b"))
+    by_file = {name: {"nll": 2.5, "nll_interval": None, "increase": 0.5} for name in "ab"}
+    against = {"model": "b_g", "nll": 2.0, "files": {"a": 2.0, "b": 2.0}, "pairs": None}
+    against |= {"routed_parameters": 1, "bytes": 2}
+    points = [point | {"by_file": by_file} for point in curve.model_dump()["budgets"]]
+    saved = {**curve.model_dump(), "against": against, "budgets": points}
+    refresh_card(family, Curve.model_validate(saved))
+    text = (family / "README.md").read_text()
+    assert "| `by file: a: loss` |" in text and "loss: a`" not in text.replace("file: a: loss", "")
+    assert "compared with `b_g`." in text
+    refresh_card(family, curve)
+    text = (family / "README.md").read_text()
+    assert "| `loss: a` |" in text and "compared with the full model." in text
 
 
 def test_commands_are_what_was_asked_for():

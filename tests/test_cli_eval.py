@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flexmoe.cli import app, main
+from flexmoe.cli.eval import _command as words
 from flexmoe.data import TINY
 from flexmoe.errors import FlexmoeError
+from flexmoe.evaluation.compared import compare
 from flexmoe.evaluation.curve import load_curve, stale
 from flexmoe.evaluation.evaluate import EvaluateConfig, evaluate_path, measure
 from flexmoe.exporter import export, rank_checkpoint
@@ -223,15 +225,30 @@ def test_one_model_without_budgets_and_a_budget_without_its_base(family, pairs):
     assert "increase" not in row and row["pairs"]["ratio"] is None
     result = run(f"eval {family} {options()} --pruned 0.4 --pairs {pairs}")
     assert result.exit_code == 0, result.output
+    assert "compared with nothing" in result.output
+
+
+def test_a_base_that_has_no_effect_is_refused_before_anything_is_measured(family):
+    for path, message in ((family, "leave base out"), (TINY / "model", "is no plan")):
+        with pytest.raises(FlexmoeError, match=message):
+            compare(path, base="tiny", against="tiny", device="cpu")
 
 
 def test_a_loss_that_is_no_number_is_not_saved(family):
     weights = load_file(family / "model.safetensors")
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
     save_file(weights, family / "model.safetensors", {"format": "pt"})
-    result = run(f"eval {family} {options()} --pruned 0.4 --save")
+    out = family.parent / "rows.json"
+    result = run(f"eval {family} {options()} --pruned 0.4 --save --json {out}")
     assert "the curve is not saved: nll is nan" in str(result.exception)
     assert not (family / "evaluation.json").exists()
+    assert "perplexity" in result.output and len(json.loads(out.read_text())["budgets"]) == 2
+
+
+def test_a_word_too_long_for_a_path_is_an_option(monkeypatch):
+    long = ",".join(["a" * 60] * 90)
+    monkeypatch.setattr(sys, "argv", [str(TINY / "model"), long])
+    assert words() == f"model {long}"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import json
 import re
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from flexmoe.cli import app
 from flexmoe.comparison.entries import chosen, parse
 from flexmoe.comparison.inputs import CompareConfig
 from flexmoe.comparison.results import Results, read
-from flexmoe.comparison.run import _check, _those, compare
+from flexmoe.comparison.run import _check, _check_asked, _those, compare
 from flexmoe.comparison.tables import as_good, best_first, markdown
 from flexmoe.evaluation.evaluate import measure
 from flexmoe.evaluation.inputs import EvaluateConfig
@@ -120,6 +122,25 @@ def test_a_killed_run_goes_on_and_others_are_refused(tmp_path):
     (tmp_path / "other").write_text("hello\n")
     with pytest.raises(FlexmoeError, match="is no file of flexmoe compare"):
         compare("tiny", tmp_path / "other", config)
+
+
+@pytest.mark.parametrize(
+    ("spec", "asked", "shares", "refused"),
+    [
+        ("rco", {"asked": [0.25, 0.5]}, (0.5, 0.25), False),  # the run goes on
+        ("rco", {"asked": [0.25, 0.5]}, (0.25,), False),  # it is there
+        ("rco", {"asked": [0.25]}, (0.25, 0.5), True),
+        ("rco", {}, (0.25, 0.5), True),  # a row from before that was kept
+        ("heapr@rco", {}, (0.25, 0.5), True),
+        ("heapr", {}, (0.25, 0.5), False),
+    ],
+)
+def test_budgets_are_not_added_where_they_share_a_run(spec, asked, shares, refused):
+    entry = parse(spec)
+    results = Results(Path("r"), {}, [{"method": entry.name, "pruned": 0.25, **asked}])
+    expected = pytest.raises(FlexmoeError, match="share the steps") if refused else nullcontext()
+    with expected:
+        _check_asked(entry, results, CompareConfig(methods=(spec,), pruned=shares))
 
 
 def test_the_model_is_as_before_after_every_entry(monkeypatch, tmp_path):

@@ -241,11 +241,11 @@ def test_tables_of_what_does_not_fit_are_plain_text(monkeypatch: pytest.MonkeyPa
     for place in ("least.free_ram", "machine.free_ram"):
         monkeypatch.setattr(f"flexmoe.doctor.{place}", lambda: 10**6)
     done = CliRunner().invoke(app, ["doctor", "tiny", "--device", "cpu"])
-    assert done.exit_code == 2 and done.output.count("1 MB of memory") == 2
+    assert done.exit_code == 2 and done.output.count("cpu: 1 MB of memory") == 2
     assert "[red]" not in done.output and "needed at least" in done.output
     quick = CliRunner().invoke(app, ["doctor", "tiny", "--device", "cpu", "--quick"])
     assert quick.exit_code == 2
-    assert "compress: the weights alone take 0.01 GB" in " ".join(quick.output.split())
+    assert "compress: the weights alone take 10 MB" in " ".join(quick.output.split())
     assert (
         "needed at least" not in CliRunner().invoke(app, ["doctor", "tiny", "--device", "x"]).output
     )

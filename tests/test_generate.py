@@ -189,6 +189,17 @@ def test_prompts_are_text_or_chats_with_tools(tiny, tmp_path):
         ({"messages": [{"role": "user", "content": "a"}]}, "has no chat template"),
         ({"messages": [{}], "tools": [{"name": "f"}]}, "expected tools as a list"),
         ({"messages": [{}], "tools": {"name": "f"}}, "expected tools as a list"),
+        *(
+            (
+                {"messages": [{}], "tools": [{"function": {"name": "f", "parameters": schema}}]},
+                f"line 2: tool 'f' has {found} as required",
+            )
+            for schema, found in (
+                ({"required": None}, "None"),
+                ({"required": "city"}, "city"),
+                ({"required": [["city"]]}, r"\[\['city'\]\]"),
+            )
+        ),
         ("{", "line 2: not valid JSON"),
     ],
 )

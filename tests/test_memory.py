@@ -1,9 +1,17 @@
 """Smaller pieces instead of an out-of-memory death, in every pass over text, with equal results."""
 
+import math
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
 
+import flexmoe.ram
 import zoo
+from flexmoe.checkpoint import Checkpoint
+from flexmoe.data import TINY
+from flexmoe.evaluation.members import fit_together
 from flexmoe.experts import expert_layers
 from flexmoe.learn import LearnConfig, learn_positions
 from flexmoe.memory import MicroBatch, MostHeld, gib, held, out_of_memory
@@ -100,3 +108,27 @@ def test_the_most_that_is_held_is_seen_when_it_is_gone():
         del block
     assert 100 * 2**20 < most.bytes - before < 200 * 2**20
     assert gib(2**29) == "512 MiB" and gib(1.5 * 2**30) == "1.50 GiB"
+
+
+@pytest.fixture
+def container(monkeypatch, tmp_path):
+    """Of a machine with room for everything, a container that holds 700 bytes, 300 of files."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**15))
+    monkeypatch.setattr(flexmoe.ram, "GROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 200\nactive_file 100\n")
+    return tmp_path / "memory.max"
+
+
+@pytest.mark.parametrize(("most", "free"), [("1000\n", 500), ("max\n", 10**15)])
+def test_a_container_has_what_it_may_and_the_files_it_can_drop(container, most, free):
+    container.write_text(most)
+    assert flexmoe.ram.free_ram() == free
+
+
+def test_models_that_the_container_has_no_room_for_are_not_loaded_together(container):
+    model = TINY / "model"
+    assert fit_together((model, model), "cpu")
+    weights = 4 * sum(math.prod(of.shape) for of in Checkpoint(model).tensors.values())
+    container.write_text(str(500 + int(2 * weights)))
+    assert fit_together((model,), "cpu") and not fit_together((model, model), "cpu")

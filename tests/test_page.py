@@ -12,6 +12,7 @@ from flexmoe.checkpoint import Checkpoint
 from flexmoe.cli import main
 from flexmoe.data import TINY
 from flexmoe.evaluation.curve import of_weights, save_curve
+from flexmoe.evaluation.records import Curve
 from flexmoe.exporter import write_family
 from flexmoe.family import load_stock
 from flexmoe.plan import Plan
@@ -21,7 +22,7 @@ from flexmoe.reports.samples import make_samples
 from flexmoe.reports.sizes import GONE, KEPT, parts
 from helpers import made_curve, random_plan
 
-NASTY = "<script>alert(1)</script> $x^2$ & \"quoted\" 'text'"
+NASTY = "<script>a(1)</script> $x^2$ & \"q\" 't'"
 FILES = (NASTY, "books.valid")
 
 
@@ -113,6 +114,27 @@ def test_the_numbers_are_those_of_the_curve(page, family):
     for (layer, cells), (i, width_BE) in zip(rows, sorted(plan.width.items()), strict=True):
         kept = (width_BE[1:] / plan.layers[i].channels).mean(1).tolist()
         assert layer == str(i) and re.findall("<td>(.*?)</td>", cells) == [f"{k:.1%}" for k in kept]
+
+
+def test_a_curve_over_another_model_and_out_of_order(family):
+    curve = made_curve(Plan.load(family), of_weights(family), ("_long" * 30, "b"))
+    full, some, most = curve.budgets
+    losses = {name: loss - 0.5 for name, loss in full.files.items()}
+    against = {"model": "big", "nll": 1.5, "files": losses, "pairs": None}
+    against |= {"routed_parameters": 1, "bytes": 2}
+    saved = {**curve.model_dump(), "against": against, "budgets": [most, some]}
+    curve = Curve.model_validate(saved)  # as it is read
+    assert [point.pruned for point in curve.budgets] == [0.2, 0.4]
+    page = build_page(family, curve)
+    assert "40% pruned, the smallest" in Parsed(page.summary).text.replace("\n", " ")
+    drawn, caption = page.figures["domains"]
+    assert caption == "Increase of the loss over big on each file"
+    axes = drawn.axes[0]
+    for line, name in zip(axes.lines, full.files, strict=True):
+        found = [point.files[name] - full.files[name] + 0.5 for point in (some, most)]
+        assert list(line.get_ydata()) == pytest.approx(found)
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["_long_long_long_long…" + ("_long" * 4)[1:], "b"]
 
 
 def test_other_measures_are_shown_by_name_whatever_they_are():

@@ -9,6 +9,7 @@ import torch
 import flexmoe
 from flexmoe.data import TINY, load_tokenizer
 from flexmoe.errors import FlexmoeError
+from flexmoe.evaluation.intervals import share_interval
 from flexmoe.evaluation.pairs import (
     Pair,
     encode,
@@ -120,6 +121,17 @@ def test_accuracy_fields_and_ratios():
     low, high = row["margin_ratio_interval"]
     assert low < 0.7 < high < 0.95
     assert rows == pair_rows(pairs, {0.0: base, 0.4: poorer})
+
+
+@pytest.mark.parametrize(("hit", "ratio"), [(1.0, 1), (0.0, 0)])
+def test_what_all_pairs_agree_on_is_not_certain(hit, ratio):
+    pairs = pairs_of(*["x"] * 20)
+    rows = pair_rows(pairs, {0.0: right(*[1.0] * 20), 0.4: right(*[hit] * 20)})
+    assert rows[0.0]["interval"] == share_interval(20, 20) and rows[0.0]["ratio_interval"] == (1, 1)
+    assert rows[0.4]["interval"] == share_interval(20 * ratio, 20)
+    assert rows[0.4]["ratio"] == ratio and rows[0.4]["ratio_interval"] is None
+    assert rows[0.4]["margin_ratio"] == 2 * ratio - 1
+    assert rows[0.4]["margin_ratio_interval"] is None
 
 
 def test_paired_ratios_are_narrower_than_accuracies():

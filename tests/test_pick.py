@@ -2,17 +2,30 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from flexmoe.cli.pick import _lines as lines
 from flexmoe.data import TINY
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.curve import save_curve
-from flexmoe.evaluation.pick import Candidate, Wanted, choose, parse_bytes, parse_count, pick
-from flexmoe.evaluation.records import Curve, OfWeights, PairsPoint, Point
+from flexmoe.evaluation.pick import (
+    Candidate,
+    Picked,
+    Wanted,
+    choose,
+    parse_bytes,
+    parse_count,
+    pick,
+)
+from flexmoe.evaluation.records import Curve, OfWeights, PairsPoint, Point, TaskPoint
 from flexmoe.family import load_stock
 from flexmoe.plan import Member
+from flexmoe.routing.rules import export_options
 from helpers import random_plan
 
 KEPT = {0.0: (1.0, 1.0), 0.2: (0.98, 1.01), 0.4: (0.96, 0.99), 0.6: (0.80, 0.97)}  # loss, pairs
@@ -166,6 +179,40 @@ def test_pick_from_a_folder(plan, tmp_path):
     )
     assert pick(f"{tmp_path}/", Wanted(keep=1.0)).export is None
     assert pick(f"{tmp_path}/", Wanted(keep=0.97)).export.endswith(f"-o {tmp_path}-20")
+
+
+@pytest.mark.parametrize(
+    ("router", "last", "options"),
+    [
+        ("keep", [4, 0], "--layout ragged"),
+        ("remove", [0, 4], "--layout uniform"),
+        ("remove", [4, 4], "--layout ragged --router keep"),
+    ],
+)
+def test_the_export_is_one_that_the_router_rule_allows(router, last, options):
+    widths = {0: torch.tensor([4, 0]), 1: torch.tensor(last)}
+    plan = SimpleNamespace(recipe=SimpleNamespace(router=router), widths=lambda pruned: widths)
+    assert export_options(plan, 0.5) == options
+
+
+def test_the_screen_says_what_is_compared_and_the_task_that_counts():
+    tasks = {
+        name: TaskPoint(
+            metric="acc", value=0.5, interval=None, n=9, metrics={}, ratio=ratio,
+            ratio_interval=spread,
+        )
+        for name, ratio, spread in (
+            ("a", 0.99, None), ("b", 0.97, (0.951, 0.983)), ("less_is_better", None, None)
+        )
+    }  # fmt: skip
+    chosen = candidates()[2]
+    chosen = replace(chosen, quality=chosen.quality.model_copy(update={"tasks": tasks}))
+    of = SimpleNamespace(base="big", data="tiny")
+    text = "\n".join(lines("fam", Picked(chosen, of, "flexmoe export", "uniform")))
+    assert "97.0% (95.1% to 98.3%) of the score of big on b, the lowest of 3 tasks" in text
+    assert "bytes) as a uniform export: weights only" in text
+    assert "keeps 96.0% (96.0% to 96.0%) of the likelihood per token of big" in text
+    assert "of those of big" in text and "full model" not in text
 
 
 def test_pick_by_size_needs_no_curve(plan, tmp_path):

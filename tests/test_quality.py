@@ -54,8 +54,11 @@ def test_by_tasks_the_worst_one_counts():
 def test_what_was_not_measured_cannot_pass():
     assert kept(row(0.4, None), "loss") is None
     assert kept(row(0.4, 0.9), "tasks") is None and kept(row(0.4, 0.9), "pairs") is None
-    with pytest.raises(FlexmoeError, match=r"accuracy on minimal pairs kept at pruned 0\.4 cannot"):
-        gate([row(0.4, 0.9)], 0.95, "pairs")
+    verdict = gate(
+        [row(0.2, 0.9, pairs={"ratio": 1.0, "ratio_interval": None}), row(0.4, 0.9)], 0.95, "pairs"
+    )
+    assert not verdict.passed
+    assert "accuracy on minimal pairs kept at pruned 0.4 cannot be told" in verdict.text
 
 
 def test_gates_that_are_none():

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import flexmoe
+from flexmoe import speed
 from flexmoe.cli import app
 from flexmoe.errors import FlexmoeError
+from flexmoe.headers import EXPORT_NAME
 from helpers import random_plan
 from zoo import tiny_model
 
@@ -60,6 +63,33 @@ def test_an_export_beside_its_base(made, tmp_path):
     assert engines[-1][0] == "flexmoe, ragged export" and engines[-1][1] == pytest.approx(0.4)
     assert found["rows"][-1]["weights"] < found["rows"][0]["weights"]
     assert "grouped_mm" in bench(made / "base", "--batch", "1")
+
+
+def test_a_stock_export_is_told_from_its_base(made, tmp_path):
+    flexmoe.export(made / "plan", tmp_path / "uniform", pruned=0.4, layout="uniform")
+    found = bench(
+        tmp_path / "uniform", "--batch", "1", "--against", made / "base", out=tmp_path / "c"
+    )
+    achieved = json.loads((tmp_path / "uniform" / EXPORT_NAME).read_text())["achieved"]
+    assert [(row["engine"], row["pruned"]) for row in found["rows"]] == [
+        ("transformers eager", 0.0),
+        ("transformers grouped_mm", 0.0),
+        ("transformers eager, export", achieved),
+        ("transformers grouped_mm, export", achieved),
+    ]
+
+
+@pytest.mark.parametrize("against", ["nowhere/nothing", "dense"])
+def test_what_it_cannot_be_compared_with_is_refused_before_a_model_loads(
+    made, against, monkeypatch
+):
+    monkeypatch.chdir(made)
+    settings = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    dense = LlamaConfig(**settings, num_attention_heads=1)
+    LlamaForCausalLM(dense).save_pretrained("dense")
+    monkeypatch.setattr(speed, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(FlexmoeError, match=r"nothing|experts"):
+        bench("ragged", "--against", against)
 
 
 @pytest.mark.parametrize(

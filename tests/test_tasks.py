@@ -10,7 +10,7 @@ from flexmoe.data import TINY, load_tokenizer
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.members import budgets_of
 from flexmoe.evaluation.pairs import encode, read_pairs, right_pairs, sequence_scores
-from flexmoe.evaluation.tasks import load_tasks, run_tasks, task_rows
+from flexmoe.evaluation.tasks import check_kept, load_tasks, run_tasks, task_rows
 from flexmoe.family import attach
 from helpers import random_plan
 from minimal import made_pairs, write_pairs
@@ -119,6 +119,15 @@ def test_no_ratio_where_less_is_better_or_the_base_has_nothing():
     for of in (results(9.0, [9, 9], better=False), results(0.0, [0, 0])):
         assert task_rows({0.0: of, 0.4: of})[0.4]["t"]["ratio"] is None
     assert task_rows({0.4: results(0.5, [0, 1])})[0.4]["t"]["ratio"] is None
+
+
+def test_a_share_is_kept_of_what_is_better_when_higher(here, tmp_path):
+    text = (FOLDER / "agreement.yaml").read_text()
+    check_kept(load_tasks(["agreement.yaml"]))
+    less = text.replace("higher_is_better: true", "higher_is_better: false")
+    (tmp_path / "less.yaml").write_text(less)
+    with pytest.raises(FlexmoeError, match=r"of task 'agreement' less is better \(acc\)"):
+        check_kept(load_tasks([str(tmp_path / "less.yaml")]))
 
 
 def test_tasks_that_are_none(here, tmp_path):

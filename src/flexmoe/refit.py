@@ -27,6 +27,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, Routing, expert_layers, experts_function, unchanged
 from flexmoe.plan import Plan
 from flexmoe.progress import Steps, Track, silent
+from flexmoe.ram import free_ram
 
 FULL = 3.0  # weight of the unpruned member beside all others together, see docs/log.md
 DAMPING = 1.0  # the old weights count like DAMPING * I tokens more that voted for them
@@ -155,9 +156,7 @@ def _free_memory(layer: ExpertLayer) -> int:
     device = layer.module.down_proj.device
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    import psutil  # comes with accelerate
-
-    return psutil.virtual_memory().available // 2
+    return free_ram() // 2
 
 
 def _groups(layers: Sequence[ExpertLayer], memory: int) -> list[list[ExpertLayer]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -18,11 +19,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flexmoe.checkpoint import meta_model
 from flexmoe.elastic import release
 from flexmoe.errors import FlexmoeError
+from flexmoe.evaluation.compared import exported_share
 from flexmoe.evaluation.curve import hardware, versions
 from flexmoe.experts import expert_layers
-from flexmoe.family import load, set_budget
+from flexmoe.family import find_folder, find_weights, load, set_budget
+from flexmoe.headers import EXPORT_NAME
+from flexmoe.plan import JSON_NAME
 
 STOCK = ("eager", "grouped_mm")  # what transformers runs experts with
 
@@ -70,13 +75,17 @@ def measure(
     with the model ``against`` where it is given.
     """
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    opened = load(path, device=config.device, dtype=dtype)
-    runners = (
-        _family(opened, config) if hasattr(opened, "flexmoe_plan") else _single(opened, config)
-    )
+    folder = find_folder(path)
+    family = (folder / JSON_NAME).is_file()
+    if config.pruned is not None and not family:
+        raise FlexmoeError("only a family has budgets: leave --pruned out")
     if against is not None:
-        if hasattr(opened, "flexmoe_plan"):
+        if family:
             raise FlexmoeError("a family is compared with itself at budget 0: leave --against out")
+        expert_layers(meta_model(find_weights(against)))  # refuse what is none before the slow part
+    opened = load(path, device=config.device, dtype=dtype)
+    runners = _family(opened, config) if family else _single(opened, folder)
+    if against is not None:
         base = load(against, device=config.device, dtype=dtype)
         runners = [_stock(base, name) for name in STOCK] + runners
     clock, about = _clock(opened)
@@ -141,19 +150,18 @@ def _family(model: PreTrainedModel, config: SpeedConfig) -> list[Runner]:
     return stock + own
 
 
-def _single(model: PreTrainedModel, config: SpeedConfig) -> list[Runner]:
+def _single(model: PreTrainedModel, folder: Path) -> list[Runner]:
     """A ragged export, or the functions of transformers for what is stock."""
-    if config.pruned is not None:
-        raise FlexmoeError("only a family has budgets: leave --pruned out")
     if table := getattr(model.config, "quantization_config", None):
         return [Runner("flexmoe, ragged export", table.pruned, model, lambda: None)]
-    return [_stock(model, name) for name in STOCK]
+    what = ", export" if (folder / EXPORT_NAME).is_file() else ""
+    return [_stock(model, name, what, exported_share(folder)) for name in STOCK]
 
 
-def _stock(model: PreTrainedModel, name: str) -> Runner:
+def _stock(model: PreTrainedModel, name: str, what: str = "", pruned: float = 0.0) -> Runner:
     expert_layers(model)  # refuse what has none
     return Runner(
-        f"transformers {name}", 0.0, model, lambda: model.set_experts_implementation(name)
+        f"transformers {name}{what}", pruned, model, lambda: model.set_experts_implementation(name)
     )
 
 

@@ -166,6 +166,7 @@ def compress(
     from flexmoe.pipeline import compress as run
     from flexmoe.progress import bar, silent
     from flexmoe.resume import work_folder
+    from flexmoe.routing.rules import export_options
     from flexmoe.training import process_group, processes
 
     quiet()
@@ -212,20 +213,10 @@ def compress(
     if limit is not None:
         say(f"at most {gib(most.bytes)} of memory were held, {gib(limit)} were allowed")
     share = 0.4 if 0.4 in plan.budgets else plan.budgets[-1]
-    export = f"flexmoe export {out} --pruned {share:g} {_layout(plan, share)}"
+    # stock where it can be
+    layout = "--layout uniform" if plan.recipe.unit == "channel" else export_options(plan, share)
+    export = f"flexmoe export {out} --pruned {share:g} {layout} -o DIR"
     say(f"next: flexmoe eval {out}, or {export}")
-
-
-def _layout(plan: Any, share: float) -> str:
-    """The options of an export that works for this plan, stock where it can be."""
-    if plan.recipe.unit == "channel":
-        return "--layout uniform -o DIR"
-    if plan.recipe.router != "remove":
-        return "--layout ragged -o DIR"
-    alike = {int((width_E > 0).sum()) for width_E in plan.widths(share).values()}
-    if len(alike) == 1:
-        return "--layout uniform -o DIR"
-    return "--layout ragged --router keep -o DIR"  # a stock config has one number for all layers
 
 
 def _plan_table(plan: Any, title: str) -> Any:

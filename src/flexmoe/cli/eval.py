@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -40,10 +41,12 @@ EXAMPLES = """\
 
 def evaluate(
     path: Annotated[str, typer.Argument(help="family, plan, export, or any MoE checkpoint")],
-    pruned: Annotated[str, typer.Option(help="budgets of a family: 0,0.4 or all")] = "all",
+    pruned: Annotated[
+        str, typer.Option(help="budgets of a family: 0,0.4 or all; compared with 0 if it is there")
+    ] = "all",
     against: Annotated[
         str | None,
-        typer.Option(help="model to compare with, measured too; default: budget 0 of a family"),
+        typer.Option(help="model to compare with, measured too; default: 0 among --pruned"),
     ] = None,
     data: Annotated[
         str,
@@ -108,12 +111,14 @@ def evaluate(
 ) -> None:
     """How good every budget is, on held-out text, minimal pairs, tasks and prompts of yours.
 
-    All is compared with budget 0, or the model --against, in the same run. increase: of the loss;
+    All is compared with budget 0 if it is among --pruned (--save and --min-recovery add it), or
+    the model --against, in the same run. increase: of the loss;
     kept: exp(-increase), the share of the likelihood per token; KL: divergence of the predictions,
     nats per token; top-1: how often the most likely token is the same; ± is half of a 95%
     interval, paired where two are compared.
     """
     from flexmoe.config import budget_list
+    from flexmoe.errors import FlexmoeError
     from flexmoe.evaluation.evaluate import measure
     from flexmoe.evaluation.inputs import EvaluateConfig
     from flexmoe.evaluation.tables import tables
@@ -149,6 +154,8 @@ def evaluate(
     done = measure(path, config, command=_command(), track=bar)
     for table in tables(done, path):
         say(table)
+    if pruned != "all" and not any("increase" in row for row in done.members):
+        say("compared with nothing: that takes 0 among --pruned of a family, or --against MODEL")
     if json_out is not None:
         found = {"model": path, **done.about, "against": done.against}
         found |= {"rows": done.rows, "budgets": done.members}
@@ -157,11 +164,13 @@ def evaluate(
         say(f"saved in {done.saved}; next: flexmoe pick {path} --keep 0.95")
     if done.verdict is not None:
         typer.echo(done.verdict.text, err=not done.verdict.passed)
-        if not done.verdict.passed:
-            raise typer.Exit(1)
+    if done.unsaved is not None:
+        raise FlexmoeError(done.unsaved)
+    if done.verdict is not None and not done.verdict.passed:
+        raise typer.Exit(1)
 
 
 def _command() -> str:
     """The command line as it was given, of paths the last part: results are passed on."""
-    words = [Path(word).name if Path(word).exists() else word for word in sys.argv]
+    words = [Path(word).name if os.path.exists(word) else word for word in sys.argv]
     return shlex.join(words)

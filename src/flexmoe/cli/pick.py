@@ -74,24 +74,32 @@ def _lines(family: str, found: Any) -> list[str]:
     from flexmoe.reports.report import count, size
 
     member, quality = found.candidate.member, found.candidate.quality
+    of_export = "" if found.layout is None else f" as a {found.layout} export"
     lines = [
         f"{family} at {100 * member.pruned:g} % pruned ({member.achieved:.2%} exactly)",
         f"parameters  {count(found.candidate.parameters)}, of these "
         f"{count(member.routed_parameters)} of routed experts",
-        f"size        {size(member.bytes)} ({member.bytes:,} bytes) as a ragged export: weights "
-        "only, activations and cache come on top",
+        f"size        {size(member.bytes)} ({member.bytes:,} bytes){of_export}: weights only, "
+        "activations and cache come on top",
     ]
     if quality is not None:
+        base = found.curve.base
         lines.append(
             f"quality     keeps {quality.kept:.1%}{_range(quality.kept_interval)} of the "
-            f"likelihood per token: loss {quality.nll:.3f}, "
+            f"likelihood per token of {base}: loss {quality.nll:.3f}, "
             f"{quality.increase:+.3f} on {found.curve.data}"
         )
         if (of := quality.pairs) is not None:
             line = f"            {of.accuracy:.1%}{_range(of.interval)} of pairs right"
             if of.ratio is not None:
-                line += f", {of.ratio:.1%}{_range(of.ratio_interval)} of the full model's"
+                line += f", {of.ratio:.1%}{_range(of.ratio_interval)} of those of {base}"
             lines.append(line)
+        tasks = [(of.ratio, of.ratio_interval, name) for name, of in (quality.tasks or {}).items()]
+        for ratio, spread, name in sorted(t for t in tasks if t[0] is not None)[:1]:
+            lines.append(
+                f"            {ratio:.1%}{_range(spread)} of the score of {base} on {name}, the "
+                f"lowest of {len(tasks)} tasks"
+            )
     elif not found.notes:
         lines.append("quality     not measured")
     lines.append(f"export      {found.export or 'not needed: this is the full model'}")

@@ -47,6 +47,8 @@ COSTS = (
     "training",
 )  # least first
 
+SHARED = ("rco",)  # allocations of which a budget depends on which others are asked for
+
 Say = Callable[[str], None]
 
 
@@ -73,6 +75,7 @@ def compare(
     ready = prepare(model, replace(config.common, method="frequency", reference=None))
     held = read_held(source, meta, config, track)
     results = Results.open(out, settings_of(model, ready, held, config))
+    entries = _those(entries, lambda entry: _check_asked(entry, results, config), config, say)
     left = [e for e in entries if _missing(e, results, config)]
     if results.base is not None and not left:
         return results
@@ -92,6 +95,20 @@ def _missing(entry: Entry, results: Results, config: CompareConfig) -> list[floa
     """The budgets that there is no line of yet."""
     sha256 = entry.method.sha256
     return [share for share in config.pruned if not results.done(entry.name, share, sha256)]
+
+
+def _check_asked(entry: Entry, results: Results, config: CompareConfig) -> None:
+    """`FlexmoeError` for budgets to add to an entry whose plan learns all that are asked for in one
+    run: with others it is another plan. Rows that do not say were asked for as they are."""
+    rows = [row for row in results.rows if row["method"] == entry.name]
+    if entry.allocate not in SHARED or not rows or not _missing(entry, results, config):
+        return
+    before = rows[0].get("asked", sorted(row["pruned"] for row in rows))
+    if before != sorted(config.pruned):
+        raise FlexmoeError(
+            f"'{results.path}' has {entry.name} at {before}, which share the steps of one run: "
+            "with other budgets these would be others. Give another --json, or ask for the same"
+        )
 
 
 def _check(entry: Entry, meta: PreTrainedModel, config: CompareConfig) -> None:
@@ -223,6 +240,8 @@ class _Job:
             "plan_seconds": round(seconds, 2),
             "version": flexmoe.__version__,
         }
+        if entry.allocate in SHARED:
+            about["asked"] = sorted(self.config.pruned)
         if entry.method.sha256:
             about["method_sha256"] = entry.method.sha256
         for share in shares:

@@ -14,9 +14,9 @@ from importlib import metadata
 from pathlib import Path
 
 from flexmoe.doctor.found import Diagnosis, Need
-from flexmoe.doctor.room import free_ram
 from flexmoe.doctor.sizes import EXPORTED, Sizes
 from flexmoe.files import free_disk
+from flexmoe.ram import free_ram
 
 STATISTICS, RANK = 1, 16  # a channel, of the default method; of LoRA: its module imports torch
 CONTEXT = 8192  # of which a quarter is a window of text; models with less see fewer tokens

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from flexmoe.doctor.pace import repeated
-from flexmoe.doctor.room import free_ram
 from flexmoe.experts import expert_layers
+from flexmoe.ram import free_ram
 
 MOMENT = 0.05  # seconds each rate is measured for
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from flexmoe.doctor.found import Diagnosis, Need
+from flexmoe.reports.report import size
 
 FEWER = "lower --batch-size or --seq-len"
 SMALLER_STEPS = f"{FEWER}, or use --micro-batch 1 --checkpointing"
@@ -48,29 +47,14 @@ def what_does_not_fit(
     doubtful: list[str] = []
     compressing = need.job == "compress"
     too_heavy, too_large = HELP.get(need.job, TRAINED)
-    weights, free = need.parts.get("weights", 0), f"{_gb(memory)} are free"
+    weights, free = need.parts.get("weights", 0), f"{size(memory)} are free"
     if weights > memory:
-        text = f"{need.job}: the weights alone take {_gb(weights)} of {where}, {free}: {too_heavy}"
+        text = f"{need.job}: the weights alone take {size(weights)} of {where}, {free}: {too_heavy}"
         (hopeless if compressing else doubtful).append(text)
     elif need.memory > memory:
-        text = f"{need.job} takes about {_gb(need.memory)} of {where}, {free}: {too_large}"
+        text = f"{need.job} takes about {size(need.memory)} of {where}, {free}: {too_large}"
         doubtful.append(text)
     if need.disk + need.scratch > disk:
-        text = f"{need.job} writes {_gb(need.disk + need.scratch)}, the disk has {_gb(disk)} free"
+        text = f"{need.job} writes {size(need.disk + need.scratch)}, the disk has {size(disk)} free"
         (hopeless if compressing else doubtful).append(text)
     return hopeless, doubtful
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"
-
-
-def free_ram() -> int:
-    """Bytes of memory that are free: what the control group of this process leaves."""
-    import psutil  # comes with accelerate
-
-    free = int(psutil.virtual_memory().available)
-    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
-        free = min(free, int(most) - int(used.read_text()))
-    return free

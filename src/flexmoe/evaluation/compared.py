@@ -16,9 +16,9 @@ from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.data import calibration_windows, check_tokens, load_tokenizer, pick_seq_len
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.members import BASE, How, Key, Members, Shelf, fit_together
-from flexmoe.family import SPREAD, find_folder, input_device, load
-from flexmoe.headers import EXPORT_NAME, read_json, resolve
-from flexmoe.plan import JSON_NAME, Plan, read_manifest
+from flexmoe.family import SPREAD, find_folder, find_weights, input_device, load
+from flexmoe.headers import EXPORT_NAME, read_json
+from flexmoe.plan import JSON_NAME, Plan
 from flexmoe.policies import Fitted, Policy, parse
 from flexmoe.routing.rules import check_rule
 
@@ -92,7 +92,7 @@ def compare(
         _check_policy(asked_policy[0], router or plan.recipe.router)
     with_full = with_base and against is None and policy is None
     budgets = _budgets(path, folder, plan, pruned, with_full)
-    weights = _weights(folder, base)
+    weights = find_weights(path, base)
     settings = meta_model(weights).config
     tokenizer = load_tokenizer(weights, settings)
     dtype = torch.float32 if place.type == "cpu" else "auto"
@@ -100,7 +100,7 @@ def compare(
     loaders = {MODEL: partial(load, path, first, base=base, device=device, dtype=dtype)}
     other = None
     if against is not None:
-        other = _weights(find_folder(against), None)
+        other = find_weights(against)
         _check_same_tokens(other, against, settings, tokenizer)
         loaders[BASE] = partial(load, against, device=device, dtype=dtype)
     elif with_base and plan is None and policy is None:
@@ -155,15 +155,6 @@ def _policy_tokens(data: str | None, tokenizer: Any, settings: PreTrainedConfig)
     return check_tokens(windows.ids, settings)
 
 
-def _weights(folder: Path, base: str | Path | None) -> Path:
-    """Where the weights lie: of a plan alone in ``base``, or in the base model it names."""
-    if (folder / JSON_NAME).is_file():
-        manifest = read_manifest(folder)
-        if not manifest.ranked:
-            return resolve(base or manifest.recipe.base_model)
-    return folder
-
-
 def _budgets(
     path: str | Path,
     folder: Path,
@@ -171,23 +162,24 @@ def _budgets(
     asked: Sequence[float] | None,
     with_full: bool,
 ) -> tuple[float, ...]:
-    """The budgets to measure; of a model that is one member the share it was exported at."""
+    """The budgets to measure, rich to poor; of a model that is one member the share it was exported
+    at."""
     if plan is None:
         if asked is not None and len(asked) != 1:
             raise FlexmoeError(
                 f"'{path}' is one member: --pruned has no effect on it, leave it out"
             )
-        return (_exported_share(folder),)
-    budgets = plan.budgets if asked is None else tuple(dict.fromkeys(asked))
-    if with_full:
-        budgets = tuple(sorted({0.0, *budgets}))
+        return (exported_share(folder),)
+    shares = set(plan.budgets if asked is None else asked)
+    budgets = tuple(sorted(shares | {0.0} if with_full else shares))
     for share in budgets:
         plan.widths(share)  # refuse a share out of reach before the slow part
     return budgets
 
 
-def _exported_share(folder: Path) -> float:
-    """The share an export was asked for; what it came to where one width cannot be as exact."""
+def exported_share(folder: Path) -> float:
+    """The share an export was asked for, what it came to where one width cannot be as exact, and 0
+    of what is no export."""
     if not (folder / EXPORT_NAME).is_file():
         return 0.0
     about = read_json(folder / EXPORT_NAME)

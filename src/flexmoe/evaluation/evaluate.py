@@ -96,8 +96,9 @@ class Measured:
     what `pair_rows`, `task_rows`, `health_row` and `structured_row` give, None where it was not
     asked for; ``work`` where routers leave something out, see `members.How`. ``against``: the
     same of the base, where that is another model. ``about``: inputs
-    with their hashes, hardware, versions, date. ``saved``: the file that holds the curve, and
-    ``verdict`` that of the gate, if they were asked for.
+    with their hashes, hardware, versions, date. ``saved``: the file that holds the curve (None:
+    ``unsaved`` says why it could not be written), and ``verdict`` that of the gate, if they were
+    asked for.
     """
 
     rows: list[Row]
@@ -105,6 +106,7 @@ class Measured:
     against: Row | None
     about: Row
     saved: Path | None = None
+    unsaved: str | None = None
     verdict: Verdict | None = None
 
 
@@ -174,11 +176,14 @@ def measure(
     against = None if BASE not in found else _base_row(name, found[BASE])
     facts = about(compared, describe(inputs, config), command)
     facts |= {k: v for k in ("router", "policy") if (v := getattr(config, k)) is not None}
-    saved = None
+    saved = unsaved = None
     if made_of is not None:
-        curve = make_curve(made_of, facts, members, against)
-        saved = save_curve(compared.folder, curve)
-        refresh_card(compared.folder, curve)
+        try:
+            curve = make_curve(made_of, facts, members, against)
+            saved = save_curve(compared.folder, curve)
+            refresh_card(compared.folder, curve)
+        except FlexmoeError as error:  # what was measured is not lost for that
+            unsaved = str(error)
     verdict = None
     if config.min_recovery is not None:
         verdict = gate(members, config.min_recovery, config.by)
@@ -188,6 +193,7 @@ def measure(
         against=against,
         about=facts,
         saved=saved,
+        unsaved=unsaved,
         verdict=verdict,
     )
 

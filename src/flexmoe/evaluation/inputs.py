@@ -23,7 +23,7 @@ from flexmoe.evaluation.compared import Compared
 from flexmoe.evaluation.generate import end_tokens, greedy, sampled
 from flexmoe.evaluation.pairs import Encoded, Pair, encode, read_pairs
 from flexmoe.evaluation.prompts import Prompt, check_prompts, read_prompts, window_prompts
-from flexmoe.evaluation.tasks import FILES, load_tasks
+from flexmoe.evaluation.tasks import FILES, check_kept, load_tasks
 
 FROM_DATA = "data"  # in place of a prompts file: the beginnings of held-out windows
 MAX_NEW_TOKENS = 256
@@ -134,6 +134,9 @@ def read_inputs(compared: Compared, config: EvaluateConfig) -> Inputs:
         check_tokens(ids, settings)
     if str(config.generate) == FROM_DATA:
         prompts = window_prompts(windows, config.generate_limit)
+    tasks = load_tasks(config.tasks) if config.tasks else []
+    if config.by == "tasks":
+        check_kept(tasks)
     most = MAX_NEW_TOKENS if config.max_new_tokens is None else config.max_new_tokens
     generation, ends = _generation_config(compared), []
     if asked := prompts + structured:
@@ -150,7 +153,7 @@ def read_inputs(compared: Compared, config: EvaluateConfig) -> Inputs:
         max_new_tokens=most,
         modes={"greedy": greedy(), "sampled": sampled(generation)},
         ends=ends,
-        tasks=load_tasks(config.tasks) if config.tasks else [],
+        tasks=tasks,
     )
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,6 +16,7 @@ from flexmoe.checkpoint import Checkpoint
 from flexmoe.experts import expert_layers, routed_parameters
 from flexmoe.family import pick_device, set_budget
 from flexmoe.policies import Fitted, stop
+from flexmoe.ram import free_ram
 from flexmoe.routing.edits import Work, is_edited
 
 BASE = "base"  # the key of a base that is another model; else a key is a pruned share
@@ -114,7 +114,7 @@ def fit_together(folders: Iterable[Path], device: str) -> bool:
     else:
         shapes = [info.shape for checkpoint in found for info in checkpoint.tensors.values()]
         need = 4 * sum(map(math.prod, shapes))
-        free = psutil.virtual_memory().available
+        free = free_ram()
     return need <= USABLE * free
 
 

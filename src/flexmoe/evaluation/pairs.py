@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flexmoe.data import check_tokens
 from flexmoe.errors import FlexmoeError
-from flexmoe.evaluation.intervals import Array, interval, resampled_means
+from flexmoe.evaluation.intervals import Array, Interval, interval, resampled_means, share_interval
 from flexmoe.evaluation.members import Key, Members, device_of
 from flexmoe.jsonl import records
 from flexmoe.progress import Track, silent
@@ -180,7 +180,8 @@ def pair_rows(
     each paradigm; ``fields``, the accuracy of each field. Where ``base`` is among them:
     ``ratio`` of the accuracies and ``margin_ratio``, the ratio of what lies above chance,
     each with a paired interval; the latter are None where the base itself cannot be told from
-    chance. Intervals are None where there are too few pairs for one.
+    chance. Intervals are None where there are too few pairs for one, and those of ratios also
+    where no pair makes a difference: resampling would be certain.
     """
     right_NB = np.stack([right_N.numpy() for right_N in right.values()], 1)
     groups = _groups([pair.paradigm for pair in pairs])
@@ -195,21 +196,36 @@ def pair_rows(
         row: dict[str, Any] = {
             "n": len(pairs),
             "accuracy": float(right_NB[:, b].mean()),
-            "interval": interval(means_RB[:, b]),
+            "interval": _of_accuracy(right_NB[:, b], means_RB[:, b]),
             "fields": {name: float(right_NB[at, b].mean()) for name, at in fields.items()},
         }
         row |= dict.fromkeys(RATIOS)
         if whole is not None:
             accuracy = float(right_NB[:, whole].mean())
-            row |= _ratios(row["accuracy"], accuracy, means_RB[:, b], means_RB[:, whole])
+            spread = _of_accuracy(right_NB[:, whole], means_RB[:, whole])
+            row |= _ratios(row["accuracy"], accuracy, means_RB[:, b], means_RB[:, whole], spread)
+            if b != whole:
+                row |= {name: None for name in RATIOS[1::2] if _is_empty(row[name])}
         rows[key] = row
     return rows
 
 
-def _ratios(member: float, whole: float, member_R: Array, whole_R: Array) -> dict[str, Any]:
-    """Of one budget to the base, from their accuracies and resampled accuracies."""
+def _of_accuracy(right_N: Array, means_R: Array) -> Interval | None:
+    """The interval of an accuracy; that of a share where resampling sees no spread."""
+    spread = interval(means_R)
+    return share_interval(round(right_N.sum()), len(right_N)) if _is_empty(spread) else spread
+
+
+def _is_empty(spread: Interval | None) -> bool:
+    return spread is not None and spread[0] == spread[1]
+
+
+def _ratios(
+    member: float, whole: float, member_R: Array, whole_R: Array, spread: Interval | None
+) -> dict[str, Any]:
+    """Of one budget to the base, from their accuracies and resampled accuracies; ``spread`` is the
+    interval of the base's."""
     row: dict[str, Any] = {}
-    spread = interval(whole_R)
     with np.errstate(divide="ignore", invalid="ignore"):
         if whole > 0:
             row |= {"ratio": member / whole, "ratio_interval": interval(member_R / whole_R)}

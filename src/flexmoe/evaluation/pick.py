@@ -18,6 +18,7 @@ from flexmoe.family import find_folder
 from flexmoe.plan import Member, Plan, read_manifest
 from flexmoe.progress import Track, silent
 from flexmoe.reports.report import count, size
+from flexmoe.routing.rules import export_options
 
 BYTES = {"": 1} | {
     unit: base**power
@@ -85,12 +86,13 @@ class Candidate:
 @dataclass(frozen=True)
 class Picked:
     """The member that fits. ``curve`` is where its quality is from, if that was measured;
-    ``export`` the command that writes it (None for budget 0, which is the model itself);
-    ``notes`` what to know about the choice."""
+    ``export`` the command that writes it and its ``layout`` (None for budget 0, which is the model
+    itself); ``notes`` what to know about the choice."""
 
     candidate: Candidate
     curve: Curve | None
     export: str | None
+    layout: str | None
     notes: tuple[str, ...] = ()
 
 
@@ -205,7 +207,11 @@ def pick(path: str | Path, wanted: Wanted, *, track: Track = silent) -> Picked:
         curve, notes = None, [f"no quality: {reason}"]
         candidates = [replace(candidate, quality=None) for candidate in candidates]
     chosen = choose(candidates, wanted)
-    return Picked(chosen, curve, _export_command(path, chosen.member.pruned), tuple(notes))
+    export = layout = None
+    if share := chosen.member.pruned:
+        options = export_options(plan, share)
+        export, layout = _export_command(path, share, options), options.split()[1]
+    return Picked(chosen, curve, export, layout, tuple(notes))
 
 
 def _other_parameters(folder: Path, plan: Plan) -> int:
@@ -217,11 +223,9 @@ def _other_parameters(folder: Path, plan: Plan) -> int:
     return plan.bytes_full // plan.bytes_per_parameter - plan.routed_parameters
 
 
-def _export_command(path: str | Path, pruned: float) -> str | None:
-    if not pruned:
-        return None
+def _export_command(path: str | Path, pruned: float, options: str) -> str:
     out = f"{str(path).rstrip('/')}-{100 * pruned:g}"
     return (
-        f"flexmoe export {shlex.quote(str(path))} --pruned {pruned:g} --layout ragged "
+        f"flexmoe export {shlex.quote(str(path))} --pruned {pruned:g} {options} "
         f"-o {shlex.quote(out)}"
     )

@@ -79,6 +79,12 @@ def _tools(found: Any, where: str) -> dict[str, Mapping[str, Any]]:
                 f"{where}: expected tools as a list of "
                 '{"type": "function", "function": {"name": ..., "parameters": {JSON schema}}}'
             )
+        required = schema.get("required", [])
+        if not isinstance(required, list) or not all(isinstance(r, str) for r in required):
+            raise FlexmoeError(
+                f"{where}: tool '{name}' has {str(required)[:60]} as required arguments, expected "
+                "a list of names"
+            )
         tools[name] = schema
     return tools
 

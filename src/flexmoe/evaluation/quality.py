@@ -57,14 +57,15 @@ def gate(members: Sequence[Mapping[str, Any]], share: float, by: str = "loss") -
     of the base's quality.
 
     The measured value decides, as in `pick`; the text gives its interval, and says so
-    where a member that passes might not.
+    where a member that passes might not. What cannot be told does not pass.
     """
     check_gate(share, by)
     found = {row["pruned"]: kept(row, by) for row in members}
     if missing := [f"{p:g}" for p, of in found.items() if of is None]:
-        raise FlexmoeError(
+        return Verdict(
+            False,
             f"the {QUALITIES[by]} kept at pruned {', '.join(missing)} cannot be told: the base "
-            "scores nothing, or less is better there; use another --by"
+            "scores nothing, or less is better there; use another --by",
         )
     known = {pruned: of for pruned, of in found.items() if of is not None}
     failed = [pruned for pruned, of in known.items() if not of[0] >= share]  # nan fails too

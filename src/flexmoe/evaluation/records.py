@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from flexmoe.evaluation.intervals import Interval
 
@@ -177,8 +177,8 @@ class Reference(Measurements):
 
 
 class Curve(_Record):
-    """``evaluation.json``: what was measured, on what, when, and a `Point` a budget. ``against``
-    is the base of all comparisons where that is not budget 0."""
+    """``evaluation.json``: what was measured, on what, when, and a `Point` a budget, rich to poor.
+    ``against`` is the base of all comparisons where that is not budget 0."""
 
     format: int
     date: str
@@ -195,3 +195,19 @@ class Curve(_Record):
     versions: dict[str, str]
     against: Reference | None = None
     budgets: list[Point]
+
+    @property
+    def base(self) -> str:
+        """What all comparisons are with, for people."""
+        return "the full model" if self.against is None else self.against.model
+
+    def increases(self, point: Point) -> dict[str, float]:
+        """Of the loss on each data file over the base."""
+        base = self.against or self.budgets[0]
+        return {name: loss - base.files[name] for name, loss in point.files.items()}
+
+    @field_validator("budgets")
+    @classmethod
+    def _rich_to_poor(cls, budgets: list[Point]) -> list[Point]:
+        """Curves were once saved in the order that was asked for."""
+        return sorted(budgets, key=lambda point: point.pruned)

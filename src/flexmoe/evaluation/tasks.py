@@ -70,6 +70,17 @@ def _load(manager: Any, name: str) -> list[Any]:
     return [task for of in ("groups", "tasks") for n, task in found[of].items() if n not in below]
 
 
+def check_kept(tasks: Sequence[Any]) -> None:
+    """`FlexmoeError` for a task no share of which can be kept: less is better of all metrics."""
+    for task in tasks:  # a group has no metrics before it has run
+        better = task.higher_is_better() if hasattr(task, "higher_is_better") else {}
+        if better and not any(better.values()):
+            raise FlexmoeError(
+                f"of task '{task.task_name}' less is better ({', '.join(better)}): there is no "
+                "share of its score to keep. Leave it out, or use another --by"
+            )
+
+
 def run_tasks(
     members: Members,
     tasks: Sequence[Any],

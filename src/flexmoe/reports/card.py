@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from flexmoe.checkpoint import Checkpoint
 from flexmoe.errors import FlexmoeError
+from flexmoe.evaluation.compared import exported_share
 from flexmoe.evaluation.curve import load_curve, stale
 from flexmoe.evaluation.records import Curve, Point
 from flexmoe.files import write_whole
@@ -70,16 +71,17 @@ def write_card(
     record = record_of(folder, track)
     config = Checkpoint(folder).config
     inherited = _inherited(folder / CARD_NAME)
+    gone = percent(exported_share(folder))
     curve = None
     if family is not None and record.kind != "uniform":
         curve = _holding(family, track)
     parts = [
         f"---\n{_metadata(record, config, inherited).to_yaml()}\n---\n",
-        _heading(record),
+        _heading(record, gone),
         "## Load\n\n" + _loading(record.kind, config),
-        "## Sizes\n\n" + _sizes(folder, record),
+        "## Sizes\n\n" + _sizes(folder, record, gone),
         f"## Measured\n\n{BEGIN}\n{_measured(curve, record.pruned)}\n{END}",
-        "## What was lost, and limits\n\n" + _limits(record, inherited),
+        "## What was lost, and limits\n\n" + _limits(record, inherited, gone),
         "## How it was made\n\n" + _made(record),
     ]
     text = "\n\n".join(part.strip("\n") for part in parts) + "\n"
@@ -148,7 +150,7 @@ def _on_hub(name: str) -> bool:
 GONE = {"channel": "of every routed expert the channels", "expert": "the routed experts"}  # by unit
 
 
-def _heading(record: Record) -> str:
+def _heading(record: Record, gone: str) -> str:
     recipe = record.recipe
     name = _code(Path(recipe.base_model).name)
     base = _code(recipe.base_model)
@@ -164,9 +166,9 @@ def _heading(record: Record) -> str:
             "*Pruned 40 %* means that 40 % of the routed-expert parameters are gone."
         )
     else:
-        title = f"# {name}, {percent(record.pruned)} pruned ({record.kind})"
+        title = f"# {name}, {gone} pruned ({record.kind})"
         what = (
-            f"{base} without {percent(record.pruned)} of its routed-expert parameters, pruned by "
+            f"{base} without {gone} of its routed-expert parameters, pruned by "
             f"flexmoe: {GONE[recipe.unit]} that matter least are gone."
         )
     return f"{title}\n\n{what}"
@@ -179,10 +181,10 @@ def _loading(kind: str, config: dict[str, Any]) -> str:
     return f"```python\n{code}```\n\n{NOTE[kind]}"
 
 
-def _sizes(folder: Path, record: Record) -> str:
+def _sizes(folder: Path, record: Record, gone: str) -> str:
     if record.pruned is not None:
         stored = size(Checkpoint(folder).bytes)
-        return f"{stored} of tensors at {percent(record.pruned)} pruned, layout {record.kind}."
+        return f"{stored} of tensors at {gone} pruned, layout {record.kind}."
     head = ("pruned", "exactly", "routed parameters", "active routed", "size (ragged export)")
     return _table(head, map(_size_row, read_manifest(folder).budgets))
 
@@ -206,7 +208,9 @@ def _measured(curve: Curve | None, pruned: float | None) -> str:
     if curve is None or not points:
         where = "FAMILY --save" if pruned is None else "FOLDER"
         return f"Nothing yet. To measure: `flexmoe eval {where} --data FILE`"
-    rows = measured_rows([point.model_dump() for point in points])
+    found = [point.model_dump(exclude_none=True) for point in points]
+    # what is known of each file in full has its loss too
+    rows = measured_rows(found, ("files",) if all("by_file" in of for of in found) else ())
     table = _table(
         ("", *(f"{percent(point.pruned)} pruned" for point in points)),
         ([_code(name) if ":" in name else name, *cells] for name, cells in rows.items()),
@@ -217,9 +221,10 @@ def _measured(curve: Curve | None, pruned: float | None) -> str:
     )
     said = ", ".join(f"{name} {version}" for name, version in curve.versions.items())
     of = "" if pruned is None else " on the family's member with these widths"
+    base = curve.base if curve.against is None else _code(curve.base)
     return (
-        f"{table}\n\nOn {files}{of}. Loss in nats per token; *kept* is the share of the likelihood "
-        "per token; in brackets 95 % intervals over the choice of text. "
+        f"{table}\n\nOn {files}{of}, compared with {base}. Loss in nats per token; *kept* is the "
+        "share of the likelihood per token; in brackets 95 % intervals over the choice of text. "
         f"{curve.date}, {curve.hardware}, {curve.dtype}, {said}."
     )
 
@@ -228,7 +233,7 @@ def _same(a: float, b: float) -> bool:
     return abs(a - b) < 1e-9
 
 
-def _limits(record: Record, inherited: dict[str, Any]) -> str:
+def _limits(record: Record, inherited: dict[str, Any], gone: str) -> str:
     recipe = record.recipe
     points = []
     if record.pruned is None:
@@ -237,7 +242,7 @@ def _limits(record: Record, inherited: dict[str, Any]) -> str:
         )
     else:
         points.append(
-            f"The pruned {percent(record.pruned)} cannot be had back from this folder, and what "
+            f"The pruned {gone} cannot be had back from this folder, and what "
             "was measured above is all that is known of the loss."
         )
     points.append(

@@ -158,8 +158,6 @@ def _quality(page: Page, curve: Curve) -> str:
         for point in curve.budgets
     ]
     head = ("pruned", "exactly", "size", "loss", "perplexity", "loss increase", "likelihood kept")
-    against = curve.model_dump().get("against")
-    base = "the full model" if against is None else str(against["model"])
     files = ", ".join(
         f"{name} ({file.windows} windows of {file.seq_len} tokens)"
         for name, file in curve.files.items()
@@ -173,8 +171,8 @@ def _quality(page: Page, curve: Curve) -> str:
             "quality",
             quality_figure(curve.budgets),
             alt,
-            f"Increase of the held-out loss over {base}; bars are 95 % intervals over the choice "
-            "of text, labels the share pruned.",
+            f"Increase of the held-out loss over {curve.base}; bars are 95 % intervals over the "
+            "choice of text, labels the share pruned.",
         )
         + _table(head, rows, "Every budget that was measured")
         + f"<p>On {_text(files)}. Measured {_text(curve.date)} in {_text(curve.dtype)} on "
@@ -187,12 +185,11 @@ def _domains(page: Page, curve: Curve) -> str:
     points, names = curve.budgets, list(curve.budgets[0].files)
     head = ("file", *(percent(point.pruned) for point in points))
     rows = [(name, *(figure(point.files[name]) for point in points)) for name in names]
-    last = points[-1]
-    alt = f"Loss increase by file at {percent(last.pruned)} pruned: " + "; ".join(
-        f"{name} {figure(last.files[name] - points[0].files[name])}" for name in names
+    alt = f"Loss increase by file at {percent(points[-1].pruned)} pruned: " + "; ".join(
+        f"{name} {figure(increase)}" for name, increase in curve.increases(points[-1]).items()
     )
-    caption = "Increase of the loss over budget 0 on each file"
-    drawn = page.figure("domains", domains_figure(points), alt, caption)
+    caption = f"Increase of the loss over {curve.base} on each file"
+    drawn = page.figure("domains", domains_figure(curve), alt, caption)
     table = _table(head, rows, "Loss (nats per token) on each file, by share pruned")
     more = measured_rows([point.model_dump().get("by_file") or {} for point in points])
     if more:

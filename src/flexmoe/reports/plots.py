@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.evaluation.records import Point
+from flexmoe.evaluation.records import Curve, Point
 from flexmoe.plan import Plan
 from flexmoe.reports.report import Row, percent
 from flexmoe.reports.sizes import GONE
@@ -101,21 +101,27 @@ def quality_figure(points: Sequence[Point]) -> Figure:
     return figure
 
 
-def domains_figure(points: Sequence[Point]) -> Figure:
-    """Increase of the loss over budget 0 on each data file, against the share pruned."""
-    x = [100 * point.pruned for point in points]
+def domains_figure(curve: Curve) -> Figure:
+    """Increase of the loss on each data file, against the share pruned."""
+    x = [100 * point.pruned for point in curve.budgets]
+    increases = [curve.increases(point) for point in curve.budgets]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6, 3.6))
         axes = figure.subplots()
-        for number, name in enumerate(points[0].files):
-            y = [point.files[name] - points[0].files[name] for point in points]
+        for number, name in enumerate(increases[0]):
+            y = [of[name] for of in increases]
             marker = MARKERS[number % len(MARKERS)]
-            axes.plot(x, y, marker=marker, markersize=5, linewidth=1.8, label=name)
+            axes.plot(x, y, marker=marker, markersize=5, linewidth=1.8)
         axes.set_xlabel("pruned (% of the routed-expert parameters)")
         axes.set_ylabel("loss increase (nats per token)")
         axes.grid(alpha=0.25)
-        axes.legend()
+        axes.legend(axes.lines, map(_shortened, increases[0]))  # a name may begin with _
     return figure
+
+
+def _shortened(name: str) -> str:
+    """A name with at most 40 characters: its beginning and its end."""
+    return name if len(name) <= 40 else f"{name[:20]}…{name[-19:]}"
 
 
 def pareto_figure(rows: Sequence[Row]) -> Figure:

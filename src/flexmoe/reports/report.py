@@ -13,20 +13,23 @@ Row = Mapping[str, Any]
 
 def size(number: float) -> str:
     """Bytes for people: 4.6 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
+    return _scaled(number, (" B", " kB", " MB", " GB", " TB"))
 
 
 def count(number: float) -> str:
     """A count for people: 1.57 M."""
-    for unit in ("", " k", " M"):
-        if number < 1000:
-            return f"{number:.3g}{unit}"
+    return _scaled(number, ("", " k", " M", " B"))
+
+
+def _scaled(number: float, units: Sequence[str]) -> str:
+    """Three digits, or all before the point, in the unit that suits; never an exponent."""
+    *small, unit = units
+    for smaller in small:
+        if number < 999.5:  # above it three digits are 1000
+            unit = smaller
+            break
         number /= 1000
-    return f"{number:.3g} B"
+    return f"{number:,.0f}{unit}" if number >= 999.5 else f"{number:.3g}{unit}"
 
 
 def percent(share: float) -> str:
@@ -72,7 +75,14 @@ def budget_table(rows: Sequence[Row], title: str) -> Table:
 # --- What was measured --------------------------------------------------------------------------
 
 FIGURES = ("pruned", "achieved", "routed_parameters", "active_parameters", "bytes")
-LABELS = {"files": "loss", "nll": "loss", "increase": "loss increase", "kept": "likelihood kept"}
+LABELS = {  # all other names are as they are: of files, of tasks
+    "files": "loss",
+    "by_file": "by file",
+    "nll": "loss",
+    "increase": "loss increase",
+    "kept": "likelihood kept",
+    "margin_ratio": "margin ratio",
+}
 MAIN = ("accuracy", "share", "value")  # what a bare "interval" beside them is of
 
 
@@ -88,7 +98,7 @@ def measured_rows(points: Sequence[Row], skip: Sequence[str] = ()) -> dict[str, 
 def _flat(values: Row, path: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in values.items():
-        label = f"{path}{LABELS.get(name, name.replace('_', ' '))}"
+        label = f"{path}{LABELS.get(name, name)}"
         if isinstance(value, Mapping):
             found |= _flat(value, f"{label}: ")
         elif isinstance(value, int | float | str):

@@ -25,7 +25,7 @@ from flexmoe.routing.edits import Edit, Routed
 from flexmoe.statistics import Statistics
 
 if TYPE_CHECKING:
-    from flexmoe.plan import Recipe
+    from flexmoe.plan import Plan, Recipe
 
 RULES = ("keep", "remove", "constant")
 MEAN = ("output_EH",)  # the statistic that `constant` needs beside the method's own
@@ -69,6 +69,16 @@ def rule_of_export(recipe: Recipe, layout: str, router: str | None, with_constan
             "remove, or add --router keep"
         )
     return rule
+
+
+def export_options(plan: Plan, pruned: float) -> str:
+    """The options of an export with the plan's own widths at a budget. Experts leave the router in
+    the stock layout alone, whose config has one number of experts for all layers: where they are
+    not as many in each, the router stays."""
+    if plan.recipe.router != "remove":
+        return "--layout ragged"
+    alike = {int((width_E > 0).sum()) for width_E in plan.widths(pruned).values()}
+    return "--layout uniform" if len(alike) == 1 else "--layout ragged --router keep"
 
 
 def mean_outputs(statistics: Statistics) -> dict[int, Tensor]:
