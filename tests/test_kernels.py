@@ -31,14 +31,12 @@ ONE = {
 
 @pytest.fixture(params=["torch", *cpu.TARGETS])
 def backend(request, monkeypatch):
-    """The torch loop, and the source compiled for every instruction set, emulated where the
-    processor does not have it."""
+    """The torch loop, and the source for every instruction set, emulated where there is none."""
     if request.param == "torch":
         return "torch"
     if cpu._library()[0] is None:
         pytest.skip("no compiler or no AVX2")
-    targets = list(cpu.TARGETS)
-    if targets.index(request.param) > targets.index(cpu._target()):
+    if (targets := list(cpu.TARGETS)).index(request.param) > targets.index(cpu._target()):
         emulate(monkeypatch, request.param)
     monkeypatch.setattr(cpu, "_target", lambda: request.param)
     monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)

@@ -155,7 +155,7 @@ def test_other_measures_are_shown_by_name_whatever_they_are():
         },
     ]
     assert measured_rows(points, skip=("nll",)) == {
-        "kl": ["0.000", "0.01235 (0.01000 to 0.02000)"],
+        "KL": ["0.000", "0.01235 (0.01000 to 0.02000)"],
         "generation: greedy: looped: n": ["", "7"],
         "generation: greedy: looped: share": ["", "0.5000 (0.2000 to 0.8000)"],
     }

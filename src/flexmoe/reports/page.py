@@ -33,7 +33,7 @@ from flexmoe.reports.plots import (
     widths_figure,
 )
 from flexmoe.reports.provenance import Record, commands
-from flexmoe.reports.report import count, figure, measured_rows, percent, ranging, size
+from flexmoe.reports.report import MEASURES, count, figure, measured_rows, percent, ranging, size
 from flexmoe.reports.samples import Sample
 from flexmoe.reports.sizes import parts
 from flexmoe.statistics import THIN
@@ -194,7 +194,7 @@ def _domains(page: Page, curve: Curve) -> str:
     more = measured_rows([point.model_dump().get("by_file") or {} for point in points])
     if more:
         with_spread = [(name, *cells) for name, cells in more.items()]
-        table += _table(head, with_spread, "Each file in full, 95 % intervals in brackets")
+        table += _table(head, with_spread, f"Each file in full. {MEASURES}")
     return drawn + table
 
 
@@ -204,7 +204,7 @@ def _others(curve: Curve) -> str:
     rows = measured_rows([point.model_dump() for point in curve.budgets], skip)
     head = ("measure", *(percent(point.pruned) for point in curve.budgets))
     shown = [(name, *cells) for name, cells in rows.items()]
-    return _table(head, shown, "By share pruned, 95 % intervals in brackets") if rows else ""
+    return _table(head, shown, f"By share pruned. {MEASURES}") if rows else ""
 
 
 def _widths(page: Page, plan: Plan, curve: Curve) -> str:
