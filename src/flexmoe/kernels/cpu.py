@@ -114,10 +114,10 @@ def _many_TK(index_TK: Tensor, cut: _Cut) -> Tensor | None:
     Tokens of an expert at other budgets are another product. A budget that is not in the table is
     left to the source, which says so."""
     weights, width_BE, token_budget_T, budget = cut
-    (T, K), (B, E) = index_TK.shape, width_BE.shape
-    if weights.up.dtype is not torch.float32 or weights.up.numel() < SMALL * E:
+    if weights.up.dtype is not torch.float32 or index_TK.numel() < (many := _many()):
         return None
-    if T * K < (many := _many()):
+    T, (B, E) = len(index_TK), width_BE.shape
+    if weights.up.numel() < SMALL * E:
         return None
     budget_TK = torch.full_like(index_TK, budget)
     if token_budget_T is not None:
@@ -159,9 +159,15 @@ def _compiled(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, cut: _Cut) -> T
         bias_EH = _as(bias_EH, weights.up.dtype)
     if token_budget_T is not None:
         token_budget_T = _as(token_budget_T[:T], torch.int32)
-    pointers = (up_bias, bias_EH, x_TH, index_TK, weight_TK, width_BE, token_budget_T, out_TH)
     call = CALL.pack(
-        *(0 if tensor is None else tensor.data_ptr() for tensor in pointers),
+        0 if up_bias is None else up_bias.data_ptr(),
+        0 if bias_EH is None else bias_EH.data_ptr(),
+        x_TH.data_ptr(),
+        index_TK.data_ptr(),
+        weight_TK.data_ptr(),
+        width_BE.data_ptr(),
+        0 if token_budget_T is None else token_budget_T.data_ptr(),
+        out_TH.data_ptr(),
         *(T, index_TK.shape[1], E, B, H, budget),
         x_TH.dtype is torch.bfloat16,
         torch.get_num_threads(),

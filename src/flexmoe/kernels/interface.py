@@ -118,11 +118,11 @@ def experts(
     ``backend`` (or the environment variable FLEXMOE_KERNEL, set before this is imported) forces a
     back end by its name, which is an error if it cannot run; else the first that can is taken.
     """
-    (T, H), offset_E = x_TH.shape, weights.offset_E
-    E = len(weights.up) if offset_E is None else len(offset_E) - 1
-    known = token_budget_T is None or len(token_budget_T) >= T
-    routed = index_TK.shape == weight_TK.shape and len(index_TK) == T
-    if not (known and routed and (H, E) == (weights.up.shape[-1], width_BE.shape[1])):
+    (T, H), routed, offset_E = x_TH.shape, index_TK.shape, weights.offset_E
+    E = weights.up.shape[0] if offset_E is None else offset_E.shape[0] - 1
+    known = token_budget_T is None or token_budget_T.shape[0] >= T
+    together = routed == weight_TK.shape and routed[0] == T and width_BE.shape[1] == E
+    if not (known and together and weights.up.shape[-1] == H):
         raise FlexmoeError(  # kernels would read what is not there
             f"tokens {[*x_TH.shape]}, experts {[*index_TK.shape]} and weights {[*weight_TK.shape]} "
             f"of them, widths {[*width_BE.shape]} and gate and up {[*weights.up.shape]} of {E} "
@@ -140,8 +140,8 @@ def check_forced() -> None:
 
 def _backend(weights: Weights, x_TH: Tensor, weight_TK: Tensor, forced: str | None) -> Any:
     if forced is None:
-        tensors = (x_TH, weight_TK, weights.up, weights.down)
-        plain = not torch.is_grad_enabled() and all(type(tensor) in PLAIN for tensor in tensors)
+        kinds = {type(x_TH), type(weight_TK), type(weights.up), type(weights.down)}
+        plain = kinds <= PLAIN and not torch.is_grad_enabled()
         key = (x_TH.dtype, x_TH.device) if plain else None
         if key is None or (name := weights.known.get(key)) is None:
             name = next(
