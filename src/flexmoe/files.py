@@ -62,7 +62,8 @@ def check_file(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()  # some folders say that they can and cannot
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        reason = f"{error.strerror}, give another folder"
+        raise FlexmoeError(f"cannot write '{path}': {reason}") from None
     return path
 
 
