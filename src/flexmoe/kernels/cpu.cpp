@@ -93,19 +93,14 @@ void activate_channels(const Layer& a, const Group& g, const int32_t* pair, cons
       std::fill_n(part + (side * CHANNELS + c) * ld, ld, value);
     }
   }
-  // Some at a time: in ragged storage their gate and up are one stretch of memory. Measured in tiles
-  // and with AVX2
-  const int at_once = g.tiles ? 16 : W == 8 ? 8 : CHANNELS;
-  for (int c = 0; c < count; c += at_once)
-    for (int side = 0; side < a.sides; side++) {
-      const T* rows = a.of<T>(a.up, a.up_by, g.expert) + side * a.up_by.within;
-      rows += (c0 + c) * a.up_by.channel;
-      float* sums = part + (side * CHANNELS + c) * ld;
-      const int own = std::min(at_once, count - c);
-      const int64_t stride = a.up_by.channel;
-      if (g.tiles) tile_products((const bf16*)rows, stride, own, paired, n, a.H, fill, sums);
-      else products<T>(rows, stride, own, g.width - c0 - c - own, token, n, a.H, sums);
-    }
+  const int64_t stride = a.up_by.channel, side = a.up_by.within;
+  const T* rows = a.of<T>(a.up, a.up_by, g.expert) + c0 * stride;
+  if (!g.tiles)
+    products<T>(rows, stride, side, a.sides, count, token, n, a.H, part, CHANNELS * ld);
+  for (int c = 0; g.tiles && c < count; c += TILE)
+    for (int s = 0; s < a.sides; s++)
+      tile_products((const bf16*)rows + c * stride + s * side, stride, std::min(TILE, count - c),
+                    paired, n, a.H, fill, part + (s * CHANNELS + c) * ld);
   const float* up = a.sides == 2 ? part + CHANNELS * ld : nullptr;
   if (!h.by_token(a, g))
     return activate(a.activation, part, up, &h.channels[g.h + int64_t(c0) * n], count * n);
@@ -153,7 +148,7 @@ void outputs_by_rows(const Layer& a, const std::vector<Group>& groups, const int
       const int64_t stride = a.down_by.within;
       const T* row = down + j * stride;
       if (g.tiles) tile_products((const bf16*)row, stride, count, tiles, n, g.width, true, y);
-      else products<T>(row, stride, count, a.H - j - count, token, n, g.width, y);
+      else products<T>(row, stride, 0, 1, count, token, n, g.width, y, 0);
       add_weighted(a, g, pair, y, 1, ld, j, count);
     }
   }

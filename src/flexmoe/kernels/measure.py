@@ -1,7 +1,8 @@
 """Times of the ragged experts against what a user would run instead, and against the machine.
 
-CPU time of one thread, so that other work on the machine disturbs little. Every call begins with
-weights out of the caches, as in a model, where other layers ran in between.
+CPU time of one thread, so that other work on the machine disturbs little. Before every call caches
+are emptied and the same is computed with the weights of another layer: as in a model, where one layer
+follows another, its own weights are out of the caches and the code is as near as that layer left it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from flexmoe.kernels.interface import Weights, experts
 
 SLOW_S = 2.0  # calls that take longer are measured once
 LARGER_THAN_CACHES = 2**29  # bytes; a machine measured here has 480 MiB
+PREVIOUS = 8  # tokens, at most, of the layer before
 Call = Callable[[], Any]
 Routed = tuple[Tensor, Tensor, Tensor]  # tokens, experts of each, their weights
 
@@ -64,7 +66,8 @@ def measure(
                 rows.append(row)
                 progress(row)
             return {
-                "clock": "CPU time of one thread, caches emptied before every call",
+                "clock": "CPU time of one thread, before every call caches are emptied and another "
+                "layer is computed",
                 "machine": machine,
                 "switch_s": switch(),
                 "rows": rows,
@@ -113,21 +116,40 @@ def switch(layers: int = 48, E: int = 128, B: int = 4, device: str = "cpu") -> f
 def _rows(
     shape: Shape, dtype: torch.dtype, tokens: tuple[int, ...], repeats: int
 ) -> Iterator[dict[str, Any]]:
-    E, H, I, K = shape
+    E, _, I, K = shape
     torch.manual_seed(0)
-    stock = _stock(shape, dtype)
-    weights = _channel_major(stock)
-    fused = _vllm(stock)
+    layer, before = _layer(shape, dtype), _layer(shape._replace(E=K), dtype)
     share_E = torch.linspace(0.1, 0.9, E)[torch.randperm(E)]
     uniform_E = torch.full((E,), I // 2)
     width_BE = torch.stack([torch.full((E,), I), (share_E * I).round().long(), uniform_E]).int()
     for T in tokens:
-        x_TH = torch.randn(T, H).to(dtype)
+        x_TH = torch.randn(T, shape.H).to(dtype)
         weight_TK, index_TK = torch.rand(T, E).topk(K)
         weight_TK /= weight_TK.sum(1, keepdim=True)
         budget_T = ((torch.arange(T) + 1) % 3).int()
-        routed = (x_TH, index_TK, weight_TK)
-        calls: dict[str, Call] = {
+        few = min(T, PREVIOUS)
+        routed = (x_TH[:few], torch.arange(K).repeat(few, 1), weight_TK[:few])
+        previous = before(routed, width_BE[:, :K].contiguous(), budget_T[:few])
+        calls = layer((x_TH, index_TK, weight_TK), width_BE, budget_T)
+        at = {"100 %": 0 * budget_T, "50 % ragged": 0 * budget_T + 1, "three budgets": budget_T}
+        yield {
+            "shape": shape._asdict(),
+            "dtype": str(dtype).removeprefix("torch."),
+            "T": T,
+            "seconds": _interleaved(calls, repeats, previous),
+            "work": {
+                name: work(index_TK, width_BE[b.long()], shape.H, dtype) for name, b in at.items()
+            },
+        }
+
+
+def _layer(shape: Shape, dtype: torch.dtype) -> Callable[[Routed, Tensor, Tensor], dict[str, Call]]:
+    """A layer of random weights: what computes it, by name, for tokens and the widths of budgets."""
+    stock = _stock(shape, dtype)
+    weights, fused = _channel_major(stock), _vllm(stock)
+
+    def calls(routed: Routed, width_BE: Tensor, budget_T: Tensor) -> dict[str, Call]:
+        return {
             "transformers eager": _transformers(stock, "eager", *routed),
             "transformers grouped_mm": _transformers(stock, "grouped_mm", *routed),
             **({"vLLM cpu_fused_moe": fused(*routed)} if fused else {}),
@@ -136,14 +158,8 @@ def _rows(
             "three budgets": partial(experts, *routed, weights, width_BE, budget_T),
             "three batches": _apart(routed, weights, width_BE, budget_T),
         }
-        at = {"100 %": 0 * budget_T, "50 % ragged": 0 * budget_T + 1, "three budgets": budget_T}
-        yield {
-            "shape": shape._asdict(),
-            "dtype": str(dtype).removeprefix("torch."),
-            "T": T,
-            "seconds": _interleaved(calls, repeats),
-            "work": {name: work(index_TK, width_BE[b.long()], H, dtype) for name, b in at.items()},
-        }
+
+    return calls
 
 
 def work(index_TK: Tensor, width_TE: Tensor, H: int, dtype: torch.dtype) -> dict[str, float]:
@@ -228,21 +244,30 @@ def _apart(routed: Routed, weights: Weights, width_BE: Tensor, budget_T: Tensor)
     return lambda: [call() for call in batches]
 
 
-def _interleaved(calls: dict[str, Call], repeats: int) -> dict[str, float]:
-    """Median of each call, in rounds; what is slow is measured once, the first time."""
-    first = {name: _times(call, 1) for name, call in calls.items()}
+def _interleaved(
+    calls: dict[str, Call], repeats: int, previous: dict[str, Call]
+) -> dict[str, float]:
+    """Median of each call, in rounds; what is slow is measured once, the first time. ``previous``
+    are called before, by the same names."""
+    first = {name: _times(call, 1, before=previous[name]) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: t if t[0] > SLOW_S else [] for name, t in first.items()}
     for _ in range(repeats):
         for name, call in calls.items():
             if first[name][0] <= SLOW_S:
-                times[name] += _times(call, 1)
+                times[name] += _times(call, 1, before=previous[name])
     return {name: median(found) for name, found in times.items()}
 
 
-def _times(call: Call, repeats: int, clock: Callable[[], float] = time.thread_time) -> list[float]:
+def _times(
+    call: Call,
+    repeats: int,
+    clock: Callable[[], float] = time.thread_time,
+    before: Call = lambda: None,
+) -> list[float]:
     other, times = _other(), []
     for _ in range(repeats):
         other.sum()
+        before()
         start = clock()
         call()
         times.append(clock() - start)
