@@ -1,8 +1,8 @@
 """Times of the ragged experts against what a user would run instead, and against the machine.
 
 CPU time of one thread, so that other work on the machine disturbs little. Before every call caches
-are emptied and the same is computed with the weights of another layer: as in a model, where one layer
-follows another, its own weights are out of the caches and the code is as near as that layer left it.
+are emptied and the same is computed with the weights of another layer. In a model one layer follows
+another too: its weights are out of the caches, its code is as near as the layer before left it.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _rows(
 
 
 def _layer(shape: Shape, dtype: torch.dtype) -> Callable[[Routed, Tensor, Tensor], dict[str, Call]]:
-    """A layer of random weights: what computes it, by name, for tokens and the widths of budgets."""
+    """A layer of random weights: what computes it, by name, for tokens and widths."""
     stock = _stock(shape, dtype)
     weights, fused = _channel_major(stock), _vllm(stock)
 
