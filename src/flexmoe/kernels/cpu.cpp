@@ -3,7 +3,7 @@
 //
 // Two passes, both memory-bound when an expert has few tokens and arithmetic-bound when it has
 // many. First the channels: a channel's gate and up are rows of length H, and so are the tokens, so
-// four rows meet three tokens in twelve dot products held in registers. Then the outputs: every
+// four rows, far apart in memory, meet three tokens in twelve dot products held in registers. Then the outputs: every
 // thread owns a block of columns of the result and adds up all experts there, so nothing is shared
 // and the order of sums does not depend on the number of threads. In ragged storage a row of down
 // is a channel, which adds to all columns; in that of transformers it is a column, and its product
@@ -95,8 +95,10 @@ void activate_channels(const Layer& a, const Group& g, const int32_t* pair, cons
   }
   const int64_t stride = a.up_by.channel, side = a.up_by.within;
   const T* rows = a.of<T>(a.up, a.up_by, g.expert) + c0 * stride;
-  if (!g.tiles)
-    products<T>(rows, stride, side, a.sides, count, token, n, a.H, part, CHANNELS * ld);
+  const int together = side == a.H ? a.sides : 1;  // gate and up side by side in memory
+  for (int s = 0; !g.tiles && s < a.sides; s += together)
+    products<T>(rows + s * side, stride, side, together, count, g.width - c0 - count, token, n, a.H,
+                part + s * CHANNELS * ld, CHANNELS * ld);
   for (int c = 0; g.tiles && c < count; c += TILE)
     for (int s = 0; s < a.sides; s++)
       tile_products((const bf16*)rows + c * stride + s * side, stride, std::min(TILE, count - c),
@@ -148,7 +150,7 @@ void outputs_by_rows(const Layer& a, const std::vector<Group>& groups, const int
       const int64_t stride = a.down_by.within;
       const T* row = down + j * stride;
       if (g.tiles) tile_products((const bf16*)row, stride, count, tiles, n, g.width, true, y);
-      else products<T>(row, stride, 0, 1, count, token, n, g.width, y, 0);
+      else products<T>(row, stride, 0, 1, count, a.H - j - count, token, n, g.width, y, 0);
       add_weighted(a, g, pair, y, 1, ld, j, count);
     }
   }

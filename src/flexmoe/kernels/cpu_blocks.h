@@ -6,13 +6,12 @@
 
 namespace {
 
-// Rows that are read at once lie far apart, and each is followed by the next in memory: processors
-// fetch such streams ahead well. On an AMD EPYC neighbours took up to 1.4 times as long, and more than
-// 8 streams twice as long.
+// Rows without gaps between them are read in four or eight places at once, far apart and in each one
+// after the other: processors fetch such streams ahead well. On an AMD EPYC neighbours took up to 1.4
+// times as long, and 16 places twice as long as 8. They are asked for where that was measured, with
+// neighbours, on an Intel Xeon; on the EPYC it gains nothing.
+constexpr bool STREAMS_ASKED_FOR = W == 16;
 
-// Rows to come are asked for while these are computed: measured when neighbours were read, on an Intel
-// Xeon. With AVX2, on the EPYC, it gains nothing.
-constexpr bool ASKED_FOR = W == 16;
 template <class T>
 void ahead(const T* row) {
   __builtin_prefetch(row, 0, 2);
@@ -41,22 +40,22 @@ void dots(const T* rows, int64_t stride, const typename Row<T>::X* const* x, int
     for (int m = 0; m < M; m++) part[r * ld + m] += sum(acc[r][m]);
 }
 
-// out[r][m] += row r . token m, for R rows and n tokens, at most MOST at a time; as many rows are
-// asked for from `next` on, if there are any
+// out[r][m] += row r . token m, for R rows and n tokens, at most MOST at a time; `more` rows are asked
+// for, from `next` on
 template <class T, int R, int MOST>
-void some_rows(const T* rows, int64_t stride, const T* next, const typename Row<T>::X* const* token,
-               int n, int K, float* out, int ld) {
+void some_rows(const T* rows, int64_t stride, const T* next, int more,
+               const typename Row<T>::X* const* token, int n, int K, float* out, int ld) {
   using X = typename Row<T>::X;
   constexpr int N = Row<T>::N;
   constexpr int DEPTH = 4096 / sizeof(T);  // of a row before the next tokens: it stays in L1
   const int whole = K / N * N, times = (n + MOST - 1) / MOST;
-  const int share = (R + times - 1) / times;  // asked for by some tokens: by all, a share each
+  const int share = (more + times - 1) / times;  // asked for by some tokens: by all, a share each
   for (int k0 = 0; k0 < whole; k0 += DEPTH) {
     const int k1 = std::min(whole, k0 + DEPTH);
     int done = 0;
     some_at_a_time<MOST>(n, [&](auto M, int m) {
-      const int asked = next ? std::min(share, R - done) : 0;
-      (ASKED_FOR && asked ? dots<T, R, M, ASKED_FOR> : dots<T, R, M>)(
+      const int asked = std::min(share, more - done);
+      (asked ? dots<T, R, M, true> : dots<T, R, M>)(
           rows, stride, token + m, k0, k1, out + m, ld, next + done * stride, asked);
       done += asked;
     });
@@ -72,24 +71,28 @@ void some_rows(const T* rows, int64_t stride, const T* next, const typename Row<
 }
 
 // out[s][r][m] += row r of side s . token m, for `count` rows of K values on each of some sides, and
-// n tokens, which are padded with zeros to whole vectors. Sides are `side` apart, those of out
-// `out_side`. Neither the other tokens nor the other rows change a bit of a result.
+// n tokens, which are padded with zeros to whole vectors; `after` more rows follow. Sides are `side`
+// apart, in out `out_side`. Neither the other tokens nor the other rows change a bit of a result.
 template <class T>
-void products(const T* rows, int64_t stride, int64_t side, int sides, int count,
+void products(const T* rows, int64_t stride, int64_t side, int sides, int count, int after,
               const typename Row<T>::X* const* token, int n, int K, float* out, int out_side) {
   constexpr int MOST = W == 16 ? 6 : 3;  // AVX512 has registers for more
+  const bool gaps = stride != sides * K;
   int c = 0;
   auto by = [&](auto R, auto M) {  // R rows at a time, as far as there are so many
-    const int apart = (count - c) / R;
-    for (int i = 0; i < apart; i++, c++)
+    const int times = (count - c) / R, apart = gaps ? 1 : times;
+    for (int i = 0; i < times; i++, c += gaps ? R : 1)
       for (int s = 0; s < sides; s++) {
+        const bool last = s + 1 == sides;
         const T* own = rows + c * stride + s * side;
-        const T* next = s + 1 < sides ? own + side : own - s * side + stride;
-        const bool more = s + 1 < sides || i + 1 < apart;
-        some_rows<T, R, M>(own, apart * stride, more ? next : nullptr, token, n, K,
+        const T* next = last ? own - s * side + (gaps ? R : 1) * stride : own + side;
+        int more = last && i + 1 == times ? 0 : R;
+        if (gaps) more = std::min<int>(R, count + after - c - R);
+        else if (!STREAMS_ASKED_FOR) more = 0;
+        some_rows<T, R, M>(own, apart * stride, next, more, token, n, K,
                            out + s * out_side + c * n, apart * n);
       }
-    c += apart * (R - 1);
+    c += gaps ? 0 : times * (R - 1);
   };
   if constexpr (W == 16)
     if (n == 1) by(Constant<8>(), Constant<1>());
@@ -153,9 +156,9 @@ void add_rows(const T* down, int64_t stride, int width, const float* h, int n, i
               float* packed, float* y, int ld) {
   if (n <= FEW<T>) {
     auto few = [&](auto C, int from, int apart) {  // C channels from `from` on
-      const bool ask = ASKED_FOR && C > 1 && from + 1 < apart;
+      const bool ask = STREAMS_ASKED_FOR && C > 1 && from + 1 < apart;
       some_at_a_time<3>(n, [&](auto M, int m) {
-        (ask && m == 0 ? outer<T, C, M, ASKED_FOR> : outer<T, C, M, false>)(
+        (ask && m == 0 ? outer<T, C, M, STREAMS_ASKED_FOR> : outer<T, C, M, false>)(
             down + from * stride, apart * stride, stride, h + from * n + m, apart * n, y + m * ld,
             ld, cols);
       });
