@@ -7,9 +7,10 @@
 namespace {
 
 // Rows without gaps between them are read in four or eight places at once, far apart and in each one
-// after the other: processors fetch such streams ahead well. On an AMD EPYC neighbours took up to 1.4
-// times as long, and 16 places twice as long as 8. They are asked for where that was measured, with
-// neighbours, on an Intel Xeon; on the EPYC it gains nothing.
+// after the other: processors fetch such streams ahead well if they are as long as a page. On an AMD
+// EPYC neighbours took up to 1.4 times as long, and 16 places twice as long as 8. They are asked for
+// where that was measured, with neighbours, on an Intel Xeon; on the EPYC it gains nothing.
+constexpr int64_t PAGE = 4096;
 constexpr bool STREAMS_ASKED_FOR = W == 16;
 
 template <class T>
@@ -77,22 +78,22 @@ template <class T>
 void products(const T* rows, int64_t stride, int64_t side, int sides, int count, int after,
               const typename Row<T>::X* const* token, int n, int K, float* out, int out_side) {
   constexpr int MOST = W == 16 ? 6 : 3;  // AVX512 has registers for more
-  const bool gaps = stride != sides * K;
+  const int64_t bytes = count / 4 * stride * sizeof(T);
+  const bool streams = stride == sides * K && bytes >= PAGE;
   int c = 0;
   auto by = [&](auto R, auto M) {  // R rows at a time, as far as there are so many
-    const int times = (count - c) / R, apart = gaps ? 1 : times;
-    for (int i = 0; i < times; i++, c += gaps ? R : 1)
+    const int times = (count - c) / R, apart = streams ? times : 1, step = streams ? 1 : R;
+    for (int i = 0; i < times; i++, c += step)
       for (int s = 0; s < sides; s++) {
         const bool last = s + 1 == sides;
         const T* own = rows + c * stride + s * side;
-        const T* next = last ? own - s * side + (gaps ? R : 1) * stride : own + side;
-        int more = last && i + 1 == times ? 0 : R;
-        if (gaps) more = std::min<int>(R, count + after - c - R);
-        else if (!STREAMS_ASKED_FOR) more = 0;
+        const T* next = last ? own - s * side + step * stride : own + side;
+        int more = std::min<int>(R, count + after - c - R);
+        if (streams) more = !STREAMS_ASKED_FOR || (last && i + 1 == times) ? 0 : R;
         some_rows<T, R, M>(own, apart * stride, next, more, token, n, K,
                            out + s * out_side + c * n, apart * n);
       }
-    c += gaps ? 0 : times * (R - 1);
+    c += times * (R - step);
   };
   if constexpr (W == 16)
     if (n == 1) by(Constant<8>(), Constant<1>());
