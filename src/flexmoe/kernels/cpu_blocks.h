@@ -101,8 +101,8 @@ void products(const T* rows, int64_t stride, int64_t side, int sides, int count,
   by(Constant<1>(), Constant<3>());
 }
 
-// y[m][j] += sum over C channels of h * down, for M tokens and n columns. ASK: for those that
-// are `next` after them
+// y[m][j] += sum over C channels of h * down, for M tokens and n columns. ASK: for those that are
+// `next` after them
 template <class T, int C, int M, bool ASK>
 void outer(const T* down, int64_t stride, int64_t next, const float* h, int ldh, float* y, int ldy,
            int n) {
@@ -146,29 +146,29 @@ void outer_packed(const float* packed, const float* h, int ldh, int n, float* y,
 
 constexpr int PACKED = 128;        // channels packed at a time
 constexpr int PANEL = PACKED + 1;  // their room: lines a page apart push each other out of caches
-// Tokens for which packing does not pay
-template <class T>
-constexpr int FEW = Row<T>::PARTS == 2 ? 20 : 8;
 
 // y[m][j] += sum over channels of h * down, for n tokens and `cols` columns, a multiple of 2W; they
-// come as `half` has them. `packed` has room for `PANEL` rows if there are more than `FEW` tokens.
+// come as `half` has them. Rows are read in four places, see above.
 template <class T>
-void add_rows(const T* down, int64_t stride, int width, const float* h, int n, int cols,
-              float* packed, float* y, int ld) {
-  if (n <= FEW<T>) {
-    auto few = [&](auto C, int from, int apart) {  // C channels from `from` on
-      const bool ask = STREAMS_ASKED_FOR && C > 1 && from + 1 < apart;
-      some_at_a_time<3>(n, [&](auto M, int m) {
-        (ask && m == 0 ? outer<T, C, M, STREAMS_ASKED_FOR> : outer<T, C, M, false>)(
-            down + from * stride, apart * stride, stride, h + from * n + m, apart * n, y + m * ld,
-            ld, cols);
-      });
-    };
-    const int apart = width / 4;
-    for (int c = 0; c < apart; c++) few(Constant<4>(), c, apart);
-    for (int c = 4 * apart; c < width; c++) few(Constant<1>(), c, 1);
-    return;
-  }
+void add_rows(const T* down, int64_t stride, int width, const float* h, int n, int cols, float* y,
+              int ld) {
+  auto add = [&](auto C, int from, int apart) {  // C channels from `from` on
+    const bool ask = STREAMS_ASKED_FOR && C > 1 && from + 1 < apart;
+    some_at_a_time<3>(n, [&](auto M, int m) {
+      (ask && m == 0 ? outer<T, C, M, STREAMS_ASKED_FOR> : outer<T, C, M, false>)(
+          down + from * stride, apart * stride, stride, h + from * n + m, apart * n, y + m * ld, ld,
+          cols);
+    });
+  };
+  const int apart = width / 4;
+  for (int c = 0; c < apart; c++) add(Constant<4>(), c, apart);
+  for (int c = 4 * apart; c < width; c++) add(Constant<1>(), c, 1);
+}
+
+// The same for many tokens; `packed` has room for `PANEL` rows
+template <class T>
+void add_panels(const T* down, int64_t stride, int width, const float* h, int n, int cols,
+                float* packed, float* y, int ld) {
   for (int c0 = 0; c0 < width; c0 += PACKED) {
     const int count = std::min(PACKED, width - c0);
     for (int c = 0; c < count; c++)

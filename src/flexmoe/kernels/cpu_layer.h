@@ -15,6 +15,7 @@ struct Group {  // some pairs of one expert at one budget
   int expert, width, start, n;
   bool tiles;
   int64_t h;  // where its activations begin
+  int part;   // the first of its parts (`Parts`)
 
   int padded() const { return tiles ? up_to(n, TILE) : n; }  // what its blocks are wide
 };
@@ -73,7 +74,7 @@ void sort_pairs(const Layer& a, std::vector<int32_t>& pair, std::vector<Group>& 
       const int left = start[k + 1] - i;
       bool tiles = a.weights_bf16 && left >= TILES_FROM;
       n = tiles ? std::min(TOGETHER, left) : (left - 1) / ((left - 1) / TOGETHER + 1) + 1;  // alike
-      groups.push_back({e, w, i, n, tiles, 0});
+      groups.push_back({e, w, i, n, tiles, 0, 0});
     }
 }
 
