@@ -6,8 +6,9 @@
 // four rows, far apart in memory, meet three tokens in twelve dot products held in registers. Then
 // the outputs: every thread owns a block of columns of the result and adds up all experts there, so
 // nothing is shared and the order of sums does not depend on the number of threads. In ragged
-// storage a row of down is a channel, which adds to all columns; in that of transformers it is a
-// column, and its product with the activations is a dot product again.
+// storage a row of down is a channel, which adds to all columns: outputs of experts of few tokens
+// are made of whole rows before, and added up with the rest. In the storage of transformers a row is
+// a column, and its product with the activations is a dot product again.
 //
 // In bfloat16 an expert of some tokens is computed in AMX tiles in both passes, where there are any.
 //
