@@ -122,6 +122,17 @@ def test_a_sequence_does_not_depend_on_its_batch():
     assert difference(together, logits(model, ids)) > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_a_router_that_normalises_is_known_in_any_dtype(dtype, normalised):
+    """What is rounded to bfloat16 comes to the same sum but for its rounding."""
+    model = fewer("qwen3_moe", 2, norm_topk_prob=normalised)[1].to(dtype)
+    ids = torch.randint(3, 60, (16, 32), generator=torch.Generator().manual_seed(0))
+    for layer in expert_layers(model):
+        known = LayerFacts(layer, routing_weights(model, ids)[layer.index], Batch())
+        assert known.renormalises == normalised
+
+
 def fewer(kind, k, **settings):
     """The model whose router picks k experts a token, and one that picks all it has."""
     models = []
