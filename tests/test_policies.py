@@ -113,11 +113,21 @@ def test_experts_that_a_sequence_hardly_uses():
 
 
 def test_a_sequence_does_not_depend_on_its_batch():
+    """Nor on the padding it takes there, on either side."""
     model, ids = tiny_model("qwen3_moe"), ids_of(tiny_model("qwen3_moe"))
     Fitted(*parse("pesf:0.9"), ids).use(model)
     together = logits(model, ids)
     for n in range(2):
         assert difference(together[n : n + 1], logits(model, ids[n : n + 1])) < LOGIT_TOLERANCE
+    for sides in ((0, 20), (20, 0)):
+        padded, real = (torch.nn.functional.pad(t, sides) for t in (ids, torch.ones_like(ids)))
+        with torch.no_grad():
+            found = model(
+                input_ids=padded,
+                attention_mask=real,
+                position_ids=(real.cumsum(1) - 1).clamp_min(0),
+            ).logits
+        assert difference(found[real.bool()].view_as(together), together) < LOGIT_TOLERANCE
     stop(model)
     assert difference(together, logits(model, ids)) > 1e-3
 

@@ -33,9 +33,11 @@ EVEN = 1e-2
 
 @dataclass
 class Batch:
-    """The batch that runs now: ``sequences`` of the same length, padding included."""
+    """The batch that runs now: ``sequences`` of the same length, padding included; ``real_T`` says
+    which of all tokens are no padding (None: all of them)."""
 
     sequences: int = 1
+    real_T: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,11 @@ def _edit(rule: Rule, facts: LayerFacts, number: float) -> Edit:
 
 
 def _note_batch(batch: Batch, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-    ids = kwargs.get("input_ids", args[0] if args else None)
+    ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
     batch.sequences = 1 if ids is None else ids.shape[0]
+    batch.real_T = None
+    if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.shape == ids.shape:
+        batch.real_T = mask.flatten().bool()  # not where the mask is also of a cache
 
 
 def stop(model: PreTrainedModel) -> None:
