@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers, experts_function, masked
 from flexmoe.progress import Track, silent
-from flexmoe.training import batches, divergence
+from flexmoe.training import batches, check_step, divergence
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,7 @@ def learn_mask(
                 grad_X += _slope(
                     model, batch.to(device), units, logit_X + sign * noise_X, gone_X, pruned, tau
                 )
+            check_step(grad_X)
             grad_X = units.project(grad_X.masked_fill(gone_X, 0) / config.draws, logit_X)
             mean_X = 0.9 * mean_X + 0.1 * grad_X
             square_X = 0.999 * square_X + 0.001 * grad_X.square()
