@@ -32,7 +32,9 @@ from flexmoe.training import batches, check_step, divergence
 class RcoConfig:
     """Settings of a run, those of the authors: ``steps``, shared out over the budgets, ``draws``
     masks a step, each on ``windows`` windows; ``tau`` falls geometrically for every budget;
-    ``spread`` is how much the prior counts."""
+    ``spread`` is how much the prior counts. Only ``lr`` is another thing there: they have a logit
+    for "stays" too, and Adam moves each of the two by it, so that their difference, the one logit
+    here, moves twice as far."""
 
     steps: int = 200
     draws: int = 4
