@@ -95,6 +95,16 @@ def test_top_any_keeps_a_share_of_the_weight():
     assert torch.allclose(weight.sum(1), torch.tensor([0.7, 0.375, 0.24]))  # this one does not
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_kept_of_a_token_may_be_next_to_nothing(dtype):
+    """What it is multiplied by then has no number in float16."""
+    weight_TK = torch.tensor([[1.0, 1e-5], [1.0, 0.0]], dtype=dtype)
+    routed = Routed(torch.tensor([[0, 1], [0, 1]]), weight_TK, E)
+    done = facts(weight_TK.float()).keep(routed, torch.tensor([[False, True]]).expand(2, 2))
+    assert done.weight_TK.dtype == dtype
+    assert torch.allclose(done.weight_TK.float()[:, 1], torch.tensor([1.0, 0.0]), rtol=1e-3)
+
+
 def test_skipping_by_the_ratio_to_the_largest():
     gone, _ = skipped("naee-skip", 0.6)
     assert gone == [[1, 0, 1], [0, 0, 0], [1, 1, 0]]

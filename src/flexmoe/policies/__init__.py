@@ -68,8 +68,10 @@ class LayerFacts:
         all did."""
         weight_TK = routed.weight_TK
         if self.renormalises:
-            kept_T1 = (weight_TK * keep_TK).sum(1, keepdim=True)
-            weight_TK = weight_TK * (weight_TK.sum(1, keepdim=True) / kept_T1.clamp_min(1e-20))
+            kept_TK = weight_TK.float() * keep_TK  # in float16 sums over next to nothing overflow
+            total_T1 = weight_TK.float().sum(1, keepdim=True)
+            kept_TK *= total_T1 / kept_TK.sum(1, keepdim=True).clamp_min(1e-20)
+            weight_TK = kept_TK.to(weight_TK.dtype)
         return Routed(routed.index_TK, weight_TK, routed.E).without(~keep_TK)
 
 
