@@ -97,6 +97,13 @@ def test_one_run_walks_to_the_poorest_budget_and_leaves_the_weights_alone():
     assert not any(hasattr(layer.module, "flexmoe_mask_EI") for layer in expert_layers(model))
 
 
+def test_a_step_that_is_not_finite_ends_the_run():
+    model = tiny_model("olmoe")
+    model.lm_head.weight.data[0] = torch.inf
+    with pytest.raises(FlexmoeError, match="not finite"):
+        learn_widths(model, torch.full((4, 12), 5), ActionConfig(steps=1), batch_size=4)
+
+
 def test_no_steps_are_refused():
     with pytest.raises(FlexmoeError, match="at least 1 step"):
         ActionConfig(steps=0)

@@ -137,6 +137,14 @@ def test_tenp_equals_the_papers_formulas(tokens):
             assert torch.allclose(got[i][e], want, rtol=1e-3, atol=1e-7)
 
 
+def test_tenp_of_an_expert_that_says_nothing_in_float16():
+    """Its output has no direction, and float16 no number as small as what is added for that."""
+    model = tiny_model("qwen3_moe").half()
+    expert_layers(model)[0].module.down_proj.data[0] = 0
+    found = observe(model, ids_of(model), ("projection_EI",))[0]["projection_EI"]
+    assert torch.equal(found[0], torch.zeros_like(found[0])) and torch.isfinite(found).all()
+
+
 def test_mc_suite_equals_the_papers_formulas(tokens):
     model, ids, found = tokens
     norm, entropy = (scores(model, ids, f"mc-{n}")[0] for n in ("norm", "entropy"))

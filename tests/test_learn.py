@@ -120,6 +120,14 @@ def test_a_run_is_repeatable_and_leaves_the_model_alone():
         assert (first[i] - parts[i]).abs().mean() < 1e-3
 
 
+def test_a_step_that_is_not_finite_ends_the_run():
+    """Or its channels would stand last in an order that looks like any other."""
+    model = tiny_model("qwen2_moe")
+    model.lm_head.weight.data[0] = torch.inf
+    with pytest.raises(FlexmoeError, match="not finite"):
+        learn_positions(model, windows(), scores(model), LearnConfig(steps=1), batch_size=4)
+
+
 def divergences(ranked, plan, ids):
     """Divergence from the full model at each budget of a plan, nats per token."""
     attach_plan(ranked, plan)

@@ -95,6 +95,16 @@ def test_top_any_keeps_a_share_of_the_weight():
     assert torch.allclose(weight.sum(1), torch.tensor([0.7, 0.375, 0.24]))  # this one does not
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_kept_of_a_token_may_be_next_to_nothing(dtype):
+    """What it is multiplied by then has no number in float16."""
+    weight_TK = torch.tensor([[1.0, 1e-5], [1.0, 0.0]], dtype=dtype)
+    routed = Routed(torch.tensor([[0, 1], [0, 1]]), weight_TK, E)
+    done = facts(weight_TK.float()).keep(routed, torch.tensor([[False, True]]).expand(2, 2))
+    assert done.weight_TK.dtype == dtype
+    assert torch.allclose(done.weight_TK.float()[:, 1], torch.tensor([1.0, 0.0]), rtol=1e-3)
+
+
 def test_skipping_by_the_ratio_to_the_largest():
     gone, _ = skipped("naee-skip", 0.6)
     assert gone == [[1, 0, 1], [0, 0, 0], [1, 1, 0]]
@@ -113,13 +123,34 @@ def test_experts_that_a_sequence_hardly_uses():
 
 
 def test_a_sequence_does_not_depend_on_its_batch():
+    """Nor on the padding it takes there, on either side."""
     model, ids = tiny_model("qwen3_moe"), ids_of(tiny_model("qwen3_moe"))
     Fitted(*parse("pesf:0.9"), ids).use(model)
     together = logits(model, ids)
     for n in range(2):
         assert difference(together[n : n + 1], logits(model, ids[n : n + 1])) < LOGIT_TOLERANCE
+    for sides in ((0, 20), (20, 0)):
+        padded, real = (torch.nn.functional.pad(t, sides) for t in (ids, torch.ones_like(ids)))
+        with torch.no_grad():
+            found = model(
+                input_ids=padded,
+                attention_mask=real,
+                position_ids=(real.cumsum(1) - 1).clamp_min(0),
+            ).logits
+        assert difference(found[real.bool()].view_as(together), together) < LOGIT_TOLERANCE
     stop(model)
     assert difference(together, logits(model, ids)) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_a_router_that_normalises_is_known_in_any_dtype(dtype, normalised):
+    """What is rounded to bfloat16 comes to the same sum but for its rounding."""
+    model = fewer("qwen3_moe", 2, norm_topk_prob=normalised)[1].to(dtype)
+    ids = torch.randint(3, 60, (16, 32), generator=torch.Generator().manual_seed(0))
+    for layer in expert_layers(model):
+        known = LayerFacts(layer, routing_weights(model, ids)[layer.index], Batch())
+        assert known.renormalises == normalised
 
 
 def fewer(kind, k, **settings):

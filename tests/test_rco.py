@@ -86,6 +86,13 @@ def test_budgets_are_nested_and_start_at_the_prior(per_channel):
     assert not any(hasattr(layer.module, "flexmoe_mask_EI") for layer in units.layers)
 
 
+def test_a_step_that_is_not_finite_ends_the_run():
+    model = tiny_model("qwen3_moe")
+    model.lm_head.weight.data[0] = torch.inf
+    with pytest.raises(FlexmoeError, match="not finite"):
+        learn_order(model, IDS, units_of(model)[1], (0.5,), RcoConfig(steps=1))
+
+
 @pytest.mark.parametrize(("method", "unit"), [("rco", "expert"), ("fisher", "channel")])
 def test_rco_beats_its_prior_and_hits_every_budget(method, unit):
     """Divergence on the calibration windows at the budget that was learned."""

@@ -10,7 +10,17 @@ import torch
 
 import flexmoe
 from flexmoe.around import router_weights
-from flexmoe.distil import LABELS, STRATA, Swapped, _backward, _factors, _losses, parts_of_step
+from flexmoe.distil import (
+    LABELS,
+    STRATA,
+    Schedule,
+    Swapped,
+    _backward,
+    _factors,
+    _losses,
+    distil,
+    parts_of_step,
+)
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.family import attach, load, set_budget
@@ -177,6 +187,19 @@ def test_gradients_do_not_depend_on_how_a_batch_is_split(scheme):
         _backward(*arguments, factors, micro)
         found.append(torch.cat([p.grad.flatten() for p in parameters]))
     assert torch.allclose(*found, rtol=1e-4, atol=1e-6 * float(found[0].abs().max()))
+
+
+def test_a_step_that_is_not_finite_ends_the_run():
+    """Before it is in the weights."""
+    model = tiny_model("mixtral")
+    attach(model, random_plan(model, resolve("tiny")), ranked=False)
+    model.lm_head.weight.data[0] = torch.inf
+    parameters = [layer.module.down_proj for layer in expert_layers(model)]
+    swapped, before = Swapped(parameters), [p.detach().clone() for p in parameters]
+    schedule = Schedule(steps=1, batch_size=4, micro_batch=4, lr=1e-3, seed=0)
+    with pytest.raises(FlexmoeError, match="not finite"):
+        distil(model, parameters, swapped.original, torch.full((4, 12), 5), schedule)
+    assert all(torch.equal(p, was) for p, was in zip(parameters, before, strict=True))
 
 
 def test_a_plan_alone_becomes_a_family(family, tmp_path):

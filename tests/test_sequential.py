@@ -140,6 +140,23 @@ def test_naee_tries_every_subset(sums_to_one):
         assert float(found_C[c]) == pytest.approx(float((from_TH - out_TH).norm()), rel=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_naee_in_bfloat16(kind):
+    """Whether the router rounds its weights or not; the losses are those of float32, but for the
+    rounding of all that is compared."""
+    model = tiny_model(kind)
+    for layer in expert_layers(model):
+        model.get_submodule(layer.name.replace("experts", "gate")).norm_topk_prob = True
+    ids = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(0))
+    rounded, exact = (
+        observe(model.to(dtype), ids, ("subset_loss_C",))[0]["subset_loss_C"][:-1]  # not of all
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    tried = torch.isfinite(exact)
+    assert torch.equal(torch.isfinite(rounded), tried)
+    assert relative(rounded[tried], exact[tried]) < 0.1
+
+
 def test_naee_refuses_what_it_cannot_try(monkeypatch):
     model, ids, _ = golden("olmoe", "mone")
     monkeypatch.setattr("flexmoe.statistics.MOST", 15)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers, experts_function, masked
 from flexmoe.progress import Steps, Track, silent
-from flexmoe.training import batches
+from flexmoe.training import batches, check_step
 
 Path = list[tuple[float, dict[int, Tensor]]]
 
@@ -150,6 +150,7 @@ def learn_widths(
             cost = torch.stack([a.cost(config.load_floor) for a in actions]).mean()
             entropy = torch.stack([a.entropy() for a in actions]).mean()
             loss = quality + price * cost - _between(config.beta, progress) * entropy
+            check_step(loss.detach())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -38,6 +38,7 @@ from flexmoe.training import (
     activations_recomputed,
     add_up,
     batches,
+    check_step,
     divergence,
     part_of,
     processes,
@@ -212,7 +213,7 @@ def distil(
                 run(partial(backward, batch, parts, factors), rows)
                 if processes()[1] > 1 and not is_sharded(model):
                     _sum_gradients(parameters)
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                check_step(whole(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))
                 optimizer.step()
                 if saved is not None and (saved.due or step + 1 == schedule.steps):
                     saved.save(step + 1, _state(parameters, optimizer, weights))

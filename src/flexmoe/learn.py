@@ -36,6 +36,7 @@ from flexmoe.training import (
     activations_recomputed,
     add_up,
     batches,
+    check_step,
     divergence,
     part_of,
     processes,
@@ -173,9 +174,10 @@ def learn_positions(
                     else:
                         work = partial(_worth_by, model, layers, kept, windows)
                         halves.append(micro.run(work, max(1, len(windows))))
-                for (pruned, _), *worth_2X in zip(draws, *halves, strict=True):
-                    step_X = edge_step(positions.value_X, torch.stack(worth_2X), pruned, jitter)
-                    moved_X += step_X
+                for (pruned, _), *both in zip(draws, *halves, strict=True):
+                    worth_2X = torch.stack(both)
+                    check_step(worth_2X)
+                    moved_X += edge_step(positions.value_X, worth_2X, pruned, jitter)
                 positions.value_X = positions.spread(
                     positions.value_X + config.step_size * left * moved_X
                 )

@@ -25,14 +25,16 @@ from torch import Tensor, nn
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers, experts_function, masked
 from flexmoe.progress import Track, silent
-from flexmoe.training import batches, divergence
+from flexmoe.training import batches, check_step, divergence
 
 
 @dataclass(frozen=True)
 class RcoConfig:
     """Settings of a run, those of the authors: ``steps``, shared out over the budgets, ``draws``
     masks a step, each on ``windows`` windows; ``tau`` falls geometrically for every budget;
-    ``spread`` is how much the prior counts."""
+    ``spread`` is how much the prior counts. Only ``lr`` is another thing there: they have a logit
+    for "stays" too, and Adam moves each of the two by it, so that their difference, the one logit
+    here, moves twice as far."""
 
     steps: int = 200
     draws: int = 4
@@ -168,6 +170,7 @@ def learn_mask(
                 grad_X += _slope(
                     model, batch.to(device), units, logit_X + sign * noise_X, gone_X, pruned, tau
                 )
+            check_step(grad_X)
             grad_X = units.project(grad_X.masked_fill(gone_X, 0) / config.draws, logit_X)
             mean_X = 0.9 * mean_X + 0.1 * grad_X
             square_X = 0.999 * square_X + 0.001 * grad_X.square()

@@ -54,6 +54,16 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
 
 
+def check_step(value: Tensor) -> None:
+    """`FlexmoeError` unless what a step goes by is finite: nothing that comes of it would be, and
+    an order made of it would not show that."""
+    if not torch.isfinite(value).all():
+        raise FlexmoeError(
+            "a loss or gradient is not finite: run in float32 (--device cpu), or where weights "
+            "are trained with a smaller --lr"
+        )
+
+
 @contextmanager
 def activations_recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Inside the block decoder layers keep only their inputs for the backward pass, if wanted.

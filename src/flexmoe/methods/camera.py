@@ -1,6 +1,7 @@
 """CAMERA (arXiv 2508.02322): energy a channel adds to its layer's output; forward passes only.
 
 CAMERA-P prunes layer after layer, each scored behind pruned ones: ``compress --sequential SHARE``.
+Of DeepSeek and Qwen2 the authors rank channels of shared experts too; here those stay whole.
 """
 
 from torch import Tensor

@@ -1,6 +1,7 @@
 """EASY-EP (arXiv 2504.06792): what an expert adds, weighed by how far its token is moved.
 
-The residual stream and its change are those of the routed experts alone, without shared ones.
+The residual stream and its change are those of the routed experts alone, without shared ones. Texts
+of several domains are added up token by token; the paper brings each domain's scores to sum 1.
 """
 
 import torch.nn.functional as F

@@ -2,10 +2,9 @@
 
 The loss of a subset is the distance between the layer's output and its output when the router may
 choose from the subset only; as in the authors' code it is a norm for each batch, added up, so that
-the batch size matters a little (and, where memory is short, the parts that a batch goes in). They
-take the best subset of one size. Members of a family must be nested, so here it is the chain of
-subsets, one expert fewer each time, whose losses over those of the best of their size add up to the
-least.
+the batch size matters a little. They take the best subset of one size. Members of a family must be
+nested, so here it is the chain of subsets, one expert fewer each time, whose losses over those of
+the best of their size add up to the least.
 
 Their progressive form is `--sequential SHARE` with `--router remove`: layers before are pruned at
 the share, and the distance is to what the layer gives in the unpruned model.
@@ -21,7 +20,8 @@ from flexmoe.experts import ExpertLayer, full_width_forward
 from flexmoe.methods import method
 from flexmoe.statistics import LayerStatistics, Pairs, statistic
 
-SAME = 1e-3  # relative: the router as it is rebuilt here against the model's own, also in bf16
+SAME = 1e-3  # relative: the router as it is rebuilt here against the model's own, but for rounding
+TIED = 1e-5  # relative: of probabilities that lie so near the model may have chosen either
 
 
 @statistic("subset_loss_C", when="batch", reads=("router", "target"), whole=True)
@@ -41,14 +41,17 @@ def subset_loss(pairs: Pairs) -> Tensor:
         ],
         1,
     )
-    sums_to_one = torch.allclose(seen.weight_TK.float().sum(1), torch.ones(()).to(one_T1.device))
-    share_TE = pairs.logits_TE.double().softmax(1)
-    weight_TK, index_TK = share_TE.topk(K)
+    off_T = (seen.weight_TK.float().sum(1) - 1).abs()
+    sums_to_one = bool((off_T <= max(1e-5, torch.finfo(seen.weight_TK.dtype).eps)).all())
+    share_TE, index_TK = pairs.logits_TE.double().softmax(1), seen.index_TK.long()
+    weight_TK = share_TE.gather(1, index_TK)
+    others_T = share_TE.scatter(1, index_TK, 0).amax(1)
+    largest = bool((weight_TK.amin(1) >= (1 - TIED) * others_T).all())
     if sums_to_one:
         weight_TK = weight_TK / weight_TK.sum(1, keepdim=True)
     rebuilt_TH = (weight_TK[:, :, None] * y_TEH.take_along_dim(index_TK[:, :, None], 1)).sum(1)
-    out_TH = seen.out_TH.double()
-    if not float((out_TH - rebuilt_TH).norm()) <= SAME * float(out_TH.norm()):
+    out_TH, same = seen.out_TH.double(), max(SAME, torch.finfo(seen.out_TH.dtype).eps)
+    if not (largest and float((out_TH - rebuilt_TH).norm()) <= same * float(out_TH.norm())):
         raise FlexmoeError(
             f"layer {layer.index}: naee routes anew among fewer experts, which it knows how to do "
             "for routers that take the largest of a softmax; this model's is another one"

@@ -2,7 +2,8 @@
 
 The paper has two scores: experts are whole or slim by one, and keep the channels that are best by
 the other. Here a channel's score is its part in that of its expert, so that the scores of an expert
-add up to its importance, which is how the allocator ``trapezoid`` reads them.
+add up to its importance, which is how the allocator ``trapezoid`` reads them. Texts of several
+domains are added up token by token; the paper brings each domain's importances to norm 1.
 """
 
 import torch
@@ -20,7 +21,7 @@ def projection(pairs: Pairs) -> Tensor:
     assert pairs.layer is not None
     down = pairs.layer.module.down_proj
     (down_EIH,) = pairs.layer.channel_major("down_proj", down)
-    direction_SH = F.normalize(pairs.y_SH.to(down.dtype), dim=1)
+    direction_SH = F.normalize(pairs.y_SH.float(), dim=1).to(down.dtype)
     along_SI = torch.empty_like(pairs.h_SI)
     for e, start, stop in pairs.all.routing.segments:
         along_SI[start:stop] = direction_SH[start:stop] @ down_EIH[e].T
