@@ -105,6 +105,16 @@ def test_weights_are_those_that_transformers_loads(name, dtype, tmp_path):
     assert all(tensor.is_meta for tensor in loader.model.state_dict().values())
 
 
+def test_router_logits_that_config_json_asks_for_are_not_needed(tmp_path):
+    """As that of a fine-tuned model may: for a loss that is no part of the pass."""
+    model = zoo.tiny_model("qwen3_moe")
+    model.config.output_router_logits = True
+    model.save_pretrained(tmp_path / "model")
+    got = streamed(tmp_path / "model", tmp_path).sources["even"]
+    want = observe(model, windows().ids[windows().source_n == 0], NAMES, batch_size=2)
+    assert largest_difference(got, want) < TOLERANCE
+
+
 def test_forward_statistics_need_no_second_sweep(tmp_path):
     path = checkpoint("qwen3_moe", tmp_path / "model")
     done = []

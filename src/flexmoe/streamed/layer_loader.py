@@ -42,6 +42,9 @@ class LayerLoader:
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype | None = None):
         self.checkpoint, self.device = Checkpoint(path), device
         self.model = meta_model(path, dtype=dtype).eval()
+        for config in (self.model.config, self.model.config.get_text_config()):
+            if getattr(config, "output_router_logits", False):  # left from training: what the
+                config.output_router_logits = False  # routers of all layers say, none reads it
         self.dtype = dtype or self.model.dtype
         self.traced = trace(self.checkpoint, self.model)
         self.experts = {layer.index: layer for layer in expert_layers(self.model)}
