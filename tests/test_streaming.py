@@ -251,6 +251,15 @@ def test_too_little_memory_is_said_before_and_the_figure_is_enough(tmp_path):
     assert found.sources["a"][0].tokens == 256
 
 
+def test_a_batch_of_any_size_goes_whole_where_it_fits(tmp_path):
+    path, needs = checkpoint("qwen3_moe", tmp_path / "model"), ["subset_loss_C"]
+    with LayerLoader(path, CPU, torch.float32) as loader:
+        stage = saved(tmp_path)
+        gather_within(2 * held(CPU), loader, windows(), needs, batch_size=3, saved=stage)
+    _, sizes = stage.work.stage("sizes").load()
+    assert int(sizes["micro_batch"]) == 3
+
+
 def test_too_little_disk_is_said_before_the_pass(tmp_path, monkeypatch):
     usage = fit.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(fit.shutil, "disk_usage", lambda path: usage)
