@@ -169,7 +169,13 @@ def test_damaged_files(file: str, content: bytes, message: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "change", [dict(hidden_size="wide"), dict(hidden_act="nope"), dict(num_local_experts=-1)]
+    "change",
+    [
+        dict(hidden_size="wide"),
+        dict(hidden_act="nope"),
+        dict(num_local_experts=-1),
+        dict(attn_implementation="flash_attention_2"),  # a package that is not there
+    ],
 )
 def test_config_that_cannot_be_built(change: dict[str, object], tmp_path: Path) -> None:
     config = tiny_model("mixtral").config.to_dict() | change
@@ -209,12 +215,20 @@ def test_download_leaves_out_second_copies(tmp_path: Path, monkeypatch: pytest.M
     assert list(filter_repo_objects(files, **patterns)) == files[:4]
 
 
-def test_quantized_model_is_refused_before_its_weights_come(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quantization_config": {"quant_method": "mxfp4"}}, r"is quantized \(mxfp4\)"),
+        ({"text_config": {"quantization_config": {"quant_method": "int4"}}}, r"quantized \(int4\)"),
+        ({"model_type": "kimi_k2", "auto_map": {"AutoModel": "own.py"}}, r"kimi_k2.*is never run"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_its_weights_come(
+    config: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "mxfp4"}}')
+    (tmp_path / "config.json").write_text(json.dumps(config))
     hub = Hub(tmp_path, monkeypatch)
-    with pytest.raises(FlexmoeError, match=r"owner/model is quantized \(mxfp4\)"):
+    with pytest.raises(FlexmoeError, match=message):
         resolve("owner/model")
     assert hub.asked == ["config.json"]
 

@@ -89,7 +89,10 @@ def _download(model: str) -> Path:
         config = Path(hf_hub_download(model, "config.json"))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise _no_download(model, error) from error
+    from flexmoe.checkpoint import refuse_unknown
+
     refuse_quantized(model, read_json(config))  # before hundreds of gigabytes come down
+    refuse_unknown(read_json(config))
     try:
         return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=others))
     except (HfHubHTTPError, OSError, ValueError) as error:
@@ -212,7 +215,9 @@ def refuse_ragged(where: str | Path, config: dict[str, Any]) -> None:
 
 def refuse_quantized(where: str | Path, config: dict[str, Any]) -> None:
     """`FlexmoeError` for a config.json that names a quantization of others."""
-    found = config.get("quantization_config") or {}
+    text = config.get("text_config")  # where some multimodal models have it
+    within = text.get("quantization_config") if isinstance(text, dict) else None
+    found = config.get("quantization_config") or within or {}
     method = found.get("quant_method", "flexmoe") if isinstance(found, dict) else found
     if method != "flexmoe":
         raise FlexmoeError(
