@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
+from transformers import Qwen3_5MoeForConditionalGeneration, Qwen3MoeForCausalLM
 
 from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError
@@ -20,6 +21,7 @@ from flexmoe.family import find_folder
 from flexmoe.files import check_file, refuse_existing, written_beside
 from flexmoe.headers import resolve
 from flexmoe.premoe.store import fingerprint_of
+from flexmoe.names import missing_parameters
 from flexmoe.trace import same_weights, trace
 from helpers import (
     LOGIT_TOLERANCE,
@@ -31,7 +33,7 @@ from helpers import (
     random_plan,
     tensors,
 )
-from zoo import tiny_model
+from zoo import filled, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("prefix", ["fused", "no prefix"])
@@ -54,6 +56,31 @@ def test_other_names_for_the_same_weights(prefix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["w1", "w3", "w2", "gate", "q_proj", "embed_tokens"])
+def test_either_of_two_tied_tensors_is_enough(tmp_path: Path) -> None:
+    """transformers stores the embeddings, others the head; it reads both."""
+    config = tiny_config("qwen3_moe")
+    config.tie_word_embeddings = True
+    model = filled(Qwen3MoeForCausalLM(config))
+    model.save_pretrained(tmp_path)
+    found = tensors(tmp_path)
+    found["lm_head.weight"] = found.pop("model.embed_tokens.weight")
+    save_file(found, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    missing_parameters(Checkpoint(tmp_path), meta_model(tmp_path))
+    del found["lm_head.weight"]
+    save_file(found, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FlexmoeError, match="1 parameters are in no file"):
+        missing_parameters(Checkpoint(tmp_path), meta_model(tmp_path))
+
+
+def test_an_index_left_from_shards_that_are_gone_is_not_read(tmp_path: Path) -> None:
+    """transformers leaves it where a model is saved again in one file, and reads that file."""
+    for size in ("50KB", "1GB"):
+        tiny_model("mixtral").save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert Checkpoint(tmp_path).files == ["model.safetensors"]
+    trace(Checkpoint(tmp_path), meta_model(tmp_path))
+
+
 def test_a_fingerprint_knows_tuned_weights(part: str, tmp_path: Path) -> None:
     tiny_model("mixtral").save_pretrained(tmp_path)
     before, found = fingerprint_of(tmp_path), tensors(tmp_path)

@@ -151,16 +151,19 @@ class Headers:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
-        index = self.path / INDEX_NAME
+        index, alone = self.path / INDEX_NAME, "model.safetensors"
+        self.files = [alone]
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise FlexmoeError(
                     f"{index} has no 'weight_map': damaged, download or make it again"
                 )
-            self.files = sorted(set(map(str, weight_map.values())))
-        else:
-            self.files = ["model.safetensors"]
+            files = sorted(set(map(str, weight_map.values())))
+            # one that does not name the file of all weights beside it is left from shards that
+            # stood here before: transformers reads that file, and leaves such an index
+            if alone in files or not (self.path / alone).is_file():
+                self.files = files
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.files:
             self.tensors |= read_header(self.path / file)
