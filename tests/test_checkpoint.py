@@ -18,10 +18,11 @@ from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError
 from flexmoe.exporter import export
 from flexmoe.family import find_folder
+from flexmoe.family import load as open_member
 from flexmoe.files import check_file, refuse_existing, written_beside
 from flexmoe.headers import resolve
-from flexmoe.premoe.store import fingerprint_of
 from flexmoe.names import missing_parameters
+from flexmoe.premoe.store import fingerprint_of
 from flexmoe.trace import same_weights, trace
 from helpers import (
     LOGIT_TOLERANCE,
@@ -55,7 +56,6 @@ def test_other_names_for_the_same_weights(prefix: str, tmp_path: Path) -> None:
         assert difference(got, want) < LOGIT_TOLERANCE
 
 
-@pytest.mark.parametrize("part", ["w1", "w3", "w2", "gate", "q_proj", "embed_tokens"])
 def test_either_of_two_tied_tensors_is_enough(tmp_path: Path) -> None:
     """transformers stores the embeddings, others the head; it reads both."""
     config = tiny_config("qwen3_moe")
@@ -81,6 +81,7 @@ def test_an_index_left_from_shards_that_are_gone_is_not_read(tmp_path: Path) -> 
     trace(Checkpoint(tmp_path), meta_model(tmp_path))
 
 
+@pytest.mark.parametrize("part", ["w1", "w3", "w2", "gate", "q_proj", "embed_tokens"])
 def test_a_fingerprint_knows_tuned_weights(part: str, tmp_path: Path) -> None:
     tiny_model("mixtral").save_pretrained(tmp_path)
     before, found = fingerprint_of(tmp_path), tensors(tmp_path)
@@ -115,6 +116,24 @@ def test_transposed_hub_layout(tmp_path: Path) -> None:
         export(tmp_path / "plan", tmp_path / layout, pruned=0.4, layout=layout)
         got = logits(load(tmp_path / layout, model), ids)
         assert difference(got, masked_logits(model, plan, 0.4, ids)) < LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_text_part_of_a_multimodal_checkpoint(fused: bool, tmp_path: Path) -> None:
+    """transformers gives the text model alone, whose names lack a prefix of the files. A ragged
+    export is one of the whole checkpoint, too."""
+    config = tiny_config("qwen3_5_moe")
+    config.text_config.layer_types = ["linear_attention", "full_attention"]
+    whole = filled(Qwen3_5MoeForConditionalGeneration(config))
+    whole.save_pretrained(tmp_path / "source", save_original_format=not fused)
+    model, ids = meta_model(tmp_path / "source"), ids_of(whole)
+    assert model.config.model_type == "qwen3_5_moe_text"
+    plan = random_plan(model, tmp_path / "source")
+    plan.save(tmp_path / "plan")
+    export(tmp_path / "plan", tmp_path / "ragged", pruned=0.4, layout="ragged")
+    want = masked_logits(whole, plan, 0.4, ids)
+    for opened in (load(tmp_path / "ragged", whole), open_member(tmp_path / "ragged")):
+        assert difference(logits(opened, ids), want) < LOGIT_TOLERANCE
 
 
 def test_a_local_folder_is_meant_before_the_packaged_model(

@@ -67,8 +67,13 @@ def load_stock(
     the memory, and those that fit nowhere are read from disk whenever it is their turn."""
     folder = resolve(path)
     stock = meta_model(folder)
-    checkpoint = Checkpoint(folder)
-    if not checkpoint.config.get("quantization_config"):  # ragged exports have names of their own
+    checkpoint, given = Checkpoint(folder), dict[str, Any]()
+    if ragged := checkpoint.config.get("quantization_config"):
+        if stock.config.model_type != checkpoint.config["model_type"]:
+            # the text part of a multimodal model, whose own config does not have it
+            given["config"] = stock.config
+            stock.config.quantization_config = ragged
+    else:  # ragged exports have names of their own
         missing_parameters(checkpoint, stock)
     target, offloaded = input_device(device), None
     place: dict[str, Any] = {} if target.type == "cpu" else {"device_map": target}
@@ -78,7 +83,8 @@ def load_stock(
     if not place:  # reading ahead would hold all experts twice: apart, and as one tensor
         os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     # never pickles, never code that comes with a checkpoint (which a stock class does not run)
-    model = type(stock).from_pretrained(folder, dtype=dtype, use_safetensors=True, **place).eval()
+    place |= {"dtype": dtype, "use_safetensors": True, **given}
+    model = type(stock).from_pretrained(folder, **place).eval()
     model.flexmoe_offloaded = offloaded  # the folder lives as long as the model
     return model
 
