@@ -213,12 +213,18 @@ def test_models_whose_layers_need_more_are_refused(name, config, reason, tmp_pat
         streamed(path, tmp_path)
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.1.mlp.experts.down_proj", "down_proj has 1 values that are NaN"),
+        ("lm_head.weight", "decoder layer 1 gives .* not finite"),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(name, message, tmp_path):
     model = zoo.tiny_model("qwen3_moe")
-    with torch.no_grad():
-        model.model.layers[1].self_attn.o_proj.weight[0, 0] = torch.nan
+    model.get_parameter(name).data.view(-1)[0] = torch.nan
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(FlexmoeError, match=r"decoder layer 1 gives .* not finite"):
+    with pytest.raises(FlexmoeError, match=message):
         streamed(tmp_path / "model", tmp_path)
 
 

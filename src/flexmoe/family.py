@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from flexmoe import elastic
@@ -89,10 +90,11 @@ def load_stock(
     return model
 
 
-def check_finite(model: PreTrainedModel) -> None:
-    """`FlexmoeError` naming a parameter with NaN or infinite values. It reads all weights once,
-    which in memory is quick beside any pass over data; from files it would not be."""
-    for name, parameter in model.named_parameters():
+def check_finite(model: nn.Module, prefix: str = "") -> None:
+    """`FlexmoeError` naming a parameter with NaN or infinite values, whose name begins with
+    ``prefix``. It reads all weights once, which in memory is quick beside any pass over data; from
+    files it would not be."""
+    for name, parameter in model.named_parameters(prefix):
         total = parameter.detach().sum(dtype=torch.float32)  # NaN and infinities are contagious
         if not torch.isfinite(total) and not torch.isfinite(parameter).all():
             bad = int((~torch.isfinite(parameter)).sum())

@@ -23,6 +23,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers
+from flexmoe.family import check_finite
 from flexmoe.hf import SIDES_OF
 from flexmoe.memory import give_back
 from flexmoe.names import names_by_parameter
@@ -36,7 +37,7 @@ class LayerLoader:
 
     A context manager: what stands outside the decoder layers is there inside the block.
     ``dtype`` None is the one that config.json names. Raises `FlexmoeError` for a model without one
-    list of decoder layers and for weights that are missing.
+    list of decoder layers and for weights that are missing, NaN or infinite.
     """
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype | None = None):
@@ -52,6 +53,7 @@ class LayerLoader:
         self.layers = list(self.model.get_submodule(self.stack).children())
         self.conversions = get_model_conversion_mapping(self.model)
         self.names = self._names_by_layer()
+        self.sound = set[int]()  # layers whose values are known to be finite
         self.empty = self.model.state_dict(keep_vars=True)
         self.bytes_of = [_bytes(layer.state_dict(keep_vars=True)) for layer in self.layers]
         self.bytes_outside = _bytes(self.empty) - sum(self.bytes_of)
@@ -84,6 +86,9 @@ class LayerLoader:
             elif index in self.traced:
                 but = f"{self.experts[index].name}."
             self._check_complete(f"{self.stack}.{index}.", layer, but)
+            if but is None and index not in self.sound:
+                check_finite(layer, f"{self.stack}.{index}")
+                self.sound.add(index)
             yield layer.requires_grad_(False)
         finally:
             for name, tensor in empty.items():
