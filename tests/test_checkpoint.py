@@ -12,13 +12,16 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
+from transformers import Qwen3_5MoeForConditionalGeneration, Qwen3MoeForCausalLM
 
 from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError
 from flexmoe.exporter import export
 from flexmoe.family import find_folder
+from flexmoe.family import load as open_member
 from flexmoe.files import check_file, refuse_existing, written_beside
 from flexmoe.headers import resolve
+from flexmoe.names import missing_parameters
 from flexmoe.premoe.store import fingerprint_of
 from flexmoe.trace import same_weights, trace
 from helpers import (
@@ -31,7 +34,7 @@ from helpers import (
     random_plan,
     tensors,
 )
-from zoo import tiny_model
+from zoo import filled, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("prefix", ["fused", "no prefix"])
@@ -51,6 +54,31 @@ def test_other_names_for_the_same_weights(prefix: str, tmp_path: Path) -> None:
         export(tmp_path / "plan", tmp_path / layout, pruned=0.4, layout=layout)
         got = logits(load(tmp_path / layout, model), ids)
         assert difference(got, want) < LOGIT_TOLERANCE
+
+
+def test_either_of_two_tied_tensors_is_enough(tmp_path: Path) -> None:
+    """transformers stores the embeddings, others the head; it reads both."""
+    config = tiny_config("qwen3_moe")
+    config.tie_word_embeddings = True
+    model = filled(Qwen3MoeForCausalLM(config))
+    model.save_pretrained(tmp_path)
+    found = tensors(tmp_path)
+    found["lm_head.weight"] = found.pop("model.embed_tokens.weight")
+    save_file(found, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    missing_parameters(Checkpoint(tmp_path), meta_model(tmp_path))
+    del found["lm_head.weight"]
+    save_file(found, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FlexmoeError, match="1 parameters are in no file"):
+        missing_parameters(Checkpoint(tmp_path), meta_model(tmp_path))
+
+
+def test_an_index_left_from_shards_that_are_gone_is_not_read(tmp_path: Path) -> None:
+    """transformers leaves it where a model is saved again in one file, and reads that file."""
+    for size in ("50KB", "1GB"):
+        tiny_model("mixtral").save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert Checkpoint(tmp_path).files == ["model.safetensors"]
+    trace(Checkpoint(tmp_path), meta_model(tmp_path))
 
 
 @pytest.mark.parametrize("part", ["w1", "w3", "w2", "gate", "q_proj", "embed_tokens"])
@@ -88,6 +116,24 @@ def test_transposed_hub_layout(tmp_path: Path) -> None:
         export(tmp_path / "plan", tmp_path / layout, pruned=0.4, layout=layout)
         got = logits(load(tmp_path / layout, model), ids)
         assert difference(got, masked_logits(model, plan, 0.4, ids)) < LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_text_part_of_a_multimodal_checkpoint(fused: bool, tmp_path: Path) -> None:
+    """transformers gives the text model alone, whose names lack a prefix of the files. A ragged
+    export is one of the whole checkpoint, too."""
+    config = tiny_config("qwen3_5_moe")
+    config.text_config.layer_types = ["linear_attention", "full_attention"]
+    whole = filled(Qwen3_5MoeForConditionalGeneration(config))
+    whole.save_pretrained(tmp_path / "source", save_original_format=not fused)
+    model, ids = meta_model(tmp_path / "source"), ids_of(whole)
+    assert model.config.model_type == "qwen3_5_moe_text"
+    plan = random_plan(model, tmp_path / "source")
+    plan.save(tmp_path / "plan")
+    export(tmp_path / "plan", tmp_path / "ragged", pruned=0.4, layout="ragged")
+    want = masked_logits(whole, plan, 0.4, ids)
+    for opened in (load(tmp_path / "ragged", whole), open_member(tmp_path / "ragged")):
+        assert difference(logits(opened, ids), want) < LOGIT_TOLERANCE
 
 
 def test_a_local_folder_is_meant_before_the_packaged_model(
@@ -169,7 +215,13 @@ def test_damaged_files(file: str, content: bytes, message: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "change", [dict(hidden_size="wide"), dict(hidden_act="nope"), dict(num_local_experts=-1)]
+    "change",
+    [
+        dict(hidden_size="wide"),
+        dict(hidden_act="nope"),
+        dict(num_local_experts=-1),
+        dict(attn_implementation="flash_attention_2"),  # a package that is not there
+    ],
 )
 def test_config_that_cannot_be_built(change: dict[str, object], tmp_path: Path) -> None:
     config = tiny_model("mixtral").config.to_dict() | change
@@ -209,12 +261,20 @@ def test_download_leaves_out_second_copies(tmp_path: Path, monkeypatch: pytest.M
     assert list(filter_repo_objects(files, **patterns)) == files[:4]
 
 
-def test_quantized_model_is_refused_before_its_weights_come(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quantization_config": {"quant_method": "mxfp4"}}, r"is quantized \(mxfp4\)"),
+        ({"text_config": {"quantization_config": {"quant_method": "int4"}}}, r"quantized \(int4\)"),
+        ({"model_type": "kimi_k2", "auto_map": {"AutoModel": "own.py"}}, r"kimi_k2.*is never run"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_its_weights_come(
+    config: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "mxfp4"}}')
+    (tmp_path / "config.json").write_text(json.dumps(config))
     hub = Hub(tmp_path, monkeypatch)
-    with pytest.raises(FlexmoeError, match=r"owner/model is quantized \(mxfp4\)"):
+    with pytest.raises(FlexmoeError, match=message):
         resolve("owner/model")
     assert hub.asked == ["config.json"]
 

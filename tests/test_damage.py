@@ -1,7 +1,8 @@
-"""Any damage to any byte of a plan or a curve is refused."""
+"""Any damage to any byte of a plan or a curve is refused, and a full disk leaves none."""
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.curve import load_curve, save_curve
 from flexmoe.evaluation.records import Curve, OfWeights
+from flexmoe.files import write_whole
 from flexmoe.plan import Plan
 from helpers import random_plan
 from zoo import tiny_model
@@ -98,3 +100,17 @@ def test_plans_from_before_there_was_a_checksum_load(saved: Path, tmp_path: Path
     now, before = Plan.load(tmp_path / "plan"), Plan.load(saved)
     assert now.recipe == before.recipe and now.budgets == before.budgets
     assert all(torch.equal(now.order[i], before.order[i]) for i in before.layers)
+
+
+def test_a_write_that_fails_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_whole(tmp_path / "a.json", b"before")
+    monkeypatch.setattr("flexmoe.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "a.json", b"after")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_bytes() == b"before"

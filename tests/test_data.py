@@ -151,6 +151,7 @@ def test_evaluations_that_make_no_sense_are_refused(tokenizer, spec, samples, me
         (None, "", "empty"),
         ('{"content": "x"}\n', "{}", "line 1: expected an object with a field 'text'"),
         ("oops\n", "{}", "line 1: not valid JSON"),
+        ('{"text": "a \\ud83d b"}\n', "{}", "line 1: .*ud83d' is half of a surrogate"),
         ('{"text": "short"}\n', "{}", "no text for one window of 64 tokens: lower --seq-len"),
         (f'{{"text": "{"a " * 200}"}}\n', "{}", "windows of 64 tokens, 4 are wanted"),
         ('{"text": "short"}\n', "{}:0", "weight must be above 0"),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -302,6 +303,12 @@ def test_state_that_is_damaged_is_refused(tmp_path):
 def test_mistakes_are_found_before_the_model_is_loaded(family, change, message):
     with pytest.raises(FlexmoeError, match=message):
         prepare(family, dataclasses.replace(SMALL, **change))
+
+
+def test_a_missing_package_is_found_before_the_model_is_loaded(family, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(FlexmoeError, match="needs peft: pip install"):
+        prepare(family, dataclasses.replace(SMALL, mode="lora"))
 
 
 def test_members_that_the_plan_lacks_are_refused_before_the_model_is_loaded(tmp_path):

@@ -150,6 +150,17 @@ def test_state_is_whole_or_not_there(tmp_path):
     assert not work.path.exists()
 
 
+def test_two_runs_of_a_command_do_not_share_its_state(tmp_path):
+    work, other = (Work(tmp_path / "x", {"a": 1}) for _ in range(2))
+    with work.on(data="1"):
+        work.stage("s").save(1, {"t": torch.ones(1)})
+        with pytest.raises(FlexmoeError, match="another process is making"), other.on(data="1"):
+            pass
+        assert work.stage("s").load()
+    with other.on(data="1"):
+        assert other.stage("s").load()
+
+
 def test_writing_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("flexmoe.resume.time.monotonic", lambda: now[0])

@@ -86,6 +86,8 @@ def test_statistics_are_those_of_the_whole_model(name, tmp_path):
 @pytest.mark.parametrize("name", ["gpt_oss", "jamba", "qwen3_vl_moe"])
 def test_weights_are_those_that_transformers_loads(name, dtype, tmp_path):
     zoo.tiny_model(name).to(dtype or torch.bfloat16).save_pretrained(tmp_path)
+    config, named = tmp_path / "config.json", '"dtype": "bfloat16",' * (name == "jamba")
+    config.write_text(config.read_text().replace(named, ""))  # without it weights say which
     want = load_stock(tmp_path, device="cpu", dtype=dtype or "auto").state_dict()
     seen, expected = set(), 0
     with LayerLoader(tmp_path, CPU, dtype) as loader:
@@ -103,6 +105,16 @@ def test_weights_are_those_that_transformers_loads(name, dtype, tmp_path):
             t.nbytes for t in {t.data_ptr(): t for t in want.values()}.values()
         )
     assert all(tensor.is_meta for tensor in loader.model.state_dict().values())
+
+
+def test_router_logits_that_config_json_asks_for_are_not_needed(tmp_path):
+    """As that of a fine-tuned model may: for a loss that is no part of the pass."""
+    model = zoo.tiny_model("qwen3_moe")
+    model.config.output_router_logits = True
+    model.save_pretrained(tmp_path / "model")
+    got = streamed(tmp_path / "model", tmp_path).sources["even"]
+    want = observe(model, windows().ids[windows().source_n == 0], NAMES, batch_size=2)
+    assert largest_difference(got, want) < TOLERANCE
 
 
 def test_forward_statistics_need_no_second_sweep(tmp_path):
@@ -203,12 +215,18 @@ def test_models_whose_layers_need_more_are_refused(name, config, reason, tmp_pat
         streamed(path, tmp_path)
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.1.mlp.experts.down_proj", "down_proj has 1 values that are NaN"),
+        ("lm_head.weight", "decoder layer 1 gives .* not finite"),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(name, message, tmp_path):
     model = zoo.tiny_model("qwen3_moe")
-    with torch.no_grad():
-        model.model.layers[1].self_attn.o_proj.weight[0, 0] = torch.nan
+    model.get_parameter(name).data.view(-1)[0] = torch.nan
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(FlexmoeError, match=r"decoder layer 1 gives .* not finite"):
+    with pytest.raises(FlexmoeError, match=message):
         streamed(tmp_path / "model", tmp_path)
 
 
@@ -239,6 +257,15 @@ def test_too_little_memory_is_said_before_and_the_figure_is_enough(tmp_path):
             2 * held(CPU), loader, some, NAMES, batch_size=4, saved=saved(tmp_path / "enough")
         )
     assert found.sources["a"][0].tokens == 256
+
+
+def test_a_batch_of_any_size_goes_whole_where_it_fits(tmp_path):
+    path, needs = checkpoint("qwen3_moe", tmp_path / "model"), ["subset_loss_C"]
+    with LayerLoader(path, CPU, torch.float32) as loader:
+        stage = saved(tmp_path)
+        gather_within(2 * held(CPU), loader, windows(), needs, batch_size=3, saved=stage)
+    _, sizes = stage.work.stage("sizes").load()
+    assert int(sizes["micro_batch"]) == 3
 
 
 def test_too_little_disk_is_said_before_the_pass(tmp_path, monkeypatch):

@@ -216,6 +216,15 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
     return getattr(transformers, name)
 
 
+@torch.no_grad()
+def filled(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """``model`` in float32 and eval mode, with random weights, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _fill(model.float().eval())
+    return model
+
+
 def _fill(model: PreTrainedModel) -> None:
     """Weights large enough for every part of the model to matter, as fresh ones are tiny."""
     for name, parameter in model.named_parameters():

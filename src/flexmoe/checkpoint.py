@@ -31,8 +31,8 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgp
 DTYPES = {name: getattr(torch, dtype) for name, dtype in DTYPE_NAMES.items()}
 # What the classes of transformers raise for a config.json that they cannot make a model of.
 UNBUILDABLE = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
-    ValueError, StrictDataclassError,
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError,
+    TypeError, ValueError, StrictDataclassError,
 )  # fmt: skip
 
 
@@ -119,6 +119,16 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return PreTrainedConfig.get_config_dict(path)[0]
 
 
+def refuse_unknown(config: dict[str, Any]) -> None:
+    """`FlexmoeError` for the config.json of a model that transformers has no code for."""
+    if (kind := config.get("model_type")) not in CONFIG_MAPPING:
+        own = " (its code comes with the checkpoint, and such code is never run)"
+        raise FlexmoeError(
+            f"transformers {transformers.__version__} has no model_type '{kind}'"
+            + own * bool(config.get("auto_map"))
+        )
+
+
 def meta_model(
     path: str | Path, config: dict[str, Any] | None = None, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
@@ -130,13 +140,8 @@ def meta_model(
     found = deepcopy(read_config(path) if config is None else config)
     refuse_quantized(path, found)
     found.pop("quantization_config", None)
-    kind, names = found.get("model_type"), found.get("architectures") or []
-    if kind not in CONFIG_MAPPING:
-        own = " (its code comes with the checkpoint, and such code is never run)"
-        raise FlexmoeError(
-            f"transformers {transformers.__version__} has no model_type '{kind}'"
-            + own * bool(found.get("auto_map"))
-        )
+    refuse_unknown(found)
+    kind, names = found["model_type"], found.get("architectures") or []
     try:
         settings = CONFIG_MAPPING[kind].from_dict(found)
         given = {} if dtype is None else {"dtype": dtype}

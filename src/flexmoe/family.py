@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from flexmoe import elastic
@@ -67,8 +68,13 @@ def load_stock(
     the memory, and those that fit nowhere are read from disk whenever it is their turn."""
     folder = resolve(path)
     stock = meta_model(folder)
-    checkpoint = Checkpoint(folder)
-    if not checkpoint.config.get("quantization_config"):  # ragged exports have names of their own
+    checkpoint, given = Checkpoint(folder), dict[str, Any]()
+    if ragged := checkpoint.config.get("quantization_config"):
+        if stock.config.model_type != checkpoint.config["model_type"]:
+            # the text part of a multimodal model, whose own config does not have it
+            given["config"] = stock.config
+            stock.config.quantization_config = ragged
+    else:  # ragged exports have names of their own
         missing_parameters(checkpoint, stock)
     target, offloaded = input_device(device), None
     place: dict[str, Any] = {} if target.type == "cpu" else {"device_map": target}
@@ -78,15 +84,17 @@ def load_stock(
     if not place:  # reading ahead would hold all experts twice: apart, and as one tensor
         os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     # never pickles, never code that comes with a checkpoint (which a stock class does not run)
-    model = type(stock).from_pretrained(folder, dtype=dtype, use_safetensors=True, **place).eval()
+    place |= {"dtype": dtype, "use_safetensors": True, **given}
+    model = type(stock).from_pretrained(folder, **place).eval()
     model.flexmoe_offloaded = offloaded  # the folder lives as long as the model
     return model
 
 
-def check_finite(model: PreTrainedModel) -> None:
-    """`FlexmoeError` naming a parameter with NaN or infinite values. It reads all weights once,
-    which in memory is quick beside any pass over data; from files it would not be."""
-    for name, parameter in model.named_parameters():
+def check_finite(model: nn.Module, prefix: str = "") -> None:
+    """`FlexmoeError` naming a parameter with NaN or infinite values, whose name begins with
+    ``prefix``. It reads all weights once, which in memory is quick beside any pass over data; from
+    files it would not be."""
+    for name, parameter in model.named_parameters(prefix):
         total = parameter.detach().sum(dtype=torch.float32)  # NaN and infinities are contagious
         if not torch.isfinite(total) and not torch.isfinite(parameter).all():
             bad = int((~torch.isfinite(parameter)).sum())

@@ -97,11 +97,15 @@ def read_sealed(path: Path, form: type[Form], version: int, again: str) -> Form:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: beside its place, then renamed."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException:  # half of it would go along when the folder it is in is copied
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _sha256(fields: Mapping[str, Any]) -> str:

@@ -89,7 +89,10 @@ def _download(model: str) -> Path:
         config = Path(hf_hub_download(model, "config.json"))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise _no_download(model, error) from error
+    from flexmoe.checkpoint import refuse_unknown
+
     refuse_quantized(model, read_json(config))  # before hundreds of gigabytes come down
+    refuse_unknown(read_json(config))
     try:
         return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=others))
     except (HfHubHTTPError, OSError, ValueError) as error:
@@ -148,16 +151,19 @@ class Headers:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
-        index = self.path / INDEX_NAME
+        index, alone = self.path / INDEX_NAME, "model.safetensors"
+        self.files = [alone]
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise FlexmoeError(
                     f"{index} has no 'weight_map': damaged, download or make it again"
                 )
-            self.files = sorted(set(map(str, weight_map.values())))
-        else:
-            self.files = ["model.safetensors"]
+            files = sorted(set(map(str, weight_map.values())))
+            # one that does not name the file of all weights beside it is left from shards that
+            # stood here before: transformers reads that file, and leaves such an index
+            if alone in files or not (self.path / alone).is_file():
+                self.files = files
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.files:
             self.tensors |= read_header(self.path / file)
@@ -212,7 +218,9 @@ def refuse_ragged(where: str | Path, config: dict[str, Any]) -> None:
 
 def refuse_quantized(where: str | Path, config: dict[str, Any]) -> None:
     """`FlexmoeError` for a config.json that names a quantization of others."""
-    found = config.get("quantization_config") or {}
+    text = config.get("text_config")  # where some multimodal models have it
+    within = text.get("quantization_config") if isinstance(text, dict) else None
+    found = config.get("quantization_config") or within or {}
     method = found.get("quant_method", "flexmoe") if isinstance(found, dict) else found
     if method != "flexmoe":
         raise FlexmoeError(

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 
+NEEDS_PEFT = "mode 'lora' needs peft: pip install 'flexmoe[recover]'"
+
 
 class Adapter:
     """The adapter inside a model: what it trains, and the model without it."""
@@ -56,7 +58,7 @@ def lora_experts(model: PreTrainedModel, *, rank: int, seed: int) -> Iterator[Ad
         from peft import LoraConfig
         from peft.tuners.lora import LoraModel
     except ImportError:
-        raise FlexmoeError("mode 'lora' needs peft: pip install 'flexmoe[recover]'") from None
+        raise FlexmoeError(NEEDS_PEFT) from None
     layers = expert_layers(model)
     names = [
         f"{layer.name}.{name}"

@@ -75,7 +75,9 @@ def missing_parameters(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     loaded into, or one of another shape: transformers would go on with random numbers."""
     names = Names(model)
     stored = names.groups(checkpoint.tensors)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    # of two that are tied either may be stored
+    tied = set(ties) | {source for target, source in ties.items() if target in stored}
     optional = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or []]
     # a tensor that is split into several parameters is listed under the first of them
     several = [c.target_patterns for c in names.converters if len(c.target_patterns) > 1]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from flexmoe.data import check_seed, pick_batch_size
 from flexmoe.distil import SCHEMES
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.family import pick_device
+from flexmoe.lora import NEEDS_PEFT
 from flexmoe.sharding import check_processes
 from flexmoe.training import processes
 
@@ -65,6 +67,8 @@ def check_recovery(config: RecoverConfig) -> None:
     """Refuse what cannot work, or would have no effect, before anything slow starts."""
     if config.mode not in MODES:
         raise did_you_mean(config.mode, MODES, "mode")
+    if config.mode == "lora" and find_spec("peft") is None:
+        raise FlexmoeError(NEEDS_PEFT)
     if config.scheme is not None and config.scheme not in SCHEMES:
         raise did_you_mean(config.scheme, SCHEMES, "scheme")
     unread = {

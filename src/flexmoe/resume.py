@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -61,20 +62,44 @@ class Work:
         with others than before it is not continued either. A `FlexmoeError` ends it: the same
         command would end in the same way, unless what is `Damaged` goes."""
         self._refuse_other("inputs", inputs)
-        if processes()[0] == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"settings": self.settings, "inputs": inputs}, default=str)
-            write_whole(self.path / SETTINGS_NAME, text.encode())
+        with self._alone():
+            if processes()[0] == 0:
+                text = json.dumps({"settings": self.settings, "inputs": inputs}, default=str)
+                write_whole(self.path / SETTINGS_NAME, text.encode())
+            try:
+                yield
+            except Damaged:
+                raise
+            except (KeyboardInterrupt, SystemExit):
+                log.warning("interrupted: the same command goes on from '%s'", self.path)
+                raise
+            except FlexmoeError:
+                self.clear()
+                raise
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside the block no other run of the command has this state: two would take the files
+        away that the other one is about to read."""
+        if processes()[0] != 0:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise FlexmoeError(
+                f"another process is making '{self.out}' and has its state in '{self.path}': wait "
+                "for it, or give another folder"
+            ) from None
+        except OSError:  # some network disks have no locks
+            pass
         try:
             yield
-        except Damaged:
-            raise
-        except (KeyboardInterrupt, SystemExit):
-            log.warning("interrupted: the same command goes on from '%s'", self.path)
-            raise
-        except FlexmoeError:
-            self.clear()
-            raise
+        finally:
+            os.close(folder)
 
     def _refuse_other(self, part: str, mine: Mapping[str, Any]) -> None:
         if not self.begun:

@@ -211,7 +211,11 @@ def ragged_names(source: Source) -> RaggedNames:
     names: RaggedNames = {}
     for i, traced in source.layers.items():
         if plain := _plain(traced):
-            names[i] = {(p.expert, p.sides[0]): p.name for p in plain if p.expert is not None}
+            names[i] = {
+                (p.expert, p.sides[0]): _as_stored(traced, p.name)
+                for p in plain
+                if p.expert is not None
+            }
         else:
             own = [
                 (e, side)
@@ -224,8 +228,17 @@ def ragged_names(source: Source) -> RaggedNames:
             # transformers renames parents of the module for the hub: each name carries its number
             numbered = {path: torch.tensor(n) for n, path in enumerate(paths)}
             renamed = revert_weight_conversion(source.model, numbered)
-            names[i] = {own[int(n)]: name for name, n in renamed.items()}
+            names[i] = {own[int(n)]: _as_stored(traced, name) for name, n in renamed.items()}
     return names
+
+
+def _as_stored(traced: TracedLayer, name: str) -> str:
+    """A name as transformers would save it, with what the checkpoint has before the number of the
+    layer: the model may be a part of the stored one, which has a prefix more."""
+    number = f".{traced.layer.index}."
+    before, found, _ = traced.stored[0].name.partition(number)
+    _, known, after = name.partition(number)
+    return before + number + after if found and known else name
 
 
 def _plain(traced: TracedLayer) -> list[Piece]:
@@ -266,7 +279,8 @@ def ragged(source: Source, cuts: dict[int, Cut], names: RaggedNames) -> Shards:
             make = partial(torch.empty, 0, dtype=DTYPES[info.dtype])
             for piece in traced.standard:
                 if piece.axis is not None:
-                    shards[info.file].append(Entry(piece.name, info.dtype, (0,), make))
+                    name = _as_stored(traced, piece.name)
+                    shards[info.file].append(Entry(name, info.dtype, (0,), make))
     return shards
 
 
@@ -278,8 +292,8 @@ def with_constants(source: Source, shards: Shards, constant: dict[int, Tensor]) 
     renamed = revert_weight_conversion(source.model, {p: torch.tensor(i) for p, i in paths.items()})
     more: Shards = {file: list(entries) for file, entries in shards.items()}
     for name, i in renamed.items():
-        tensor = constant[int(i)].float()
-        file = source.checkpoint.tensors[source.layers[int(i)].stored[0].name].file
+        tensor, traced = constant[int(i)].float(), source.layers[int(i)]
+        file, name = source.checkpoint.tensors[traced.stored[0].name].file, _as_stored(traced, name)
         more[file].append(Entry(name, "F32", tuple(tensor.shape), partial(torch.clone, tensor)))
     return more
 

@@ -163,12 +163,24 @@ def _document(record: Any, where: str) -> Document:
         messages, text = record.get("messages"), record.get("text")
         if messages and isinstance(messages, list):
             if all(isinstance(m, dict) and m.get("role") and "content" in m for m in messages):
+                _check_text(json.dumps(messages, ensure_ascii=False, default=str), where)
                 return messages
             raise FlexmoeError(f"{where}: 'messages' must be objects with a role and a content")
         if isinstance(text, str):
+            _check_text(text, where)
             return text
         found = list(record)
     raise FlexmoeError(
         f"{where}: expected an object with a field 'text' (a string) or 'messages' (a list of "
         f"objects with role and content), found {found}"
     )
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can escape what no tokenizer takes
+        half = ascii(text[error.start])
+        raise FlexmoeError(
+            f"{where}: {half} is half of a surrogate pair, which is no text"
+        ) from None

@@ -1,8 +1,8 @@
 """The observe pass within a given memory: what must fit is checked, how much goes at a time picked.
 
 What a layer needs beside its weights depends on its attention, its routing and the length of a
-window, so it is measured: one, two, four ... windows go through the first MoE layer as they will
-in the pass, as long as twice as many would fit by what was seen.
+window, so it is measured: one, two, four ... windows, at last a batch, go through the first MoE
+layer as they will in the pass, as long as so many would fit by what was seen.
 """
 
 from __future__ import annotations
@@ -133,11 +133,13 @@ def pick_sizes(
                 "shorter --seq-len"
             )
         each = max(0, peak - base - largest)
-        while 2 * number <= min(batch_size, len(ids)) and peak + number * each <= usable:
-            before, peak = peak, most(2 * number)
+        wanted = min(batch_size, len(ids))
+        while number < wanted and peak + (min(2 * number, wanted) - number) * each <= usable:
+            before, more = peak, min(2 * number, wanted)
+            peak = most(more)
             if peak > usable:
                 break
-            each, number = max(0, peak - before) // number, 2 * number
+            each, number = max(0, peak - before) // (more - number), more
     finally:
         shutil.rmtree(files.path, ignore_errors=True)
     vocabulary = loader.model.config.get_text_config().vocab_size

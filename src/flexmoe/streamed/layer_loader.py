@@ -20,9 +20,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from flexmoe.checkpoint import Checkpoint, meta_model
+from flexmoe.checkpoint import Checkpoint, dtype_of, meta_model
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers
+from flexmoe.family import check_finite
 from flexmoe.hf import SIDES_OF
 from flexmoe.memory import give_back
 from flexmoe.names import names_by_parameter
@@ -35,13 +36,19 @@ class LayerLoader:
     ``bytes_of`` each layer say what weights take in memory.
 
     A context manager: what stands outside the decoder layers is there inside the block.
-    ``dtype`` None is the one that config.json names. Raises `FlexmoeError` for a model without one
-    list of decoder layers and for weights that are missing.
+    ``dtype`` None is the one that config.json names, or else that of the weights. Raises
+    `FlexmoeError` for a model without one list of decoder layers and for weights that are missing,
+    NaN or infinite.
     """
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype | None = None):
         self.checkpoint, self.device = Checkpoint(path), device
         self.model = meta_model(path, dtype=dtype).eval()
+        if dtype is None and self.model.config.dtype is None:
+            self.model = meta_model(path, dtype=_stored_dtype(self.checkpoint)).eval()
+        for config in (self.model.config, self.model.config.get_text_config()):
+            if getattr(config, "output_router_logits", False):  # left from training: what the
+                config.output_router_logits = False  # routers of all layers say, none reads it
         self.dtype = dtype or self.model.dtype
         self.traced = trace(self.checkpoint, self.model)
         self.experts = {layer.index: layer for layer in expert_layers(self.model)}
@@ -49,6 +56,7 @@ class LayerLoader:
         self.layers = list(self.model.get_submodule(self.stack).children())
         self.conversions = get_model_conversion_mapping(self.model)
         self.names = self._names_by_layer()
+        self.sound = set[int]()  # layers whose values are known to be finite
         self.empty = self.model.state_dict(keep_vars=True)
         self.bytes_of = [_bytes(layer.state_dict(keep_vars=True)) for layer in self.layers]
         self.bytes_outside = _bytes(self.empty) - sum(self.bytes_of)
@@ -81,6 +89,9 @@ class LayerLoader:
             elif index in self.traced:
                 but = f"{self.experts[index].name}."
             self._check_complete(f"{self.stack}.{index}.", layer, but)
+            if but is None and index not in self.sound:
+                check_finite(layer, f"{self.stack}.{index}")
+                self.sound.add(index)
             yield layer.requires_grad_(False)
         finally:
             for name, tensor in empty.items():
@@ -140,6 +151,12 @@ class LayerLoader:
                     f"{prefix}{name} {list(tensor.shape)}: files are missing, or config.json "
                     "belongs to another model"
                 )
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
+    """That of the first numbers in the files, which transformers takes for that of all."""
+    found = (dtype_of(name, info.dtype) for name, info in checkpoint.tensors.items())
+    return next((dtype for dtype in found if dtype.is_floating_point), None)
 
 
 class _Stored:
