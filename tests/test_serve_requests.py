@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import pytest
 from transformers import ContinuousBatchingConfig, GenerationConfig, GptOssForCausalLM
 
+from chat import TOOLS
 from flexmoe.errors import FlexmoeError
 from flexmoe.serve import transformers_batch as batching
 from flexmoe.serve import transformers_fields as fields
 from flexmoe.serve.transformers_engine import MODEL, TransformersEngine
+from flexmoe.serve.transformers_fields import ABSENT
 from serving import until
 from test_serve_middleware import client
 from test_serve_transformers import PROMPTS, Server, body, expected, made  # noqa: F401
@@ -53,6 +55,12 @@ WRONG = [
     ({"top_logprobs": 3}, "top_logprobs is not supported"),
     ({"tool_choice": "required"}, "tool_choice is not supported"),
     ({"reasoning": {"effort": "high"}}, "reasoning is not supported"),
+    ({"parallel_tool_calls": False, "tools": TOOLS}, "parallel_tool_calls is not supported"),
+    ({"include": ["message.output_text.logprobs"]}, "include 'message.output_text.logprobs' is"),
+    ({"include": [ABSENT[0], "reasoning.encrypted_content"]}, "include 'reasoning.encrypted_con"),
+    ({"include": "reasoning.encrypted_content"}, "include must be a list, found str"),
+    ({"tools": [{"type": "web_search"}]}, "object of type 'function', found {'type': 'web_search"),
+    ({"tools": ["add"]}, "a tool must be an object of type 'function', found 'add'"),
     ({"seed": "abc"}, "seed must be a whole number from .* found 'abc'"),
     ({"seed": 2**70}, "seed must be a whole number"),
     ({"suffix": 3}, "suffix must be a string, found int"),
@@ -74,7 +82,9 @@ def test_fields_that_ask_for_nothing_pass_and_null_is_left_out():
     nothing = {"n": 1, "best_of": 1, "echo": False, "logprobs": False, "frequency_penalty": 0.0}
     nothing |= {"stop": [], "logit_bias": {}, "tool_choice": "auto", "response_format": None}
     nothing |= {"text": {"format": {"type": "text"}}, "chat_template_kwargs": None, "seed": 7}
+    nothing |= {"include": list(ABSENT), "parallel_tool_calls": False, "tools": []}
     found = ENGINE.mark({**nothing, "top_k": 3}, "20")
+    ENGINE.mark({"tools": TOOLS, "parallel_tool_calls": True, "include": []}, "20")
     assert found == {name: value for name, value in nothing.items() if value is not None}
 
 
