@@ -3,6 +3,7 @@ ends: its client leaves, the worker dies, the server is stopped."""
 
 import asyncio
 import json
+import math
 import time
 from types import SimpleNamespace
 
@@ -67,6 +68,7 @@ WRONG = [
     ({"stream": "true"}, "stream must be true or false, found str"),
     ({"instructions": 5}, "instructions must be a string, found int"),
     ({"chat_template_kwargs": {"tokenize": True}}, "go to the template: leave tokenize out"),
+    ({"temperature": math.nan}, "temperature must be a number from 0 to 2, found nan"),
     ({"top_k": -1}, "top_k must be a whole number from 0 on, found -1"),
     ({"top_k": 2.5}, "top_k must be a whole number"),
 ]

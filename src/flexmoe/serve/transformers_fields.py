@@ -52,9 +52,9 @@ UNHEEDED: dict[str, tuple[Any, ...]] = {"min_p": (None, 0), "repetition_penalty"
 def check(body: dict[str, Any]) -> None:
     """`FlexmoeError` for a field that would be ignored, or is of the wrong kind."""
     for name, found in body.items():
-        if name == "parallel_tool_calls" and not body.get("tools"):
-            continue  # there are no calls
-        nothing = IGNORED.get(name, (found,))
+        if name not in IGNORED or (name == "parallel_tool_calls" and not body.get("tools")):
+            continue  # without tools there are no calls
+        nothing = IGNORED[name]
         # to Python true is 1, and false 0
         if not any(found == x and isinstance(found, bool) == isinstance(x, bool) for x in nothing):
             raise FlexmoeError(f"{name} is not supported by --engine transformers: leave it out")
