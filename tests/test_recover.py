@@ -286,6 +286,7 @@ def test_state_that_is_damaged_is_refused(tmp_path):
         ({"at": 0.7}, "outside this plan"),
         ({"mode": "closed-form", "lr": 0.1}, "lr has no effect"),
         ({"rank": 4}, "rank has no effect"),
+        ({"rank": 65, "mode": "lora"}, "more than an expert's matrices can have, 64"),
         ({"memory": 2**30}, "memory has no effect"),
         ({"mode": "lora", "shard": True}, "shard has no effect"),
         ({"tokens": 10}, "less than one batch"),
