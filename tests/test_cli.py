@@ -42,6 +42,27 @@ def test_eval_writes_rows_of_every_budget_and_file(family, tmp_path):
     assert rows[0]["nll"] < rows[-2]["nll"] and rows[0]["bytes"] > rows[-1]["bytes"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compress", "tiny", "--data", ""],
+        ["score", "tiny", "--method", "reap", "--data", ""],
+        ["eval", "tiny", "--policy", "top-any:0.9", "--policy-data", ""],
+    ],
+)
+def test_empty_data_is_not_left_out(words, tmp_path):
+    """As an empty variable of a shell gives it."""
+    out = [] if words[0] == "eval" else ["-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*words, *out])
+    assert "--data is empty" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_brackets_in_help_are_no_markup():
+    result = CliRunner().invoke(app, ["compare", "--help"], env={"COLUMNS": "160"})
+    assert "METHOD[@ALLOCATE][+ROUTER],... or all" in result.output
+
+
 @pytest.mark.parametrize("layout", ["uniform", "ragged", "masked"])
 def test_export_then_eval_of_the_export(family, tmp_path, layout):
     out = tmp_path / "member"

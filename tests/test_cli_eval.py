@@ -1,6 +1,7 @@
 """The commands eval (with pairs and a saved curve) and pick, end to end on the shipped model."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -83,6 +84,21 @@ def test_eval_saves_a_curve_that_pick_reads(family, pairs, tmp_path):
     found = json.loads(result.stdout)
     assert found["pruned"] == 0.4 and found["bytes"] == point.bytes
     assert found["quality"]["kept"] == share
+
+
+def test_pairs_that_are_not_finite_do_not_cost_what_else_was_measured(
+    family, pairs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "flexmoe.evaluation.pairs.sequence_scores",
+        lambda model, sequences: torch.full((len(sequences),), math.nan).double(),
+    )
+    out = tmp_path / "rows.json"
+    result = run(f"eval {family} {options()} --pairs {pairs} --pruned 0.4 --save --json {out}")
+    assert "the curve is not saved: accuracy is nan" in str(result.exception)
+    assert "increase" in result.output and "16 pairs" in result.output
+    row = json.loads(out.read_text())["budgets"][-1]
+    assert row["increase"] > 0 and math.isnan(row["pairs"]["accuracy"])
 
 
 def test_everything_at_once_is_printed_and_saved(family, pairs, tmp_path, monkeypatch):

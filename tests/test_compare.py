@@ -198,6 +198,14 @@ def test_who_cannot_be_told_from_the_best(compared):
     assert f"{rows[0]['method']}\\*" in text and "increase by file" in text
 
 
+def test_pairs_that_are_not_finite_are_said(compared):
+    results, _ = compared
+    none = {"n": 12, "accuracy": None, "interval": None}
+    lines = [{**line, "pairs": none} for line in (results.base, results.rows[0])]
+    text = markdown(Results(results.path, results.settings, lines))
+    assert "| not finite |" in text and "base not finite" in text
+
+
 @pytest.mark.parametrize("name", ["p.xyz", "p"])
 def test_a_plot_of_an_unknown_kind_is_refused_at_once(name, tmp_path):
     out, plot = tmp_path / "r.jsonl", tmp_path / "new" / name

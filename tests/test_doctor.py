@@ -32,6 +32,7 @@ from flexmoe.observe import observe
 from flexmoe.pipeline import CompressConfig, compress
 from flexmoe.rco import RcoConfig, learn_order
 from flexmoe.recover import trained_parameters
+from flexmoe.recover_config import RecoverConfig
 from flexmoe.statistics import find_statistics
 from flexmoe.trace import CODED_HIDDEN, trace
 from zoo import tiny_model
@@ -235,6 +236,18 @@ def test_learning_is_part_of_the_estimate(deep: Path) -> None:
     assert channels.parts["statistics"] > plain.parts["statistics"]
     assert channels.seconds is not None and plain.seconds is not None
     assert channels.seconds > plain.seconds
+
+
+def test_a_sandwich_costs_as_many_members_as_it_has(deep: Path) -> None:
+    """A step of cp: a teacher, and four members with gradients; before that the same without."""
+    estimator = Estimator.open(deep, "cpu")
+
+    def operations(scheme: str) -> float:
+        config = RecoverConfig(scheme=scheme, seq_len=64, batch_size=4)
+        return estimator._distil(config, 4, 4, 64, steps=8).operations
+
+    assert 4 < operations("cp") / operations("sp") < 5
+    assert operations("family") < 1.5 * operations("sp")
 
 
 def test_tables_of_what_does_not_fit_are_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:

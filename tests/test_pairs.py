@@ -1,6 +1,7 @@
 """Minimal pairs: files, scores against a naive loop, accuracies and their intervals."""
 
 import gzip
+import math
 from functools import partial
 
 import pytest
@@ -200,14 +201,16 @@ def test_sentences_beyond_the_context_are_named(tiny):
         encode(pairs, tokenizer, model.config)
 
 
-def test_scores_that_are_no_numbers_are_refused(tiny):
+def test_scores_that_are_no_numbers_are_not_taken_for_wrong(tiny, monkeypatch, caplog):
     model, tokenizer = tiny
-    encoded = encode([Pair("He runs.", "He run.", "", "", 1)], tokenizer, model.config)
-    weight = model.lm_head.weight
-    kept = weight.data.clone()
-    try:
-        weight.data.fill_(float("nan"))
-        with pytest.raises(FlexmoeError, match="not finite"):
-            right_pairs({0.0: lambda: model}, encoded)
-    finally:
-        weight.data.copy_(kept)
+    pairs = [Pair("He runs.", "He run.", "", "", 1), Pair("We run.", "We runs.", "", "", 2)]
+    encoded = encode(pairs, tokenizer, model.config)
+    scores = [torch.tensor([-1.0, -2.0, -3.0, bad]).double() for bad in (-4, math.nan, -math.inf)]
+    given = iter(scores)
+    monkeypatch.setattr("flexmoe.evaluation.pairs.sequence_scores", lambda *_: next(given))
+    found = right_pairs({key: lambda: model for key in (0.0, 0.2, 0.4)}, encoded)
+    assert [int(right_N.isnan().sum()) for right_N in found.values()] == [0, 1, 1]
+    assert "log-probabilities of pairs are not finite" in caplog.text
+    rows = pair_rows(pairs, found)
+    assert rows[0.0]["accuracy"] == 0.5 and math.isnan(rows[0.4]["accuracy"])
+    assert rows[0.4]["interval"] is None and rows[0.4]["ratio_interval"] is None

@@ -22,7 +22,14 @@ from flexmoe.evaluation.pick import (
     parse_count,
     pick,
 )
-from flexmoe.evaluation.records import Curve, OfWeights, PairsPoint, Point, TaskPoint
+from flexmoe.evaluation.records import (
+    Curve,
+    OfWeights,
+    PairsPoint,
+    Point,
+    Reference,
+    TaskPoint,
+)
 from flexmoe.family import load_stock
 from flexmoe.plan import Member
 from flexmoe.routing.rules import export_options
@@ -150,12 +157,12 @@ def plan():
     return random_plan(load_stock("tiny", device="cpu"), TINY / "model")
 
 
-def curve(plan, shares=tuple(KEPT), *, plan_sha256, pairs=True) -> Curve:
+def curve(plan, shares=tuple(KEPT), *, plan_sha256, pairs=True, against=None) -> Curve:
     points = [point(plan.member(s), KEPT[s][0], KEPT[s][1] if pairs else None) for s in shares]
     return Curve(
         format=1, date="2026-01-01T00:00:00+00:00", data="tiny", files={}, pairs=None,
         of=OfWeights(plan_sha256=plan_sha256, weights_sha256=""), hardware="", dtype="float32",
-        versions={}, budgets=points,
+        versions={}, against=against, budgets=points,
     )  # fmt: skip
 
 
@@ -230,6 +237,15 @@ def test_a_curve_in_part(plan, tmp_path):
     assert found.candidate.member.pruned == 0.4
     assert "not measured and so left out: 0.2, 0.6" in found.notes[0]
     with pytest.raises(FlexmoeError, match=r"has no pairs: run flexmoe eval .* --pairs FILE --sav"):
+        pick(tmp_path, Wanted(keep=0.9, by="pairs"))
+
+
+def test_a_curve_of_another_base_is_measured_again_against_that(plan, tmp_path):
+    base = Reference(model="the big", nll=3, files={}, pairs=None, routed_parameters=9, bytes=9)
+    save(tmp_path, plan, 0.0, 0.4, pairs=False, against=base)
+    measure = f"flexmoe eval {tmp_path} --against 'the big'"
+    assert f"measure all with {measure} --save" in pick(tmp_path, Wanted(keep=0.9)).notes[0]
+    with pytest.raises(FlexmoeError, match=f"{measure} --pairs FILE --save"):
         pick(tmp_path, Wanted(keep=0.9, by="pairs"))
 
 

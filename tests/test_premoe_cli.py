@@ -68,6 +68,7 @@ PROFILE = "profile tiny --data math.train --samples 2 --seq-len 32 --store STORE
         (f"{PROFILE} --task new --samples 0", "at least 1"),
         (f"{PROFILE} --task new --data missing.txt", "does not exist"),
         (f"{PROFILE} --task new --memory lots", "--memory"),
+        ("profile tiny --data books.train --task new --store file/sub", "give another folder"),
     ],
 )
 def test_a_mistake_is_one_message_and_nothing_is_left(

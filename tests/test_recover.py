@@ -5,6 +5,7 @@ import functools
 import json
 import sys
 from contextlib import nullcontext
+from itertools import islice
 
 import pytest
 import torch
@@ -124,6 +125,23 @@ def test_merged_equals_adapter_and_teacher_is_the_original(kind):
         assert not torch.allclose(adapted, original, atol=1e-3)
         assert torch.allclose(model(ids).logits, adapted, atol=1e-5)
     assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_batches_are_drawn_when_they_are_needed(family, tmp_path, monkeypatch):
+    drawn = flexmoe.distil.batches
+
+    def few(*args):
+        yield from islice(drawn(*args), 3)
+        raise AssertionError("more than are needed")
+
+    def killer(items, description):
+        yield next(iter(items))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flexmoe.distil.batches", few)
+    config = dataclasses.replace(SMALL, tokens=10**15)
+    with pytest.raises(KeyboardInterrupt):
+        recover(family, tmp_path / "out", config, track=killer)
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(family, tmp_path, monkeypatch):
@@ -292,6 +310,7 @@ def test_state_that_is_damaged_is_refused(tmp_path):
         ({"at": 0.7}, "outside this plan"),
         ({"mode": "closed-form", "lr": 0.1}, "lr has no effect"),
         ({"rank": 4}, "rank has no effect"),
+        ({"rank": 65, "mode": "lora"}, "more than an expert's matrices can have, 64"),
         ({"memory": 2**30}, "memory has no effect"),
         ({"mode": "lora", "shard": True}, "shard has no effect"),
         ({"tokens": 10}, "less than one batch"),

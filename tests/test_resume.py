@@ -1,11 +1,14 @@
 """Killed at any moment and started again: the same files, nothing left, nobody else's state."""
 
+import importlib
 import json
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
 
+from flexmoe.actions import ActionConfig
 from flexmoe.errors import FlexmoeError
 from flexmoe.learn import LearnConfig
 from flexmoe.pipeline import CompressConfig, compress
@@ -51,7 +54,9 @@ def whole(tmp_path_factory):
     return out
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_files(whole, tmp_path, monkeypatch):
+def test_a_run_killed_again_and_again_ends_with_the_same_files(
+    whole, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setattr("flexmoe.resume.EVERY", 0.0)
     out, seen, kills = tmp_path / "out", [], 0
     for ticks in (2, 3, 3, 2, 20, 300, 10_000):  # writing has a step for every tensor
@@ -60,6 +65,8 @@ def test_a_run_killed_again_and_again_ends_with_the_same_files(whole, tmp_path, 
         except KeyboardInterrupt:
             kills += 1
             assert not out.exists()
+            assert f"the same command goes on from '{out}.work'" in caplog.text
+            caplog.clear()
             with pytest.raises(FlexmoeError, match=r"another command.*seed 0 there, 1 now"):
                 compress("tiny", out, replace(CONFIG, seed=1))
             continue
@@ -91,6 +98,23 @@ def test_killed_when_all_was_done(whole, tmp_path, monkeypatch):
     assert not work_folder(out).exists()
 
 
+@pytest.mark.parametrize("learn", [LearnConfig(steps=10**9), ActionConfig(steps=10**9)])
+def test_batches_are_drawn_when_they_are_needed(learn, tmp_path, monkeypatch):
+    """A run of any length begins at once, and takes no memory for steps to come."""
+    where = type(learn).__module__
+    drawn = importlib.import_module(where).batches
+
+    def few(*args):
+        yield from islice(drawn(*args), 3)
+        raise AssertionError("more than are needed")
+
+    monkeypatch.setattr(f"{where}.batches", few)
+    rule = "learned" if isinstance(learn, LearnConfig) else "actions"
+    config = replace(CONFIG, allocate=rule, learn=learn)
+    with pytest.raises(KeyboardInterrupt):  # of the pass there are 7 batches
+        compress("tiny", tmp_path / "out", config, track=dies_after(8, []))
+
+
 def test_what_a_killed_write_left_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr("flexmoe.files._in_use", lambda pid: False)
     stale = tmp_path / ".out.partial-123"
@@ -108,7 +132,7 @@ def test_other_text_under_the_same_name_is_refused(tmp_path, caplog):
     config = replace(CONFIG, data=str(text), samples=8, allocate="global", learn=None)
     with pytest.raises(KeyboardInterrupt):
         compress("tiny", tmp_path / "out", config, track=dies_after(1, []))
-    assert f"the same command goes on from '{tmp_path / 'out.work'}'" in caplog.text
+    assert "nothing was saved yet, the same command begins again" in caplog.text
     text.write_text("six five four three two one " * 400)
     with pytest.raises(FlexmoeError, match=r"another command.*data_sha256"):
         compress("tiny", tmp_path / "out", config)

@@ -107,6 +107,7 @@ def test_responses_are_whole_unless_a_stream_is_asked_for(chats):
         for more in ({}, {"stream": None}, {"stream": True})
     ]
     whole, null, stream = chats.post(RESPONSES, *bodies)
+    assert whole.json()["parallel_tool_calls"] is True
     (output,) = whole.json()["output"]
     assert output["content"][0]["text"].strip() == chats.expected("40")
     assert null.json()["output"][0]["content"] == output["content"]

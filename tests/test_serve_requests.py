@@ -3,16 +3,19 @@ ends: its client leaves, the worker dies, the server is stopped."""
 
 import asyncio
 import json
+import math
 import time
 from types import SimpleNamespace
 
 import pytest
 from transformers import ContinuousBatchingConfig, GenerationConfig, GptOssForCausalLM
 
+from chat import TOOLS
 from flexmoe.errors import FlexmoeError
 from flexmoe.serve import transformers_batch as batching
 from flexmoe.serve import transformers_fields as fields
 from flexmoe.serve.transformers_engine import MODEL, TransformersEngine
+from flexmoe.serve.transformers_fields import ABSENT
 from serving import until
 from test_serve_middleware import client
 from test_serve_transformers import PROMPTS, Server, body, expected, made  # noqa: F401
@@ -53,12 +56,19 @@ WRONG = [
     ({"top_logprobs": 3}, "top_logprobs is not supported"),
     ({"tool_choice": "required"}, "tool_choice is not supported"),
     ({"reasoning": {"effort": "high"}}, "reasoning is not supported"),
+    ({"parallel_tool_calls": False, "tools": TOOLS}, "parallel_tool_calls is not supported"),
+    ({"include": ["message.output_text.logprobs"]}, "include 'message.output_text.logprobs' is"),
+    ({"include": [ABSENT[0], "reasoning.encrypted_content"]}, "include 'reasoning.encrypted_con"),
+    ({"include": "reasoning.encrypted_content"}, "include must be a list, found str"),
+    ({"tools": [{"type": "web_search"}]}, "object of type 'function', found {'type': 'web_search"),
+    ({"tools": ["add"]}, "a tool must be an object of type 'function', found 'add'"),
     ({"seed": "abc"}, "seed must be a whole number from .* found 'abc'"),
     ({"seed": 2**70}, "seed must be a whole number"),
     ({"suffix": 3}, "suffix must be a string, found int"),
     ({"stream": "true"}, "stream must be true or false, found str"),
     ({"instructions": 5}, "instructions must be a string, found int"),
     ({"chat_template_kwargs": {"tokenize": True}}, "go to the template: leave tokenize out"),
+    ({"temperature": math.nan}, "temperature must be a number from 0 to 2, found nan"),
     ({"top_k": -1}, "top_k must be a whole number from 0 on, found -1"),
     ({"top_k": 2.5}, "top_k must be a whole number"),
 ]
@@ -74,7 +84,9 @@ def test_fields_that_ask_for_nothing_pass_and_null_is_left_out():
     nothing = {"n": 1, "best_of": 1, "echo": False, "logprobs": False, "frequency_penalty": 0.0}
     nothing |= {"stop": [], "logit_bias": {}, "tool_choice": "auto", "response_format": None}
     nothing |= {"text": {"format": {"type": "text"}}, "chat_template_kwargs": None, "seed": 7}
+    nothing |= {"include": list(ABSENT), "parallel_tool_calls": False, "tools": []}
     found = ENGINE.mark({**nothing, "top_k": 3}, "20")
+    ENGINE.mark({"tools": TOOLS, "parallel_tool_calls": True, "include": []}, "20")
     assert found == {name: value for name, value in nothing.items() if value is not None}
 
 

@@ -15,8 +15,9 @@ from flexmoe.plan import Plan
 from flexmoe.premoe import Store, compile_plan
 from flexmoe.premoe.pattern import Reach
 from flexmoe.premoe.signature import signatures
-from flexmoe.serve import tasks, transformers_chat
 from flexmoe.serve.prepare import make_settings
+from flexmoe.serve.transformers_chat import chat_of
+from flexmoe.serve.vllm.chat import vllm_chat_of
 from helpers import masked_logits, random_plan
 from patterns import made_pattern
 from test_serve_transformers import NEW, OTHERS, Server
@@ -138,15 +139,14 @@ def test_chats_and_responses_have_a_task_too(server):
     assert answer.status_code == 200 and answer.headers["x-flexmoe-task"] == "code"
 
 
-@pytest.mark.parametrize("chat_of", [tasks.chat_of, transformers_chat.chat_of])
-def test_the_task_is_found_for_the_text_that_the_model_answers(chat_of):
+@pytest.mark.parametrize(("seen", "text"), [(vllm_chat_of, "a\nb"), (chat_of, "a b")])
+def test_the_task_is_found_for_the_text_that_the_model_answers(seen, text):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     asked = {"messages": [{"role": "user", "content": parts}], "tools": TOOLS}
-    messages, more = chat_of({**asked, "chat_template_kwargs": {"thinking": False}})
-    text = "a\nb" if chat_of is tasks.chat_of else "a b"
+    messages, more = seen({**asked, "chat_template_kwargs": {"thinking": False}})
     assert messages == [{"role": "user", "content": text}]
     assert more == {"tools": TOOLS, "thinking": False}
-    messages, _ = chat_of({"input": "hi", "instructions": "be brief"})
+    messages, _ = seen({"input": "hi", "instructions": "be brief"})
     assert [message["content"] for message in messages] == ["be brief", "hi"]
 
 

@@ -92,6 +92,12 @@ def test_what_it_cannot_be_compared_with_is_refused_before_a_model_loads(
         bench("ragged", "--against", against)
 
 
+def test_more_tokens_than_positions_are_refused_before_a_model_loads(made, monkeypatch):
+    monkeypatch.setattr(speed, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(FlexmoeError, match=r"--prompt 1000000 and --new 16 are more than"):
+        speed.measure(str(made / "base"), speed.SpeedConfig(prompt=10**6))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

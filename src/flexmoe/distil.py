@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -178,11 +179,10 @@ def distil(
     for parameter in parameters:
         parameter.requires_grad_(True)
     start, weights = _restore(saved, parameters, optimizer)
-    order = list(
-        batches(torch.arange(len(ids)), schedule.batch_size, schedule.steps, schedule.seed)
-    )
+    every, size = torch.arange(len(ids)), schedule.batch_size
+    drawn = islice(batches(every, size, schedule.steps, schedule.seed), start, None)
     if not weights and scheme == "family":
-        probe = ids[order[0]]
+        probe = ids[next(batches(every, size, 1, schedule.seed))]
         weights = stratum_weights(model, probe, poorest, schedule.micro_batch)
     micro = MicroBatch(schedule.micro_batch)
     mixed = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
@@ -201,11 +201,12 @@ def distil(
             for step in track(Steps(start, schedule.steps, tokens), "recover"):
                 for group in optimizer.param_groups:
                     group["lr"] = schedule.rate(step)
-                rows = len(order[step])
+                batch = ids[next(drawn)]
+                rows = len(batch)
                 parts = parts_of_step(
                     scheme, at, poorest, rows, step, weights, schedule.seed, labels
                 )
-                batch, factors = ids[order[step]], [1.0] * len(parts)
+                factors = [1.0] * len(parts)
                 if any(part.scaled for part in parts):
                     total_P = run(partial(_losses, model, teacher, batch, parts), rows)
                     add_up([total_P])

@@ -119,7 +119,7 @@ def prepare(model: str | Path, config: CompressConfig) -> Prepared:
     if config.needs_data:
         tokenizer = load_tokenizer(source, meta.config)
         windows = calibration_windows(
-            config.data or "tiny",
+            "tiny" if config.data is None else config.data,
             tokenizer,
             samples=SAMPLES if config.samples is None else config.samples,
             seq_len=pick_seq_len(config.seq_len, meta.config),

@@ -107,6 +107,11 @@ def prepare(family: str | Path, config: RecoverConfig, base: str | Path | None =
         )
     if config.mode != "closed-form":
         part_of(torch.arange(size))  # refuses what several processes cannot share
+    most = min(min(layer.hidden, layer.channels) for layer in plan.layers.values())
+    if config.rank is not None and config.rank > most:
+        raise FlexmoeError(
+            f"rank {config.rank} is more than an expert's matrices can have, {most}: lower --rank"
+        )
     steps = tokens // (size * length)
     windows = calibration_windows(
         config.data,

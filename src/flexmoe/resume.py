@@ -56,6 +56,11 @@ class Work:
         """Whether there is state of this command."""
         return (self.path / SETTINGS_NAME).is_file()
 
+    @property
+    def kept(self) -> bool:
+        """Whether there is something to go on from: the record of a stage, or the plan."""
+        return any(found.name != SETTINGS_NAME for found in self.path.rglob("*.json"))
+
     @contextmanager
     def on(self, **inputs: str) -> Iterator[None]:
         """Inside the block there is state of this command, run on these ``inputs`` (their hashes):
@@ -71,7 +76,10 @@ class Work:
             except Damaged:
                 raise
             except (KeyboardInterrupt, SystemExit):
-                log.warning("interrupted: the same command goes on from '%s'", self.path)
+                if self.kept:
+                    log.warning("interrupted: the same command goes on from '%s'", self.path)
+                else:
+                    log.warning("interrupted: nothing was saved yet, the same command begins again")
                 raise
             except FlexmoeError:
                 self.clear()
@@ -125,6 +133,9 @@ class Work:
         """Around the last step: what was computed outlives a full disk."""
         try:
             yield
+        except (KeyboardInterrupt, SystemExit):
+            log.warning("interrupted: the same command goes on from '%s'", self.path)
+            raise
         except (OSError, FlexmoeError) as error:
             raise FlexmoeError(
                 f"'{self.out}' could not be written: {error}. What was computed is kept in "

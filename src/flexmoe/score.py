@@ -70,7 +70,7 @@ def score(
     ids, about = torch.zeros(1, 2, dtype=torch.long), {"data": "", "data_sha256": ""}
     if needs_data:
         windows = calibration_windows(
-            data or "tiny",
+            "tiny" if data is None else data,
             load_tokenizer(source, config),
             samples=SAMPLES if samples is None else samples,
             seq_len=pick_seq_len(seq_len, config),

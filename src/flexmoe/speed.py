@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmoe.checkpoint import meta_model
 from flexmoe.elastic import release
@@ -83,6 +83,7 @@ def measure(
         if family:
             raise FlexmoeError("a family is compared with itself at budget 0: leave --against out")
         expert_layers(meta_model(find_weights(against)))  # refuse what is none before the slow part
+    _check_room(config, meta_model(find_weights(path)).config)
     opened = load(path, device=config.device, dtype=dtype)
     runners = _family(opened, config) if family else _single(opened, folder)
     if against is not None:
@@ -127,6 +128,16 @@ def measure(
         "repeats": config.repeats,
         "rows": rows,
     }
+
+
+def _check_room(config: SpeedConfig, settings: PreTrainedConfig) -> None:
+    """`FlexmoeError` for more tokens than the model has positions."""
+    context = getattr(settings.get_text_config(), "max_position_embeddings", None)
+    if context and config.prompt + config.new > context:
+        raise FlexmoeError(
+            f"--prompt {config.prompt} and --new {config.new} are more than the model's context of "
+            f"{context} tokens: lower one of them"
+        )
 
 
 def _family(model: PreTrainedModel, config: SpeedConfig) -> list[Runner]:

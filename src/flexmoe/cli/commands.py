@@ -283,7 +283,7 @@ app.command()(cli_score.policies)
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="folder for all results")] = Path("demo"),
 ) -> None:
-    """The whole job on the small model that comes with flexmoe: three minutes on two cores."""
+    """The whole job on the small model that comes with flexmoe: 3 to 6 minutes on two cores."""
     from rich.console import Console
 
     from flexmoe.demo import demo as run

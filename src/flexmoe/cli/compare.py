@@ -27,7 +27,7 @@ def compare(
     model: Model,
     methods: Annotated[
         str,
-        typer.Option(help="METHOD[@ALLOCATE][+ROUTER],... or all; see: methods"),
+        typer.Option(help=r"METHOD\[@ALLOCATE][+ROUTER],... or all; see: methods"),
     ],
     json_out: Annotated[
         Path, typer.Option("--json", help="results, a JSON line each, only added to (.jsonl)")

@@ -29,7 +29,7 @@ def score(
     out: Annotated[Path, typer.Option("-o", "--out", help="file to write (.safetensors)")],
     data: Annotated[
         str | None,
-        typer.Option(help="calibration text: FILE[:WEIGHT],... (.jsonl, .txt, .gz); default: tiny"),
+        typer.Option(help="calibration text: FILE, folder or hub id[:WEIGHT],...; default: tiny"),
     ] = None,
     samples: Samples = None,
     seq_len: SeqLen = None,

@@ -65,7 +65,7 @@ def quality(results: Results, pruned: float) -> Cells:
         shown.append(_with_half(row["increase"], row["increase_interval"]))
         if with_pairs:
             of = row.get("pairs")
-            shown.append("" if of is None else f"{of['accuracy']:.3f}{_half(of['interval'])}")
+            shown.append("" if of is None else _right(of["accuracy"], of["interval"]))
         cells.append(shown)
     return head, cells
 
@@ -118,7 +118,7 @@ def note(results: Results) -> str:
         "methods of the same cost; most memory: held by the process in that pass"
     )
     if (pairs := base.get("pairs")) is not None:
-        text += f"; pairs: share right of {pairs['n']}, base {pairs['accuracy']:.3f}"
+        text += f"; pairs: share right of {pairs['n']}, base {_right(pairs['accuracy'])}"
     return text
 
 
@@ -146,6 +146,10 @@ def markdown(results: Results) -> str:
 
 def _with_half(value: float | None, spread: Sequence[float] | None) -> str:
     return "not finite" if value is None else f"{value:+.3f}{_half(spread)}"
+
+
+def _right(share: float | None, spread: Sequence[float] | None = None) -> str:
+    return "not finite" if share is None else f"{share:.3f}{_half(spread)}"
 
 
 def _half(spread: Sequence[float] | None) -> str:

@@ -25,7 +25,7 @@ from flexmoe.actions import ActionConfig
 from flexmoe.checkpoint import DTYPES, Checkpoint, meta_model
 from flexmoe.config import SAMPLES, CompressConfig
 from flexmoe.data import pick_batch_size, pick_seq_len
-from flexmoe.distil import STRATA
+from flexmoe.distil import STRATA, parts_of_step
 from flexmoe.doctor.dryrun import DryRun
 from flexmoe.doctor.found import Need
 from flexmoe.doctor.machine import Rates, measure_rates
@@ -220,17 +220,20 @@ class Estimator:
         dry = self.dry(torch.float32)
         mode = "full" if config.mode == "lora" else config.mode
         trained = list(trained_parameters(dry.model, mode).values())
-        family = config.picked_scheme == "family"
-        rows = [micro] if not family else _dealt(micro)
+        scheme = config.picked_scheme
+        parts = parts_of_step(scheme, 0.0, 1.0, micro, 0, [1.0] * STRATA, 0)
+        rows = [len(part.rows) for part in parts]
         key = (mode, micro, *rows, length, config.checkpointing)
         if key not in self._distilled:  # of two modes the step is the same
             step = dry.distil(micro, rows, length, trained, config.checkpointing)
             self._distilled[key] = step
         step = self._distilled[key]
         cost = step.times(steps * size / micro)
-        if not family:
+        if scheme == "sp":
             return cost
         probe = self._compare(torch.float32, micro, length)
+        if scheme == "cp":  # all parts once more without gradients, after one teacher, every step
+            return probe.times((1 + len(parts)) / 2 * steps * size / micro).then(cost)
         return probe.times((STRATA - 1) * size / micro).then(cost)
 
     def _try(self, run: Callable[[], Cost]) -> Cost | None:
@@ -256,8 +259,3 @@ class Estimator:
     def export(self, layout: str, size: int) -> Need:
         """An export of ``size`` bytes."""
         return replace(self.sizes.export(layout, size), seconds=self.files)
-
-
-def _dealt(windows: int) -> list[int]:
-    """How many windows each stratum gets."""
-    return [len(range(k, windows, STRATA)) for k in range(min(STRATA, windows))]

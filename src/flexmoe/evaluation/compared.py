@@ -149,9 +149,9 @@ def _check_policy(policy: Policy, rule: str) -> None:
 def _policy_tokens(data: str | None, tokenizer: Any, settings: PreTrainedConfig) -> Tensor:
     """What a policy is fitted on: some windows of calibration text."""
     length = min(POLICY_TOKENS, pick_seq_len(None, settings))
-    windows = calibration_windows(
-        data or "tiny", tokenizer, samples=POLICY_TOKENS // length, seq_len=length, seed=0
-    )
+    data = "tiny" if data is None else data
+    samples = POLICY_TOKENS // length
+    windows = calibration_windows(data, tokenizer, samples=samples, seq_len=length, seed=0)
     return check_tokens(windows.ids, settings)
 
 

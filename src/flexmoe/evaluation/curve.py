@@ -158,6 +158,10 @@ def stale(curve: Curve, folder: str | Path, track: Track = silent) -> str | None
     return None
 
 
-def command(folder: str | Path, *options: str) -> str:
-    """The command that measures and saves the curve of ``folder``."""
-    return " ".join(["flexmoe eval", shlex.quote(str(folder)), *options, "--save"])
+def command(folder: str | Path, *options: str, again: Curve | None = None) -> str:
+    """The command that measures and saves the curve of ``folder``, compared with the same model as
+    the curve that is measured ``again``."""
+    words = ["flexmoe eval", shlex.quote(str(folder))]
+    if again is not None and again.against is not None:
+        words.append(f"--against {shlex.quote(again.against.model)}")
+    return " ".join([*words, *options, "--save"])

@@ -6,6 +6,8 @@ the higher total log-probability, half right when both have the same; chance is 
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from flexmoe.evaluation.intervals import Array, Interval, interval, resampled_me
 from flexmoe.evaluation.members import Key, Members, device_of
 from flexmoe.jsonl import records
 from flexmoe.progress import Track, silent
+
+log = logging.getLogger(__name__)
 
 CHANCE = 0.5
 NEEDED, OPTIONAL = ("sentence_good", "sentence_bad"), ("paradigm", "field")
@@ -140,7 +144,8 @@ def right_pairs(
     tokens_per_step: int = 4096,
     track: Track = silent,
 ) -> dict[Key, Tensor]:
-    """Whether each pair is right, float64 [N] of 1, 0.5 (a tie) and 0, by member."""
+    """Whether each pair is right, float64 [N] of 1, 0.5 (a tie) and 0, by member; NaN where a
+    sentence's log-probability is not finite."""
     slices = list(_slices(encoded.sequences, tokens_per_step))
     scores: dict[Key, list[Tensor]] = {key: [] for key in members}
     model: Any = None
@@ -149,7 +154,13 @@ def right_pairs(
             model = None  # or it could not go before the next one comes
             model = members[key]()
         scores[key].append(sequence_scores(model, encoded.sequences[batch]))
-    return {key: _right(torch.cat(found), encoded) for key, found in scores.items()}
+    right = {key: _right(torch.cat(found), encoded) for key, found in scores.items()}
+    if any(right_N.isnan().any() for right_N in right.values()):
+        log.warning(
+            "log-probabilities of pairs are not finite: check that the tokenizer belongs to the "
+            "model, or run in float32 (--device cpu)"
+        )
+    return right
 
 
 def _slices(sequences: Sequence[Sequence[int]], tokens: int) -> Iterator[slice]:
@@ -162,13 +173,9 @@ def _slices(sequences: Sequence[Sequence[int]], tokens: int) -> Iterator[slice]:
 
 
 def _right(scores: Tensor, encoded: Encoded) -> Tensor:
-    if not torch.isfinite(scores).all():
-        raise FlexmoeError(
-            "the model's log-probabilities of the pairs are not finite: check that the tokenizer "
-            "belongs to the model, or run in float32 (--device cpu)"
-        )
     good_N, bad_N = scores[encoded.good_N], scores[encoded.bad_N]
-    return (good_N > bad_N).double() + CHANCE * (good_N == bad_N).double()
+    right_N = (good_N > bad_N).double() + CHANCE * (good_N == bad_N).double()
+    return torch.where((good_N + bad_N).isfinite(), right_N, math.nan)
 
 
 def pair_rows(

@@ -182,8 +182,8 @@ def pick(path: str | Path, wanted: Wanted, *, track: Track = silent) -> Picked:
     """
     folder = find_folder(path)
     plan = Plan.load(folder)
-    measure = command(path, *OPTIONS[wanted.by])
     curve, notes = load_curve(folder), []
+    measure = command(path, *OPTIONS[wanted.by], again=curve)
     measured = {point.pruned: point for point in curve.budgets} if curve else {}
     other = _other_parameters(folder, plan)
     candidates = [

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError, did_you_mean
+from flexmoe.files import refuse_existing
 from flexmoe.headers import resolve
 from flexmoe.plan import JSON_NAME
 from flexmoe.premoe.pattern import Pattern
@@ -68,12 +69,13 @@ class Store:
             )
 
     def check_new(self, task: str) -> None:
-        """`FlexmoeError` if there is a pattern of this name."""
+        """`FlexmoeError` if there is a pattern of this name, or none can be written."""
         if task in self.tasks:
             raise FlexmoeError(
                 f"'{self.path}' has a pattern of '{task}' already: give another name, or remove "
                 f"{task}.json and {task}.safetensors there"
             )
+        refuse_existing(self.path / f"{task}.json")
 
     def check_weights(self, found: str, model: str | Path) -> None:
         """`FlexmoeError` unless ``found``, the fingerprint of the weights of ``model``, is that of

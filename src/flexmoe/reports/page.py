@@ -99,7 +99,7 @@ def measured_curve(family: str | Path, track: Track = silent) -> Curve:
             f"'{family}' has no measured curve to report: make it with {command(family)}"
         )
     if reason := stale(curve, family, track):
-        raise FlexmoeError(f"{reason}: measure again with {command(family)}")
+        raise FlexmoeError(f"{reason}: measure again with {command(family, again=curve)}")
     return curve
 
 

@@ -86,24 +86,6 @@ def beside(model: PreTrainedModel) -> PreTrainedModel:
     return deepcopy(model, {**shared, id(plan): plan})
 
 
-def chat_of(body: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The messages of a chat, or of the responses API, and the template's arguments, much as vLLM
-    gives them: parts of text become lines. Raises anything for what is no chat."""
-    messages: Any = body.get("messages", body.get("input"))
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    if body.get("instructions"):
-        messages = [{"role": "system", "content": body["instructions"]}, *messages]
-    messages = [{**message, "content": _text(message.get("content"))} for message in messages]
-    return messages, {"tools": body.get("tools"), **(body.get("chat_template_kwargs") or {})}
-
-
-def _text(content: Any) -> Any:
-    if not isinstance(content, list):
-        return content
-    return "\n".join(part if isinstance(part, str) else part["text"] for part in content)
-
-
 class TaskFinder:
     """Finds the pattern that a request's prompt needs, from the first MoE layer's router in
     ``model``, of which no more than what stands before that layer's experts is computed.

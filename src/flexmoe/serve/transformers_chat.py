@@ -58,7 +58,8 @@ class ChatHandler(ChatCompletionHandler):
 
 
 class ResponsesHandler(ResponseHandler):
-    """``/v1/responses``. Streams where that is asked for only, as OpenAI's."""
+    """``/v1/responses``. What a request leaves out is as OpenAI has it: no stream, and several
+    calls of tools in one answer."""
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
         self._validate_request(body)
@@ -71,4 +72,5 @@ class ResponsesHandler(ResponseHandler):
             if not isinstance(item, dict):
                 raise FlexmoeError(f"an item of input must be an object, found {item!r}")
         _check_template(self, body)
-        return await super().handle_request({"stream": False, **body}, request_id)
+        usual = {"stream": False, "parallel_tool_calls": True}
+        return await super().handle_request({**usual, **body}, request_id)

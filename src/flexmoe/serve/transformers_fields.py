@@ -23,14 +23,22 @@ IGNORED: dict[str, tuple[Any, ...]] = {
     "audio": (), "modalities": ([], ["text"]), "prediction": (), "reasoning_effort": (),
     "response_format": ({"type": "text"},), "web_search_options": (),
     "functions": ([],), "function_call": (), "tool_choice": ("auto",),
+    "parallel_tool_calls": (True,),
     # of the responses API
     "text": ({}, {"format": {"type": "text"}}), "reasoning": ({},), "background": (False,),
     "previous_response_id": (), "conversation": (),
 }  # fmt: skip
+# What a response may be asked to include, and never has here: of OpenAI's own tools, and of images.
+ABSENT = (
+    "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
+    "code_interpreter_call.outputs", "computer_call_output.output.image_url",
+    "message.input_image.image_url",
+)  # fmt: skip
 KINDS: dict[str, tuple[type, str]] = {
     "messages": (list, "a list of messages"),
     "tools": (list, "a list of tools"),
     "chat_template_kwargs": (dict, "an object"),
+    "include": (list, "a list"),
     "instructions": (str, "a string"),
     "suffix": (str, "a string"),
     "stream": (bool, "true or false"),
@@ -44,13 +52,23 @@ UNHEEDED: dict[str, tuple[Any, ...]] = {"min_p": (None, 0), "repetition_penalty"
 def check(body: dict[str, Any]) -> None:
     """`FlexmoeError` for a field that would be ignored, or is of the wrong kind."""
     for name, found in body.items():
-        nothing = IGNORED.get(name, (found,))
+        if name not in IGNORED or (name == "parallel_tool_calls" and not body.get("tools")):
+            continue  # without tools there are no calls
+        nothing = IGNORED[name]
         # to Python true is 1, and false 0
         if not any(found == x and isinstance(found, bool) == isinstance(x, bool) for x in nothing):
             raise FlexmoeError(f"{name} is not supported by --engine transformers: leave it out")
     for name, (kind, words) in KINDS.items():
         if name in body and not isinstance(body[name], kind):
             raise FlexmoeError(f"{name} must be {words}, found {type(body[name]).__name__}")
+    for what in body.get("include", []):
+        if what not in ABSENT:
+            raise FlexmoeError(
+                f"include {what!r} is not supported by --engine transformers: leave it out"
+            )
+    for tool in body.get("tools", []):  # others would reach the template as functions
+        if not isinstance(tool, dict) or tool.get("type", "function") != "function":
+            raise FlexmoeError(f"a tool must be an object of type 'function', found {tool!r}")
     if taken := sorted(body.get("chat_template_kwargs", {}).keys() & TAKEN):
         raise FlexmoeError(f"chat_template_kwargs go to the template: leave {taken[0]} out")
     for name in LIMITS:

@@ -21,8 +21,9 @@ from flexmoe.premoe.signature import front
 from flexmoe.serve.engine import Engine, ServeSettings
 from flexmoe.serve.middleware import ServeMiddleware
 from flexmoe.serve.state import ServeState
-from flexmoe.serve.tasks import TaskFinder, chat_of, load_patterns
+from flexmoe.serve.tasks import TaskFinder, load_patterns
 from flexmoe.serve.vllm import requests
+from flexmoe.serve.vllm.chat import vllm_chat_of
 from flexmoe.serve.vllm.compat import BUDGET
 
 SETTINGS = "FLEXMOE_SERVE"  # environment variable that holds `ServeSettings` as JSON
@@ -90,7 +91,7 @@ class FlexmoeEndpoint:
         model = self.held.enter_context(front(weights, torch.device("cpu")))
         tokenizer = AutoTokenizer.from_pretrained(weights)
         room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        return TaskFinder(model, tokenizer, load_patterns(self.settings), room, chat_of)
+        return TaskFinder(model, tokenizer, load_patterns(self.settings), room, vllm_chat_of)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """`FlexmoeError` unless the engine serves the budgets that are offered: an option of
