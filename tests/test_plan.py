@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -180,9 +181,13 @@ def test_broken_plans_are_refused(make, message):
         make()
 
 
-def test_a_share_out_of_reach_names_the_nearest():
-    with pytest.raises(FlexmoeError, match=r"the nearest is 0\.5"):
-        small_plan().widths(0.9)
+@pytest.mark.parametrize(
+    ("pruned", "fix"),
+    [(0.9, "the nearest is 0.5"), (40, "40 % is 0.4"), (60, "the nearest is 0.5")],
+)
+def test_a_share_out_of_reach_names_the_nearest(pruned, fix):
+    with pytest.raises(FlexmoeError, match=re.escape(fix)):
+        small_plan().widths(pruned)
 
 
 def test_an_impossible_budget_is_refused():

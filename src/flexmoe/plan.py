@@ -166,9 +166,12 @@ class Plan:
             at = min(range(len(self.budgets)), key=lambda b: abs(self.budgets[b] - pruned))
             return {i: width[at] for i, width in self.width.items()}
         if not 0.0 <= pruned <= self.budgets[-1]:  # also what is not a number
+            last = self.budgets[-1]
+            fix = f"the nearest is {0.0 if pruned < 0 else last:g}"
+            if 1 < pruned <= 100 * last:
+                fix = f"{pruned:g} % is {pruned / 100:g}"
             raise FlexmoeError(
-                f"pruned {pruned:g} is outside this plan, which reaches from 0 to "
-                f"{self.budgets[-1]:g}; the nearest is {0.0 if pruned < 0 else self.budgets[-1]:g}"
+                f"pruned {pruned:g} is outside this plan, which reaches from 0 to {last:g}; {fix}"
             )
         if self.recipe.unit == "expert":
             known = ", ".join(f"{share:g}" for share in self.budgets)
