@@ -41,6 +41,9 @@ class Shape(NamedTuple):
 SHAPES = (Shape(64, 2048, 1024, 8), Shape(32, 1024, 512, 4))
 TOKENS = (1, 8, 64, 512)
 DTYPES = (torch.float32, torch.bfloat16)
+BUDGETS = ("100 %", "80 %", "60 %", "50 % ragged", "40 %")
+SPANS = ((1, 1), (0.6, 1), (0.2, 1), (0.1, 0.9), (0, 0.8))  # shares of channels of an expert
+MIXED = ("three budgets", "three batches")  # of 100, 60 and 40 %, in one batch and each in its own
 
 
 def measure(
@@ -129,22 +132,20 @@ def switch(layers: int = 48, E: int = 128, B: int = 4, device: str = "cpu") -> f
 def _rows(
     shape: Shape, dtype: torch.dtype, tokens: tuple[int, ...], repeats: int
 ) -> Iterator[dict[str, Any]]:
-    E, _, I, K = shape
+    E, K = shape.E, shape.K
     torch.manual_seed(0)
     layer, before = _layer(shape, dtype), _layer(shape._replace(E=K), dtype)
-    share_E = torch.linspace(0.1, 0.9, E)[torch.randperm(E)]
-    uniform_E = torch.full((E,), I // 2)
-    width_BE = torch.stack([torch.full((E,), I), (share_E * I).round().long(), uniform_E]).int()
+    width_BE = widths_of(shape)
     for T in tokens:
         x_TH = torch.randn(T, shape.H).to(dtype)
         weight_TK, index_TK = torch.rand(T, E).topk(K)
         weight_TK /= weight_TK.sum(1, keepdim=True)
-        budget_T = ((torch.arange(T) + 1) % 3).int()
+        budget_T = ((torch.arange(T) + 1) % 3 * 2).int()
         few = min(T, PREVIOUS)
         routed = (x_TH[:few], torch.arange(K).repeat(few, 1), weight_TK[:few])
         previous = before(routed, width_BE[:, :K].contiguous(), budget_T[:few])
         calls = layer((x_TH, index_TK, weight_TK), width_BE, budget_T)
-        at = {"100 %": 0 * budget_T, "50 % ragged": 0 * budget_T + 1, "three budgets": budget_T}
+        at = {name: 0 * budget_T + b for b, name in enumerate(BUDGETS)} | {MIXED[0]: budget_T}
         yield {
             "shape": shape._asdict(),
             "dtype": str(dtype).removeprefix("torch."),
@@ -166,13 +167,22 @@ def _layer(shape: Shape, dtype: torch.dtype) -> Callable[[Routed, Tensor, Tensor
             "transformers eager": _transformers(stock, "eager", *routed),
             "transformers grouped_mm": _transformers(stock, "grouped_mm", *routed),
             **({"vLLM cpu_fused_moe": fused(*routed)} if fused else {}),
-            "100 %": partial(experts, *routed, weights, width_BE, budget=0),
-            "50 % ragged": partial(experts, *routed, weights, width_BE, budget=1),
-            "three budgets": partial(experts, *routed, weights, width_BE, budget_T),
-            "three batches": _apart(routed, weights, width_BE, budget_T),
+            **{
+                name: partial(experts, *routed, weights, width_BE, budget=b)
+                for b, name in enumerate(BUDGETS)
+            },
+            MIXED[0]: partial(experts, *routed, weights, width_BE, budget_T),
+            MIXED[1]: _apart(routed, weights, width_BE, budget_T),
         }
 
     return calls
+
+
+def widths_of(shape: Shape) -> Tensor:
+    """Widths of every budget, spread evenly around their mean, the same experts wide in each."""
+    order = torch.randperm(shape.E)
+    shares = [torch.linspace(a, b, shape.E)[order] for a, b in SPANS]
+    return torch.stack([(share_E * shape.I).round() for share_E in shares]).int()
 
 
 def work(index_TK: Tensor, width_TE: Tensor, H: int, dtype: torch.dtype) -> dict[str, float]:

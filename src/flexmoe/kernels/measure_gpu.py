@@ -20,12 +20,10 @@ from torch import Tensor
 
 from flexmoe.kernels.activations import gated
 from flexmoe.kernels.interface import Weights, experts
-from flexmoe.kernels.measure import Call, Routed, Shape, switch, work
+from flexmoe.kernels.measure import BUDGETS, MIXED, Call, Routed, Shape, switch, widths_of, work
 
 SHAPES = (Shape(8, 4096, 14336, 2), Shape(64, 3584, 2560, 8))  # Mixtral-8x7B, Qwen2-57B-A14B
 TOKENS = (1, 8, 64, 512, 4096)  # decode at batch 1 to 64, prefill beyond
-BUDGETS = ("100 %", "80 %", "60 %", "50 % ragged", "40 %")
-MIXED = ("three budgets", "three batches")  # of 100, 60 and 40 %, in one batch and each in its own
 IN_A_GRAPH = 4  # calls, at least
 # calls of other kernels, by name, for tokens, gate and up [E, 2I, H] and down [E, H, I]
 MorePeers = Callable[[Routed, Tensor, Tensor], dict[str, Call]]
@@ -48,7 +46,7 @@ def measure(
         rows = []
         for shape in shapes:
             torch.manual_seed(0)
-            weights, width_BE = weights_of(shape, device), widths_of(shape, device)
+            weights, width_BE = weights_of(shape, device), widths_of(shape).to(device)
             _check_switching(shape, weights, width_BE)
             for T in tokens:
                 routings_of = routings(shape, T, device)
@@ -123,15 +121,6 @@ def weights_of(shape: Shape, device: str) -> Weights:
     down_RH = torch.randn(E * I, H, device=device, dtype=torch.bfloat16) / I**0.5
     offset_E = (torch.arange(E + 1, device=device) * I).int()
     return Weights(up_RCH, down_RH, offset_E, gated("silu"), "silu")
-
-
-def widths_of(shape: Shape, device: str) -> Tensor:
-    """Widths of every budget, spread evenly around their mean, the same experts wide in each."""
-    E, I = shape.E, shape.I
-    order = torch.randperm(E)
-    spans = ((1, 1), (0.6, 1), (0.2, 1), (0.1, 0.9), (0, 0.8))
-    shares = [torch.linspace(a, b, E)[order] for a, b in spans]
-    return torch.stack([(share_E * I).round() for share_E in shares]).int().to(device)
 
 
 def routings(shape: Shape, T: int, device: str) -> list[Routed]:
