@@ -34,7 +34,7 @@ class RcoConfig:
     masks a step, each on ``windows`` windows; ``tau`` falls geometrically for every budget;
     ``spread`` is how much the prior counts. Only ``lr`` is another thing there: they have a logit
     for "stays" too, and Adam moves each of the two by it, so that their difference, the one logit
-    here, moves twice as far."""
+    here, moves twice as far; that lost more where it was tried (docs/log.md)."""
 
     steps: int = 200
     draws: int = 4
