@@ -305,6 +305,7 @@ def test_all_problems_are_said_at_once(
     shutil.rmtree(both)
     for words in ("is quantized (fp8)", "cut short", "tokenizer"):
         assert words in said
+    assert "ragged" not in said
 
 
 def test_what_a_file_cannot_say_is_said_with_the_file(

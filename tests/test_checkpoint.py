@@ -249,8 +249,11 @@ class Hub:
 
 def test_download_leaves_out_second_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("olmoe").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}  # which `dequantize` asks for
+    (tmp_path / "config.json").write_text(json.dumps(config))
     hub = Hub(tmp_path, monkeypatch)
-    assert resolve("owner/model") == tmp_path
+    assert resolve("owner/model", quantized=True) == tmp_path
     config, patterns = hub.asked
     assert config == "config.json"
     files = [

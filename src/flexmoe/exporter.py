@@ -76,7 +76,7 @@ def rank_checkpoint(source: Path, plan: Plan, out: Path, track: Track = silent) 
         for i, order in plan.order.items()
     }
     copy_others(opened.checkpoint, Path(out))
-    write(opened, Path(out), same_names(opened, cuts), track)
+    write(Path(out), same_names(opened, cuts), track)
     _compare(opened, cuts, Path(out), None, track)
 
 
@@ -159,8 +159,8 @@ def export(
             (routed, checked), difference = removal.check(partial, track), 0.0
         else:
             if config is not None:
-                _write_config(source.checkpoint, partial, config)
-            write(source, partial, entries, track)
+                write_config(source.checkpoint, partial, config)
+            write(partial, entries, track)
             routed, checked, difference = _compare(source, cuts, partial, names, track)
             if rule == "constant":
                 verify(
@@ -212,7 +212,8 @@ def copy_others(source: Checkpoint, out: Path) -> None:
         shutil.copyfile(source.path / name, out / name)
 
 
-def _write_config(source: Checkpoint, out: Path, config: dict[str, Any]) -> None:
+def write_config(source: Checkpoint, out: Path, config: dict[str, Any]) -> None:
+    """Write config.json into the folder ``out``, in the letters that the source has it in."""
     ascii_only = (source.path / "config.json").read_bytes().isascii()
     text = json.dumps(config, indent=2, ensure_ascii=ascii_only) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")

@@ -16,6 +16,11 @@ from flexmoe.errors import FlexmoeError
 INDEX_NAME = "model.safetensors.index.json"
 EXPORT_NAME = "flexmoe_export.json"  # what an export says about itself
 CURVE_NAME = "evaluation.json"  # the measured curve of a family, see `flexmoe.evaluation.curve`
+READABLE = (
+    "fp8",
+    "mxfp4",
+    "compressed-tensors",
+)  # quantizations that `dequantize` reads, or some of
 # Names of the safetensors format, and torch's.
 DTYPE_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -26,13 +31,14 @@ DTYPE_NAMES = {
 }  # fmt: skip
 
 
-def resolve(model: str | Path) -> Path:
+def resolve(model: str | Path, quantized: bool = False) -> Path:
     """The folder of a checkpoint: a local folder, else ``tiny`` (the model inside the package) or
-    a hub id, which is downloaded. A `FlexmoeError` says why it cannot be used."""
+    a hub id, which is downloaded, a ``quantized`` one only if that is asked for. A `FlexmoeError`
+    says why it cannot be used."""
     path = Path(model).expanduser()
     if not path.is_dir():
         packaged = Path(flexmoe.__file__).parent / "tiny" / "model"
-        path = packaged if str(model) == "tiny" else _download(str(model))
+        path = packaged if str(model) == "tiny" else _download(str(model), quantized)
     if not (path / "config.json").is_file():
         raise FlexmoeError(f"{path} is not a Hugging Face checkpoint: it has no config.json")
     if not any(path.glob("*.safetensors")):
@@ -73,7 +79,7 @@ def is_hub_id(model: str) -> bool:
     return not model.startswith((".", "/", "~")) and model.count("/") == 1
 
 
-def _download(model: str) -> Path:
+def _download(model: str, quantized: bool) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -91,7 +97,8 @@ def _download(model: str) -> Path:
         raise _no_download(model, error) from error
     from flexmoe.checkpoint import refuse_unknown
 
-    refuse_quantized(model, read_json(config))  # before hundreds of gigabytes come down
+    if not quantized:
+        refuse_quantized(model, read_json(config))  # before hundreds of gigabytes come down
     refuse_unknown(read_json(config))
     try:
         return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=others))
@@ -212,7 +219,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def refuse_ragged(where: str | Path, config: dict[str, Any]) -> None:
     """`FlexmoeError` for the config.json of a ragged export."""
-    if config.get("quantization_config"):  # that of others is refused before
+    found = config.get("quantization_config")
+    if isinstance(found, dict) and found.get("quant_method", "flexmoe") == "flexmoe":
         raise FlexmoeError(f"{where} is a ragged export: start from its family instead")
 
 
@@ -225,5 +233,6 @@ def refuse_quantized(where: str | Path, config: dict[str, Any]) -> None:
     if method != "flexmoe":
         raise FlexmoeError(
             f"{where} is quantized ({method}): channels of quantized experts cannot be reordered. "
-            "Start from the checkpoint in bf16 and quantize the export."
+            "Start from the checkpoint in bf16 and quantize the export"
+            + (f": 'flexmoe dequantize {where} -o DIR' makes one." if method in READABLE else ".")
         )

@@ -283,7 +283,7 @@ def _write(
     plan = replace(ready.plan, recipe=recipe)
     with written_beside(out) as partial:
         copy_others(ready.source.checkpoint, partial)
-        write(ready.source, partial, shards, track)
+        write(partial, shards, track)
         verify(partial, shards, track)
         plan.save(partial, ranked=True)
         if (kept := ready.folder / EVIDENCE_NAME).is_file():  # of the same plan

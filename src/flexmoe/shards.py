@@ -304,7 +304,7 @@ def _best(checkpoint: Checkpoint, piece: Piece, cut: Cut, e: int, side: str) -> 
     return kept.mT if side == "down" else kept
 
 
-def write(source: Source, out: Path, shards: Shards, track: Track = silent) -> None:
+def write(out: Path, shards: Shards, track: Track = silent) -> None:
     """Write all shards into ``out``, and their index: engines that take every safetensors file of
     a folder for weights take those of the index where there is one, and leave our tables alone."""
     for n, (file, entries) in enumerate(shards.items(), 1):

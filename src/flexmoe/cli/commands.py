@@ -17,6 +17,7 @@ import typer
 from flexmoe import __version__
 from flexmoe.cli import bench as cli_bench
 from flexmoe.cli import compare as cli_compare
+from flexmoe.cli import dequantize as cli_dequantize
 from flexmoe.cli import doctor as cli_doctor
 from flexmoe.cli import eval as cli_eval
 from flexmoe.cli import pick as cli_pick
@@ -262,6 +263,7 @@ def export(
 
 
 app.command(epilog=cli_doctor.EXAMPLES)(cli_doctor.doctor)
+app.command(epilog=cli_dequantize.EXAMPLES)(cli_dequantize.dequantize)
 app.command(epilog=cli_compare.EXAMPLES)(cli_compare.compare)
 app.command(epilog=cli_recover.EXAMPLES)(cli_recover.recover)
 app.command(epilog=cli_reweigh.EXAMPLES)(cli_reweigh.reweigh)

@@ -51,7 +51,7 @@ class Removal:
         """Weights and config.json into the folder ``out``, which has all other files."""
         config = _with_values(self.source.checkpoint.config, self.counts.settings(self.number))
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write(self.source, out, self.shards, track)
+        write(out, self.shards, track)
 
     def check(self, out: Path, track: Track = silent) -> tuple[int, int]:
         """Read ``out`` again: every tensor is what was to be written, every expert is the one it
