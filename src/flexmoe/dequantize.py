@@ -38,8 +38,8 @@ def dequantize(model: str | Path, out: str | Path, track: Track = silent) -> Pat
     quantized weights in bfloat16, every other tensor and file as it is.
 
     MXFP4 is exact in bfloat16; FP8 times its factor, a product in float32, is rounded to it. Memory
-    holds the largest tensor, and in float32 the largest matrix. ``out`` appears complete, read back
-    and compared, or not at all; a `FlexmoeError` says what stands in the way.
+    holds the largest tensor twice, and the largest matrix in float32. ``out`` appears complete,
+    read back and compared, or not at all; a `FlexmoeError` says what stands in the way.
     """
     refuse_existing(out)
     source = Checkpoint(resolve(model, quantized=True))
@@ -153,7 +153,7 @@ def _fp8(weight: Tensor, factors: Tensor, block: tuple[int, int]) -> Tensor:
     factors = factors.float().reshape(-1, 1) if factors.dim() < 2 else factors.float()
     for axis, (size, n) in enumerate(zip(weight.shape, block, strict=True)):
         factors = factors.repeat_interleave(n, axis).narrow(axis, 0, size)
-    return (weight.float() * factors).bfloat16()
+    return weight.float().mul_(factors).bfloat16()
 
 
 def _mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
