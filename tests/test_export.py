@@ -216,8 +216,8 @@ def test_damage_is_found_before_the_name_is_given(
 ) -> None:
     real = EXPORT.write
 
-    def damage(source, out, shards, track):  # type: ignore[no-untyped-def]
-        real(source, out, shards, track)
+    def damage(out, shards, track):  # type: ignore[no-untyped-def]
+        real(out, shards, track)
         for file in sorted(out.glob("*.safetensors")):
             found = load_file(file)
             for name in found:
@@ -236,8 +236,8 @@ def test_other_damage_is_found_too(
 ) -> None:
     real = EXPORT.write
 
-    def damage(source, out, shards, track):  # type: ignore[no-untyped-def]
-        real(source, out, shards, track)
+    def damage(out, shards, track):  # type: ignore[no-untyped-def]
+        real(out, shards, track)
         for file in sorted(out.glob("*.safetensors")):
             raw = bytearray(file.read_bytes())
             if b"lm_head" in raw[:5000]:

@@ -32,6 +32,7 @@ from flexmoe.shards import (
     Cut,
     RaggedNames,
     Source,
+    others,
     ragged,
     ragged_names,
     same_names,
@@ -76,7 +77,7 @@ def rank_checkpoint(source: Path, plan: Plan, out: Path, track: Track = silent) 
         for i, order in plan.order.items()
     }
     copy_others(opened.checkpoint, Path(out))
-    write(opened, Path(out), same_names(opened, cuts), track)
+    write(Path(out), same_names(opened, cuts), track)
     _compare(opened, cuts, Path(out), None, track)
 
 
@@ -139,9 +140,10 @@ def export(
     if not ranked:
         check_weights(plan, source.checkpoint, source.layers)
     rule = rule_of_export(plan.recipe, layout, router, bool(plan.constant))
+    config: dict[str, Any] | None
     if rule == "remove":
         removal = Removal(source, plan, pruned)
-        entries = removal.shards
+        entries, config = removal.shards, removal.config
     else:
         cuts, config = _cuts(source, plan, ranked, pruned, layout)
         names = ragged_names(source) if layout == "ragged" else None
@@ -154,18 +156,16 @@ def export(
     refuse_full(out, needed, "the export")
     with written_beside(out) as partial:
         copy_others(source.checkpoint, partial)
+        if config is not None:
+            _write_config(source.checkpoint, partial, config)
+        write(partial, entries, track)
         if rule == "remove":
-            removal.write(partial, track)
             (routed, checked), difference = removal.check(partial, track), 0.0
         else:
-            if config is not None:
-                _write_config(source.checkpoint, partial, config)
-            write(source, partial, entries, track)
             routed, checked, difference = _compare(source, cuts, partial, names, track)
             if rule == "constant":
-                verify(
-                    partial, {"": [e for s in entries.values() for e in s if CONSTANT in e.name]}
-                )
+                added = [e for shard in entries.values() for e in shard if CONSTANT in e.name]
+                verify(Checkpoint(partial), {"": added})
         achieved = 1 - routed / plan.routed_parameters
         _describe(partial, layout, pruned, achieved, rule, plan.recipe, manifest.tensors_sha256)
         write_card(partial, family=folder, track=track)
@@ -258,7 +258,7 @@ def _compare(
     written = Checkpoint(out)
     layers = {} if names else trace(written, meta_model(out))
     give_back()  # what one step has freed would lie beside what the next one holds
-    _compare_others(source, written)
+    verify(written, others(source))
     give_back()
     generator = torch.Generator().manual_seed(0)
     routed, checked, largest = 0, 0, 0.0
@@ -294,23 +294,6 @@ def _compare(
             )
             largest = max(largest, difference)
     return routed, checked, largest
-
-
-def _compare_others(source: Source, written: Checkpoint) -> None:
-    with_channels = {
-        piece.name
-        for traced in source.layers.values()
-        for piece in traced.stored
-        if piece.axis is not None
-    }
-    # in order, so that as much memory is held in every run
-    for name in sorted(source.checkpoint.tensors.keys() - with_channels):
-        same = name in written.tensors and torch.equal(
-            source.checkpoint.tensor(name).flatten().view(torch.uint8),
-            written.tensor(name).flatten().view(torch.uint8),
-        )
-        if not same:
-            raise FlexmoeError(f"{name} read back from {written.path} is not what was written")
 
 
 def _read(

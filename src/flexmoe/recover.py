@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 import flexmoe
 from flexmoe.around import router_weights
+from flexmoe.checkpoint import Checkpoint
 from flexmoe.data import (
     calibration_windows,
     check_tokens,
@@ -283,8 +284,8 @@ def _write(
     plan = replace(ready.plan, recipe=recipe)
     with written_beside(out) as partial:
         copy_others(ready.source.checkpoint, partial)
-        write(ready.source, partial, shards, track)
-        verify(partial, shards, track)
+        write(partial, shards, track)
+        verify(Checkpoint(partial), shards, track)
         plan.save(partial, ranked=True)
         if (kept := ready.folder / EVIDENCE_NAME).is_file():  # of the same plan
             shutil.copyfile(kept, partial / EVIDENCE_NAME)
