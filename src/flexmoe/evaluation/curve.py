@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shlex
@@ -22,7 +21,7 @@ from flexmoe.checkpoint import Checkpoint
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.compared import MODEL, Compared
 from flexmoe.evaluation.records import Curve, OfWeights
-from flexmoe.files import read_sealed, seal, write_whole
+from flexmoe.files import read_sealed, write_sealed
 from flexmoe.headers import CURVE_NAME
 from flexmoe.plan import JSON_NAME, read_manifest
 from flexmoe.progress import Track, silent
@@ -133,7 +132,7 @@ def save_curve(folder: str | Path, curve: Curve) -> Path:
     """Write ``evaluation.json`` into ``folder``, whole or not at all; returns its path."""
     path = Path(folder) / CURVE_NAME
     try:
-        write_whole(path, (json.dumps(seal(curve.model_dump()), indent=1) + "\n").encode())
+        write_sealed(path, curve)
     except OSError as error:
         raise FlexmoeError(f"cannot write {path}: {error.strerror}") from None
     return path
