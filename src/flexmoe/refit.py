@@ -24,7 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.experts import ExpertLayer, Routing, expert_layers, experts_function, unchanged
+from flexmoe.experts import (
+    Enough,
+    ExpertLayer,
+    Routing,
+    expert_layers,
+    experts_function,
+    unchanged,
+)
 from flexmoe.plan import Plan
 from flexmoe.progress import Steps, Track, silent
 from flexmoe.ram import free_ram
@@ -69,12 +76,8 @@ class Moments:
             self.sum_EII[e].addmm_(x_nI.mT, x_nI)
             self.count_E[e] += b - a
         if self.last:
-            raise _Enough
+            raise Enough
         return h_SI
-
-
-class _Enough(Exception):
-    """Ends a forward pass: the layers that follow are not needed."""
 
 
 def refit(
@@ -181,7 +184,7 @@ def _pass(
         layer.module.flexmoe_observer = moments.get(layer.index, unchanged)
     try:
         model(input_ids=batch, use_cache=False)
-    except _Enough:
+    except Enough:
         pass
     finally:
         for layer in layers:

@@ -18,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from flexmoe.around import around_experts
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import (
+    Enough,
     ExpertLayer,
     Routing,
     expert_layers,
@@ -32,10 +33,6 @@ from flexmoe.routing.edits import Work, edited_forward
 from flexmoe.routing.rules import reroute, restore
 from flexmoe.statistics import Statistics, empty_statistics, passes
 from flexmoe.training import processes
-
-
-class _Enough(Exception):
-    """Ends a forward pass behind the layer that is looked at."""
 
 
 def check_sequential(method: Method, pruned: float) -> None:
@@ -116,13 +113,13 @@ def _run_to(model: nn.Module, layer: ExpertLayer, batch: Tensor) -> Tensor:
 
     def enough(module: nn.Module, args: Any, output: Tensor) -> None:
         given.append(output)
-        raise _Enough
+        raise Enough
 
     stop = layer.module.register_forward_hook(enough)
     try:
         with torch.no_grad():
             model(input_ids=batch, use_cache=False)
-    except _Enough:
+    except Enough:
         pass
     finally:
         stop.remove()
