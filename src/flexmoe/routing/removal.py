@@ -4,11 +4,9 @@ that has one for each expert, and the counts in config.json."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from flexmoe.plan import Plan
 from flexmoe.progress import Track, silent
 from flexmoe.routing.counts import Counts, builder, find_counts
 from flexmoe.routing.rules import check_table, kept_experts
-from flexmoe.settings import Place
+from flexmoe.settings import with_values
 from flexmoe.shards import Entry, Shards, Source, verify
 from flexmoe.trace import Piece, trace
 
@@ -44,7 +42,7 @@ class Removal:
             )
         self.counts.model(numbers[0])  # refuses what its router cannot do
         self.shards = _shards(source, self.counts, self.kept)
-        self.config = _with_values(source.checkpoint.config, self.counts.settings(numbers[0]))
+        self.config = with_values(source.checkpoint.config, self.counts.settings(numbers[0]))
 
     def check(self, out: Path, track: Track = silent) -> tuple[int, int]:
         """Read ``out`` again: every tensor is what was to be written, every expert is the one it
@@ -66,16 +64,6 @@ class Removal:
                 routed += sum(tensor.numel() for tensor in found.values())
                 checked += 1
         return routed, checked
-
-
-def _with_values(config: Mapping[str, Any], values: Mapping[Place, int]) -> dict[str, Any]:
-    new = deepcopy(dict(config))
-    for place, value in values.items():
-        inner = new
-        for key in place[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[place[-1]] = value
-    return new
 
 
 def _shards(source: Source, counts: Counts, kept: Mapping[int, Tensor]) -> Shards:
