@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.evidence import Evidence
+from flexmoe.family import find_folder, open_source
 from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_beside
 from flexmoe.headers import EXPORT_NAME, resolve
 from flexmoe.hf import CONSTANT, FORMAT, WITH_CONSTANTS
@@ -41,7 +42,7 @@ from flexmoe.shards import (
     write,
 )
 from flexmoe.storage import activation_function
-from flexmoe.trace import check_weights, trace
+from flexmoe.trace import trace
 from flexmoe.uniform import uniform_config, uniform_width
 from flexmoe.widths import LAYOUTS
 
@@ -129,23 +130,18 @@ def export(
     """
     if layout not in LAYOUTS:
         raise did_you_mean(layout, LAYOUTS, "layout")
-    out, folder = Path(out).expanduser(), Path(family).expanduser()
+    out = Path(out).expanduser()
     refuse_existing(out)
-    folder = folder if folder.is_dir() else resolve(family)
+    folder = find_folder(family)
     manifest, plan = read_manifest(folder), Plan.load(folder)
-    ranked = manifest.ranked
-    if ranked and base is not None:
-        raise FlexmoeError(f"{folder} holds its own weights: --base is for a plan alone")
-    source = Source.open(folder if ranked else resolve(base or plan.recipe.base_model), plan)
-    if not ranked:
-        check_weights(plan, source.checkpoint, source.layers)
+    source = open_source(folder, plan, base)
     rule = rule_of_export(plan.recipe, layout, router, bool(plan.constant))
     config: dict[str, Any] | None
     if rule == "remove":
         removal = Removal(source, plan, pruned)
         entries, config = removal.shards, removal.config
     else:
-        cuts, config = _cuts(source, plan, ranked, pruned, layout)
+        cuts, config = _cuts(source, plan, manifest.ranked, pruned, layout)
         names = ragged_names(source) if layout == "ragged" else None
         entries = ragged(source, cuts, names) if names else same_names(source, cuts)
         if rule == "constant" and config is not None:
