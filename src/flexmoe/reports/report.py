@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,18 +34,6 @@ def _scaled(number: float, units: Sequence[str]) -> str:
 def percent(share: float) -> str:
     """A share for people: 12.5%."""
     return f"{100 * share:.4g}%"
-
-
-def merge_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One row a budget from rows of several data files: the mean of their losses (each file counts
-    the same) and its perplexity."""
-    merged = []
-    for pruned in dict.fromkeys(row["pruned"] for row in rows):
-        same = [row for row in rows if row["pruned"] == pruned]
-        nll = sum(row["nll"] for row in same) / len(same)
-        perplexity = math.inf if nll > 700 else math.exp(nll)  # as a float has it
-        merged.append({**same[0], "nll": nll, "perplexity": perplexity})
-    return merged
 
 
 def budget_table(rows: Sequence[Row], title: str) -> Table:
