@@ -32,9 +32,9 @@ from flexmoe.experts import (
     experts_function,
     unchanged,
 )
+from flexmoe.memory import free_memory
 from flexmoe.plan import Plan
 from flexmoe.progress import Steps, Track, silent
-from flexmoe.ram import free_ram
 
 FULL = 3.0  # weight of the unpruned member beside all others together, see docs/log.md
 DAMPING = 1.0  # the old weights count like DAMPING * I tokens more that voted for them
@@ -108,7 +108,9 @@ def refit(
     weight_B = budget_weights(weights, plan.budgets)
     if not damping >= 0:
         raise FlexmoeError(f"damping must not be negative, found {damping:g}")
-    groups = _groups(layers, _free_memory(layers[0]) if memory is None else memory)
+    if memory is None:
+        memory = free_memory(layers[0].module.down_proj.device) // 2
+    groups = _groups(layers, memory)
     device = next(model.parameters()).device
     batches = [(group, batch) for group in groups for batch in ids.split(batch_size)]
     moments: dict[int, Moments] = {}
@@ -152,14 +154,6 @@ def budget_weights(weights: Sequence[float] | None, budgets: Sequence[float]) ->
             f"{list(budgets)}, found {list(weights)}"
         )
     return torch.tensor(weights, dtype=torch.float64)
-
-
-def _free_memory(layer: ExpertLayer) -> int:
-    """Half of the bytes that are free where the layer is."""
-    device = layer.module.down_proj.device
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return free_ram() // 2
 
 
 def _groups(layers: Sequence[ExpertLayer], memory: int) -> list[list[ExpertLayer]]:
