@@ -222,19 +222,13 @@ def compress(
 def _plan_table(plan: Any, title: str) -> Any:
     from rich.table import Table
 
-    from flexmoe.reports.report import count, size
+    from flexmoe.reports.report import member_row
 
     table = Table(title=title, title_justify="left")
     for name in ("pruned", "exactly", "routed parameters", "active routed", "size (ragged)"):
         table.add_column(name, justify="right")
     for member in map(plan.member, plan.budgets):
-        table.add_row(
-            f"{member.pruned:.0%}",
-            f"{member.achieved:.2%}",
-            count(member.routed_parameters),
-            count(member.active_parameters),
-            size(member.bytes),
-        )
+        table.add_row(*member_row(member))
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,17 +165,13 @@ def _generation_config(compared: Compared) -> GenerationConfig:
 
 def describe(inputs: Inputs, config: EvaluateConfig) -> dict[str, Any]:
     """Names, counts and hashes of all inputs, as `flexmoe.evaluation.records.Curve` has them."""
-    files = {
-        name: {"windows": len(ids), "seq_len": ids.shape[1], "sha256": tokens_sha256(ids)}
-        for name, ids in inputs.windows.items()
-    }
+    files = describe_files(inputs.windows)
     found: dict[str, Any] = {
         "data": config.data, "files": files, "pairs": None, "tasks": None, "generation": None,
         "structured": None,
     }  # fmt: skip
     if config.pairs is not None:
-        of_file = {"name": Path(config.pairs).name, "sha256": _sha256(config.pairs)}
-        found["pairs"] = of_file | {"per_paradigm": config.pairs_per_paradigm}
+        found["pairs"] = describe_pairs(config.pairs, config.pairs_per_paradigm)
     if config.tasks:
         own = {Path(n).name: _sha256(n) for n in config.tasks if n.endswith(FILES)}
         names = [Path(n).name if n.endswith(FILES) else n for n in config.tasks]
@@ -186,6 +182,19 @@ def describe(inputs: Inputs, config: EvaluateConfig) -> dict[str, Any]:
         modes = {"greedy": inputs.modes["greedy"]}
         found["structured"] = _prompts(config.json_prompts, inputs, inputs.structured, modes)
     return found
+
+
+def describe_files(windows: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of each data file the windows, tokens a window, and hash of the tokens."""
+    return {
+        name: {"windows": len(ids), "seq_len": ids.shape[1], "sha256": tokens_sha256(ids)}
+        for name, ids in windows.items()
+    }
+
+
+def describe_pairs(path: str | Path, per_paradigm: int | None) -> dict[str, Any]:
+    """The file of pairs, and how many of each paradigm were used."""
+    return {"name": Path(path).name, "sha256": _sha256(path), "per_paradigm": per_paradigm}
 
 
 def _prompts(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from flexmoe.plan import Member
 
 Row = Mapping[str, Any]
 
@@ -34,6 +37,17 @@ def _scaled(number: float, units: Sequence[str]) -> str:
 def percent(share: float) -> str:
     """A share for people: 12.5%."""
     return f"{100 * share:.4g}%"
+
+
+def member_row(member: Member) -> list[str]:
+    """Pruned as asked for and exactly, routed and active parameters, size: a budget's figures."""
+    return [
+        percent(member.pruned),
+        f"{member.achieved:.2%}",
+        count(member.routed_parameters),
+        count(member.active_parameters),
+        size(member.bytes),
+    ]
 
 
 def budget_table(rows: Sequence[Row], title: str) -> Table:
