@@ -147,13 +147,12 @@ def learn_positions(
     if saved is not None and (state := saved.load()) is not None:
         start, tensors = state
         positions.value_X = tensors["position"]
-    drawn = batches(torch.arange(len(ids)), batch_size, config.steps, seed)
-    drawn = islice(drawn, start, None)
+    drawn = islice(batches(ids, batch_size, config.steps, seed), start, None)
     with masked(layers):
         with activations_recomputed(model, checkpointing):
             tokens = batch_size * ids.shape[1]
             for step in track(Steps(start, config.steps, tokens), "learn"):
-                rows, left = next(drawn), 1 - step / config.steps
+                batch, left = next(drawn), 1 - step / config.steps
                 jitter = config.jitter[1] + (config.jitter[0] - config.jitter[1]) * left
                 # of its own seed, so that a restart draws what an unbroken run would have
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -169,7 +168,7 @@ def learn_positions(
                 halves = []
                 for half in range(2):
                     chosen = part_of(torch.arange(batch_size))
-                    windows = ids[rows[chosen[chosen % 2 == half]]].to(device)
+                    windows = batch[chosen[chosen % 2 == half]].to(device)
                     if is_sharded(model):  # all processes make the same calls
                         parts = in_step(_split(windows, micro.size), ids[:1].to(device))
                         halves.append(_worth(model, layers, parts, kept))
