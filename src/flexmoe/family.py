@@ -129,7 +129,7 @@ def load(
     plan.widths(pruned or 0.0)  # refuse a share out of reach before the slow part
     model = load_stock(source, device=device, dtype=dtype)
     attach(model, plan, ranked=ranked)
-    model.flexmoe_source = elastic.Source(source, None if ranked else plan.order)
+    model.flexmoe_source = elastic.LoadedFrom(source, None if ranked else plan.order)
     if pruned:
         set_budget(model, pruned)
     return model

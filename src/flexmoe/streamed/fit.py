@@ -31,7 +31,7 @@ SLACK_SHARE, SLACK_BYTES = 0.05, 32 * 2**20
 COPIES = 6  # of the logits in float32, the gradient and what the loss makes of them among these
 
 
-def check_weights(loader: LayerLoader, memory: int, beside: tuple[str, int] | None = None) -> None:
+def check_memory(loader: LayerLoader, memory: int, beside: tuple[str, int] | None = None) -> None:
     """`FlexmoeError` if ``memory`` bytes cannot hold what is in memory at any time, ``beside``
     (what, bytes) with it: known from config.json, before a weight is read."""
     now, outside, layer = held(loader.device), loader.bytes_outside, max(loader.bytes_of)
