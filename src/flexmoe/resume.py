@@ -26,9 +26,8 @@ from flexmoe.training import processes
 log = logging.getLogger(__name__)
 
 SETTINGS_NAME = "settings.json"
-EVERY = (
-    20.0  # seconds between two writes of the same state; more where a write takes above a second
-)
+# seconds between two writes of the same state; more where a write takes above a second
+EVERY = 20.0
 
 
 def work_folder(out: str | Path) -> Path:
