@@ -13,6 +13,7 @@ from flexmoe.cli import main
 from flexmoe.data import TINY
 from flexmoe.evaluation.curve import of_weights, save_curve
 from flexmoe.evaluation.records import Curve
+from flexmoe.evidence import Evidence
 from flexmoe.exporter import write_family
 from flexmoe.family import load_stock
 from flexmoe.plan import Plan
@@ -20,6 +21,7 @@ from flexmoe.reports.page import build_page, measured_curve
 from flexmoe.reports.report import measured_rows
 from flexmoe.reports.samples import make_samples
 from flexmoe.reports.sizes import GONE, KEPT, parts
+from flexmoe.statistics import LayerStatistics
 from helpers import made_curve, random_plan
 
 NASTY = "<script>a(1)</script> $x^2$ & \"q\" 't'"
@@ -181,8 +183,9 @@ def test_coverage_and_samples_show_what_there_is(page, family):
     first = made[0]
     assert list(first.continued) == [0.0, 0.4] and len(set(first.continued.values())) == 2
     assert first.prompt and first.original and first.prompt != made[1].prompt
-    counts = {"all": {i: torch.arange(16) * 20 for i in range(4)}}
-    again = build_page(family, measured_curve(family), samples=made, counts=counts)
+    counts = {i: LayerStatistics({"count_E": torch.arange(16.0) * 20}) for i in range(4)}
+    seen = Evidence({"all": counts}, "")
+    again = build_page(family, measured_curve(family), samples=made, evidence=seen)
     assert "<td>0</td><td>150</td><td>300</td><td>5</td>" in again.sections["Coverage"]
     said = again.sections["Samples"]
     assert said.count("<h3>") == 2 and said.count("40% pruned") == 2
