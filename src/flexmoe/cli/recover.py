@@ -52,7 +52,8 @@ def recover(
         str, typer.Option(help="text: FILE, folder or hub id[:WEIGHT],...; default: tiny")
     ] = "tiny",
     tokens: Annotated[
-        int | None, typer.Option(help="tokens to train on; default: 1.2 million (router: half)")
+        int | None,
+        typer.Option(help="tokens to read; default: 1.2 million, router half, closed-form 131,072"),
     ] = None,
     seq_len: SeqLen = None,
     batch_size: BatchSize = None,
