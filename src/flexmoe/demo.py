@@ -23,7 +23,7 @@ from flexmoe.pipeline import Ranked, attach_plan, make_plan, rank_channels
 from flexmoe.plan import Plan
 from flexmoe.progress import Track
 from flexmoe.reports.plots import plot_quality, save, widths_figure
-from flexmoe.reports.report import budget_table, size
+from flexmoe.reports.report import count, percent, size
 
 MARK = ".flexmoe-demo"  # a folder with this file may be replaced
 CHOOSING = 8  # held-out windows of each domain that choose the allocator
@@ -88,7 +88,7 @@ def demo(
 
     members = [{"name": "family", **row} for row in rows]
     members += [_export_row(done, windows, track) for done in made]
-    console.print(budget_table(members, "one family and two exports on four held-out domains"))
+    console.print(_table(members, "one family and two exports on four held-out domains"))
     console.print(f"plots: {out}/quality.png, {out}/widths-40.png")
     console.print(f"done in {time.monotonic() - start:.0f} s; next: flexmoe --help")
 
@@ -104,6 +104,26 @@ def _export_row(done: ExportReport, windows: dict[str, Tensor], track: Track) ->
         "nll": nll,
         "perplexity": perplexity(nll),
     }
+
+
+def _table(rows: list[Row], title: str) -> Table:
+    """Name, pruned share, routed parameters, bytes, loss, perplexity and its change to the first
+    row."""
+    table = Table("", title=title, title_justify="left")
+    for name in ("pruned", "routed parameters", "size", "loss", "perplexity", "change"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        change = row["perplexity"] / rows[0]["perplexity"] - 1
+        table.add_row(
+            row["name"],
+            percent(row["pruned"]),
+            count(row["routed_parameters"]),
+            size(row["bytes"]),
+            f"{row['nll']:.3f}",
+            f"{row['perplexity']:.2f}",
+            "" if row is rows[0] else f"{change:+.1%}",
+        )
+    return table
 
 
 def _fresh(out: Path) -> None:

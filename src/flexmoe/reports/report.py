@@ -1,11 +1,9 @@
-"""Numbers and tables for people."""
+"""Numbers for people."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-from rich.table import Table
 
 if TYPE_CHECKING:
     from flexmoe.plan import Member
@@ -48,29 +46,6 @@ def member_row(member: Member) -> list[str]:
         count(member.active_parameters),
         size(member.bytes),
     ]
-
-
-def budget_table(rows: Sequence[Row], title: str) -> Table:
-    """Pruned share, routed parameters, bytes, loss, perplexity and its change to the first row;
-    a column more for the rows' ``name`` where they have one."""
-    named = any("name" in row for row in rows)
-    table = Table(title=title, title_justify="left")
-    if named:
-        table.add_column("")
-    for name in ("pruned", "routed parameters", "size", "loss", "perplexity", "change"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        change = row["perplexity"] / rows[0]["perplexity"] - 1
-        table.add_row(
-            *([row.get("name", "")] if named else []),
-            percent(row["pruned"]),
-            count(row["routed_parameters"]),
-            size(row["bytes"]),
-            f"{row['nll']:.3f}",
-            f"{row['perplexity']:.2f}",
-            "" if row is rows[0] else f"{change:+.1%}",
-        )
-    return table
 
 
 # --- What was measured --------------------------------------------------------------------------
