@@ -83,15 +83,6 @@ class ServeSettings(Strict):
         shares = tuple(member.pruned for member in self.members)
         return Budgets(self.name, shares, tuple(task.task for task in self.tasks))
 
-    def to_json(self) -> str:
-        """Every setting, the API key too."""
-        return self.model_dump_json()
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> ServeSettings:
-        """The settings that `to_json` wrote."""
-        return cls.model_validate_json(text)
-
 
 class Engine:
     """What the middleware needs of an engine; subclass it.
