@@ -120,6 +120,12 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
+def file_sha256(path: str | Path) -> str:
+    """Hash of a file's bytes, which are never all in memory."""
+    with Path(path).expanduser().open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _sha256(fields: Mapping[str, Any]) -> str:
     # numbers and keys as JSON has them: the hash must not depend on what wrote the file
     canonical = json.dumps(json.loads(json.dumps(fields)), sort_keys=True, separators=(",", ":"))

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -38,7 +37,7 @@ from flexmoe.evidence import FILE_NAME as EVIDENCE_NAME
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import copy_others
 from flexmoe.family import check_finite, find_folder, load, open_source, pick_device
-from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_beside
+from flexmoe.files import file_sha256, refuse_existing, refuse_full, remove_stale, written_beside
 from flexmoe.lora import lora_experts
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.progress import Track, silent
@@ -196,7 +195,7 @@ def recover(
     ready = prepare(family, config, base)
     refuse_full(out, ready.source.checkpoint.bytes, "the family")
     announce(ready)
-    plan_sha256 = hashlib.sha256((ready.folder / JSON_NAME).read_bytes()).hexdigest()
+    plan_sha256 = file_sha256(ready.folder / JSON_NAME)
     inputs = {"data_sha256": ready.data_sha256, "version": flexmoe.__version__}
     recovered = _recovered if config.memory is None else _recovered_by_layer
     with work.on(plan_sha256=plan_sha256, **inputs):

@@ -8,7 +8,6 @@ a method compares with what the layer gives in the unpruned model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,7 +72,8 @@ def score_sequential(
         for layer in layers:
             layer.module.flexmoe_observer = unchanged
         for layer in track(layers, "observe"):
-            target = _outputs(model, layer, batches) if targets else None
+            # of the unpruned model, by batch
+            target = [_run_to(model, layer, batch) for batch in batches] if targets else None
             if router == "remove":
                 reroute(model, router, width, {})
             observer = layer.module.flexmoe_observer = Observer(layer, wanted)
@@ -124,11 +124,6 @@ def _run_to(model: nn.Module, layer: ExpertLayer, batch: Tensor) -> Tensor:
     finally:
         stop.remove()
     return given[0]
-
-
-def _outputs(model: nn.Module, layer: ExpertLayer, batches: Sequence[Tensor]) -> list[Tensor]:
-    """What the experts of ``layer`` give in the unpruned model, by batch."""
-    return [_run_to(model, layer, batch) for batch in batches]
 
 
 class _Silenced:

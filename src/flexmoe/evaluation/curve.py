@@ -21,7 +21,7 @@ from flexmoe.checkpoint import Checkpoint
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.compared import MODEL, Compared
 from flexmoe.evaluation.records import Curve, OfWeights
-from flexmoe.files import read_sealed, write_sealed
+from flexmoe.files import file_sha256, read_sealed, write_sealed
 from flexmoe.headers import CURVE_NAME
 from flexmoe.plan import JSON_NAME, read_manifest
 from flexmoe.progress import Track, silent
@@ -44,10 +44,8 @@ def of_weights(folder: str | Path, track: Track = silent) -> OfWeights:
 def shards_sha256(folder: str | Path, track: Track = silent) -> str:
     """What ``sha256sum SHARDS | sha256sum`` says of a checkpoint's shards in the order of their
     names. All weights are read: about a second a gigabyte."""
-    lines = []
-    for name in track(Checkpoint(folder).files, "checksum"):
-        with (Path(folder) / name).open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    files = track(Checkpoint(folder).files, "checksum")
+    lines = [f"{file_sha256(Path(folder) / name)}  {name}\n" for name in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

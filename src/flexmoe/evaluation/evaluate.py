@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from flexmoe.evaluation.pairs import pair_rows, right_pairs
 from flexmoe.evaluation.quality import Verdict, check_gate, gate
 from flexmoe.evaluation.structured import structured_row
 from flexmoe.evaluation.tasks import run_tasks, task_rows
+from flexmoe.files import free_disk
 from flexmoe.progress import Track, silent
 from flexmoe.reports.card import refresh_card
 from flexmoe.reports.report import size
@@ -190,7 +190,7 @@ def _room_for_logits(compared: Compared, inputs: Inputs) -> Iterator[Path | None
     itemsize = 4 if compared.device.type == "cpu" else 2
     need = tokens * compared.settings.get_text_config().vocab_size * itemsize
     with tempfile.TemporaryDirectory(prefix="flexmoe-logits-") as folder:
-        free = shutil.disk_usage(folder).free
+        free = free_disk(folder)
         if need > free:
             raise FlexmoeError(
                 f"the models do not fit in memory together, and the base's predictions take "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from flexmoe.evaluation.generate import end_tokens, greedy, sampled
 from flexmoe.evaluation.pairs import Encoded, Pair, encode, read_pairs
 from flexmoe.evaluation.prompts import Prompt, check_prompts, read_prompts, window_prompts
 from flexmoe.evaluation.tasks import FILES, check_kept, load_tasks
+from flexmoe.files import file_sha256
 
 FROM_DATA = "data"  # in place of a prompts file: the beginnings of held-out windows
 MAX_NEW_TOKENS = 256
@@ -173,7 +173,7 @@ def describe(inputs: Inputs, config: EvaluateConfig) -> dict[str, Any]:
     if config.pairs is not None:
         found["pairs"] = describe_pairs(config.pairs, config.pairs_per_paradigm)
     if config.tasks:
-        own = {Path(n).name: _sha256(n) for n in config.tasks if n.endswith(FILES)}
+        own = {Path(n).name: file_sha256(n) for n in config.tasks if n.endswith(FILES)}
         names = [Path(n).name if n.endswith(FILES) else n for n in config.tasks]
         found["tasks"] = {"names": names, "limit": config.task_limit, "files": own}
     if config.generate is not None:
@@ -194,7 +194,7 @@ def describe_files(windows: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def describe_pairs(path: str | Path, per_paradigm: int | None) -> dict[str, Any]:
     """The file of pairs, and how many of each paradigm were used."""
-    return {"name": Path(path).name, "sha256": _sha256(path), "per_paradigm": per_paradigm}
+    return {"name": Path(path).name, "sha256": file_sha256(path), "per_paradigm": per_paradigm}
 
 
 def _prompts(
@@ -203,13 +203,9 @@ def _prompts(
     held_out = str(asked) == FROM_DATA
     return {
         "name": FROM_DATA if held_out else Path(asked).name,
-        "sha256": None if held_out else _sha256(asked),
+        "sha256": None if held_out else file_sha256(asked),
         "n": len(prompts),
         "max_new_tokens": inputs.max_new_tokens,
         "settings": modes,
         "seed": SEED,
     }
-
-
-def _sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()

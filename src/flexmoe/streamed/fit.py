@@ -17,6 +17,7 @@ from torch import Tensor
 from flexmoe.data import Windows
 from flexmoe.errors import FlexmoeError
 from flexmoe.evidence import Evidence
+from flexmoe.files import free_disk
 from flexmoe.memory import MicroBatch, MostHeld, gib, held
 from flexmoe.progress import Track, silent
 from flexmoe.resume import Saved
@@ -152,7 +153,7 @@ def _check_disk(files: Activations, kept: int) -> None:
     """`FlexmoeError` if what layers give, ``kept`` times that for one window, is too much for the
     disk."""
     of_one = sum(file.stat().st_size for file in files.path.glob("output-0/*"))
-    needed, free = of_one * kept, shutil.disk_usage(files.path).free
+    needed, free = of_one * kept, free_disk(files.path)
     if needed > free:
         raise FlexmoeError(
             f"the activations of all windows need {gib(needed)} of disk, '{files.path.parent}' has "
