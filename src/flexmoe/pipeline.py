@@ -16,7 +16,7 @@ from flexmoe.actions import ActionConfig, learn_widths
 from flexmoe.allocate import allocate, allocate_experts, order_of, widths_from_path
 from flexmoe.config import SETTINGS_OF, CompressConfig, check_config
 from flexmoe.data import Windows
-from flexmoe.evaluation.curve import hardware, versions
+from flexmoe.environment import hardware, versions
 from flexmoe.evidence import FILE_NAME, Evidence, gather
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import check_room, write_family

@@ -31,8 +31,8 @@ from flexmoe.data import (
     pick_seq_len,
 )
 from flexmoe.distil import LABELS, Schedule, Swapped, distil, whole
+from flexmoe.environment import hardware, versions
 from flexmoe.errors import FlexmoeError
-from flexmoe.evaluation.curve import hardware, versions
 from flexmoe.evidence import FILE_NAME as EVIDENCE_NAME
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import copy_others

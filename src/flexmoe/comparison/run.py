@@ -20,8 +20,8 @@ from flexmoe.comparison.inputs import CompareConfig, Held, read_held, settings_o
 from flexmoe.comparison.results import Results
 from flexmoe.config import check_config
 from flexmoe.data import pick_batch_size, pick_seq_len
+from flexmoe.environment import hardware, versions
 from flexmoe.errors import FlexmoeError
-from flexmoe.evaluation.curve import hardware, versions
 from flexmoe.evaluation.members import budgets_of
 from flexmoe.evidence import gather
 from flexmoe.experts import expert_layers, routed_parameters

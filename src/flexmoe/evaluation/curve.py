@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,12 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from pydantic import ValidationError
 
-import flexmoe
 from flexmoe.checkpoint import Checkpoint
+from flexmoe.environment import hardware, versions
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.compared import MODEL, Compared
 from flexmoe.evaluation.records import Curve, OfWeights
@@ -84,26 +81,6 @@ def make_curve(
             f"the curve is not saved: {where} is {first['input']} ({first['msg']}). Check that "
             "tokenizer and weights belong together, or evaluate in float32 (--device cpu)"
         ) from None
-
-
-def versions() -> dict[str, str]:
-    """Of flexmoe and what it computes with."""
-    return {
-        "flexmoe": flexmoe.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def hardware(device: torch.device) -> str:
-    """What ``device`` is, for people: the GPU's name, or threads and name of the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    found = Path("/proc/cpuinfo")
-    lines = found.read_text().splitlines() if found.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{torch.get_num_threads()} threads of {name}"
 
 
 # --- the file ----------------------------------------------------------------------------------
