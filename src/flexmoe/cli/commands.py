@@ -158,13 +158,13 @@ def compress(
     from flexmoe.config import SETTINGS_OF, CompressConfig, budget_list
     from flexmoe.coverage import coverage, in_short
     from flexmoe.doctor.diagnosis import before_compress
-    from flexmoe.evaluation.pick import parse_bytes
     from flexmoe.evidence import FILE_NAME, Evidence
     from flexmoe.family import pick_device
     from flexmoe.memory import MostHeld, gib
     from flexmoe.methods import find_method
     from flexmoe.pipeline import compress as run
     from flexmoe.progress import bar, silent
+    from flexmoe.reports.report import parse_bytes
     from flexmoe.resume import work_folder
     from flexmoe.routing.rules import export_options
     from flexmoe.training import process_group, processes

@@ -1,14 +1,24 @@
-"""Numbers for people."""
+"""Numbers for people, and as people give them."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from flexmoe.errors import FlexmoeError
 
 if TYPE_CHECKING:
     from flexmoe.plan import Member
 
 Row = Mapping[str, Any]
+BYTES = {"": 1} | {
+    unit: base**power
+    for base, units in ((1000, ("kb", "mb", "gb", "tb")), (1024, ("kib", "mib", "gib", "tib")))
+    for power, unit in enumerate(units, 1)
+}
+COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def size(number: float) -> str:
@@ -30,6 +40,24 @@ def _scaled(number: float, units: Sequence[str]) -> str:
             break
         number /= 1000
     return f"{number:,.0f}{unit}" if number >= 999.5 else f"{number:.3g}{unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """``24GiB`` as bytes: a number alone, or with KB MB GB TB (1000) or KiB MiB GiB TiB (1024)."""
+    return _number(text, BYTES, "--memory", "24GiB, 24GB or 500MB")
+
+
+def parse_count(text: str) -> int:
+    """``20B`` as a number of parameters: a number alone, or with K, M, B or T."""
+    return _number(text, COUNTS, "--params", "20B, 1.5B or 300M")
+
+
+def _number(text: str, units: Mapping[str, int], option: str, examples: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*", text.lower())
+    number = float(found[1]) * units.get(found[2], 0) if found else 0.0
+    if not 0 < number < math.inf:
+        raise FlexmoeError(f"{option} '{text}': expected a number above 0 such as {examples}")
+    return round(number)
 
 
 def percent(share: float) -> str:
