@@ -43,7 +43,6 @@ from flexmoe.rco import RcoConfig, Units, learn_mask
 from flexmoe.recover import trained_parameters
 from flexmoe.recover_config import RANK, default_rate
 from flexmoe.refit import refit
-from flexmoe.reports.report import merge_rows
 from rivals import progressive
 
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -120,7 +119,7 @@ class Bench:
     def losses(self, ranked: Ranked, plan: Plan, shares: tuple[float, ...]) -> dict[float, float]:
         if ranked.model.__dict__.get("flexmoe_plan") is not plan:
             attach_plan(ranked, plan)
-        rows = merge_rows(budget_rows(ranked.model, self.windows, shares))
+        rows = budget_rows(ranked.model, self.windows, shares)
         return {row["pruned"]: row["nll"] for row in rows}
 
 

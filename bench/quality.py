@@ -21,7 +21,6 @@ from flexmoe.evaluation.evaluate import budget_rows, evaluate, mean_nll
 from flexmoe.methods import all_methods
 from flexmoe.pipeline import CompressConfig, Ranked, attach_plan, make_plan, rank_channels
 from flexmoe.progress import bar
-from flexmoe.reports.report import merge_rows
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
 SCORED = ("uniform", "layer", "global")
@@ -82,7 +81,7 @@ def measure(
 ) -> dict:
     """Loss increase at every share of one plan."""
     attach_plan(ranked, make_plan(ranked, allocator, bar))
-    merged = merge_rows(budget_rows(ranked.model, windows, SHARES))
+    merged = budget_rows(ranked.model, windows, SHARES)
     increase = {f"{row['pruned']:g}": round(row["nll"] - base, 4) for row in merged}
     print(f"{method:10} {label:40}", increase, flush=True)
     return {"method": method, "allocate": label, "nll_increase": increase}

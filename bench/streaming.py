@@ -28,10 +28,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from common import save
 from flexmoe.checkpoint import Checkpoint
 from flexmoe.data import TINY
-from flexmoe.evaluation.pick import parse_bytes
 from flexmoe.headers import INDEX_NAME
 from flexmoe.memory import gib
 from flexmoe.plan import Plan
+from flexmoe.reports.report import parse_bytes
 
 SIZES = {  # layers, experts, channels, hidden, and the memory allowed
     "large": (140, 8, 512, 768, "728MiB"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -11,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flexmoe.checkpoint import Checkpoint
+from flexmoe.cli import main
 from flexmoe.evaluation.records import Curve, OfWeights, Point, TextFile
 from flexmoe.experts import expert_layers, experts_function
 from flexmoe.plan import LayerRecord, Plan, Recipe
@@ -132,6 +136,30 @@ def masked_logits(
         layer.module.flexmoe_mask_EI = mask_EI
     with experts_function(model, "flexmoe_mask"):
         return logits(model, ids)
+
+
+def masked_text(
+    model: PreTrainedModel, tokenizer: Any, plan: Plan, pruned: float, prompt: str, new: int
+) -> str:
+    """The likeliest ``new`` tokens after a prompt, or fewer, by `masked_logits`."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    start = ids.shape[1]
+    for _ in range(new):
+        best = masked_logits(model, plan, pruned, ids)[0, -1].argmax()
+        ids = torch.cat([ids, best[None, None]], 1)
+        if best == model.generation_config.eos_token_id:
+            break
+    return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+def command(*words: object) -> int:
+    """The exit code of ``flexmoe`` with these words."""
+    with mock.patch.object(sys, "argv", ["flexmoe", *map(str, words)]):
+        try:
+            main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+    raise AssertionError("main ends with an exit code")
 
 
 def ids_of(model: PreTrainedModel, seed: int = 0) -> Tensor:

@@ -22,6 +22,11 @@ INSIDE = "engine-name@main"  # what the engine calls the model
 SHARES = (0.0, 0.2, 0.4, 0.6)
 
 
+def run(coroutine):
+    """A test's coroutine, which must not wait for ever."""
+    return asyncio.run(asyncio.wait_for(coroutine, 20))
+
+
 class EchoEngine(Engine):
     """Puts the budget into the field ``budget``; notes the switches."""
 

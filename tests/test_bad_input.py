@@ -215,7 +215,7 @@ ROWS = [
     ("export family-half --pruned 0.4 --layout ragged -o out", "flexmoe.safetensors is missing"),
     ("export plan --pruned 0.4 --layout ragged -o out --base other", "are not those that the plan"),
     ("export plan --pruned 0.4 --layout ragged -o out --base mixtral", "is of another model"),
-    ("export family --pruned 0.4 --layout ragged -o out --base good", "holds its own weights"),
+    ("export family --pruned 0.4 --layout ragged -o out --base good", "weights of its own"),
     (EVAL.format("family-order"), "its sha256 does not fit"),
     (EVAL.format("export-edited"), "does not say what was pruned"),
     (EVAL.format("export-cut"), "is not valid JSON"),

@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from flexmoe.cli import app, main
-from flexmoe.evaluation.evaluate import evaluate_path
+from flexmoe.evaluation.evaluate import EvaluateConfig, measure
+
+MATH = EvaluateConfig(data="math.valid", samples=2, seq_len=64)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +73,8 @@ def test_export_then_eval_of_the_export(family, tmp_path, layout):
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 0, result.output
     assert "64 experts read back" in result.output
-    settings = {"data": "math.valid", "samples": 2, "seq_len": 64}
-    (row,) = evaluate_path(out, **settings)
-    (member,) = evaluate_path(family, pruned=(0.4,), **settings)
+    (row,) = measure(out, MATH).rows
+    (member,) = measure(family, replace(MATH, pruned=(0.4,))).rows
     assert row["pruned"] == (0.375 if layout == "uniform" else 0.4)
     full = 1_572_864
     if layout == "uniform":  # 40 of 64 channels: the multiple of 8 nearest to 38.4
@@ -86,7 +88,7 @@ def test_export_then_eval_of_the_export(family, tmp_path, layout):
 
 
 def test_eval_of_a_plain_checkpoint():
-    (row,) = evaluate_path("tiny", data="math.valid", samples=2, seq_len=64)
+    (row,) = measure("tiny", MATH).rows
     assert row["pruned"] == 0.0 and row["routed_parameters"] == 1_572_864
 
 

@@ -16,7 +16,7 @@ from flexmoe.data import TINY
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.compared import compare
 from flexmoe.evaluation.curve import load_curve, stale
-from flexmoe.evaluation.evaluate import EvaluateConfig, evaluate_path, measure
+from flexmoe.evaluation.evaluate import EvaluateConfig, measure
 from flexmoe.exporter import export, rank_checkpoint
 from flexmoe.family import load, load_stock
 from flexmoe.plan import Plan
@@ -63,7 +63,7 @@ def test_eval_saves_a_curve_that_pick_reads(family, pairs, tmp_path):
     assert "increase" in result.output and "12 pairs" in result.output
     written = json.loads(out.read_text())
     assert [row["pruned"] for row in written["budgets"]] == [0.0, 0.2, 0.4]  # 0 is measured, too
-    assert written["rows"] == json.loads(json.dumps(evaluate_path(family, **SMALL)))
+    assert written["rows"] == json.loads(json.dumps(measure(family, EvaluateConfig(**SMALL)).rows))
 
     curve = load_curve(family)
     assert list(curve.files) == ["books.valid", "math.valid"]

@@ -251,8 +251,8 @@ def test_a_sandwich_costs_as_many_members_as_it_has(deep: Path) -> None:
 
 
 def test_tables_of_what_does_not_fit_are_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("least.free_ram", "machine.free_ram"):
-        monkeypatch.setattr(f"flexmoe.doctor.{place}", lambda: 10**6)
+    for place in ("doctor.least", "memory"):
+        monkeypatch.setattr(f"flexmoe.{place}.free_ram", lambda: 10**6)
     done = CliRunner().invoke(app, ["doctor", "tiny", "--device", "cpu"])
     assert done.exit_code == 2 and done.output.count("cpu: 1 MB of memory") == 2
     assert "[red]" not in done.output and "needed at least" in done.output

@@ -272,7 +272,7 @@ def test_wrong_arguments(cases: dict[str, Case], tmp_path: Path) -> None:
         export(family, out, pruned=0.9, layout="ragged")
     with pytest.raises(FlexmoeError, match="at least 0"):
         export(family, out, pruned=1.0, layout="uniform")
-    with pytest.raises(FlexmoeError, match="own weights"):
+    with pytest.raises(FlexmoeError, match="weights of its own"):
         export(family, out, pruned=0.4, layout="ragged", base=family)
     assert not any(tmp_path.iterdir())
 

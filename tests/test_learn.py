@@ -79,7 +79,7 @@ def test_worth_is_the_slope_of_the_divergence():
     model.requires_grad_(False)
     kept = {layer.index: torch.ones(layer.E, layer.I) for layer in layers}
     kept[layers[0].index][:, 9:] = 0
-    found_X = _worth(model, layers, [ids], [kept])[0]
+    found_X = _worth(model, layers, [kept], ids, len(ids))[0]
     found = Positions(layers, kept).by_layer(found_X)
 
     @torch.no_grad()

@@ -158,7 +158,6 @@ def test_thin_experts_are_named():
     thin = thin_experts(statistics)
     for i, stats in statistics.items():
         assert thin[i] == [e for e, n in enumerate(stats["count_E"].tolist()) if n < THIN]
-    assert thin_experts(statistics, 0) == {}
 
 
 MINE = '''

@@ -1,7 +1,6 @@
 """The report: one page that asks nobody for anything, with numbers of the curve only."""
 
 import re
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -9,10 +8,10 @@ import pytest
 import torch
 
 from flexmoe.checkpoint import Checkpoint
-from flexmoe.cli import main
 from flexmoe.data import TINY
 from flexmoe.evaluation.curve import of_weights, save_curve
 from flexmoe.evaluation.records import Curve
+from flexmoe.evidence import Evidence
 from flexmoe.exporter import write_family
 from flexmoe.family import load_stock
 from flexmoe.plan import Plan
@@ -20,7 +19,8 @@ from flexmoe.reports.page import build_page, measured_curve
 from flexmoe.reports.report import measured_rows
 from flexmoe.reports.samples import make_samples
 from flexmoe.reports.sizes import GONE, KEPT, parts
-from helpers import made_curve, random_plan
+from flexmoe.statistics import LayerStatistics
+from helpers import command, made_curve, random_plan
 
 NASTY = "<script>a(1)</script> $x^2$ & \"q\" 't'"
 FILES = (NASTY, "books.valid")
@@ -181,29 +181,22 @@ def test_coverage_and_samples_show_what_there_is(page, family):
     first = made[0]
     assert list(first.continued) == [0.0, 0.4] and len(set(first.continued.values())) == 2
     assert first.prompt and first.original and first.prompt != made[1].prompt
-    counts = {"all": {i: torch.arange(16) * 20 for i in range(4)}}
-    again = build_page(family, measured_curve(family), samples=made, counts=counts)
+    counts = {i: LayerStatistics({"count_E": torch.arange(16.0) * 20}) for i in range(4)}
+    seen = Evidence({"all": counts}, "")
+    again = build_page(family, measured_curve(family), samples=made, evidence=seen)
     assert "<td>0</td><td>150</td><td>300</td><td>5</td>" in again.sections["Coverage"]
     said = again.sections["Samples"]
     assert said.count("<h3>") == 2 and said.count("40% pruned") == 2
 
 
-def run(*words) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["flexmoe", "report", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-    return stop.value.code or 0
-
-
 def test_a_folder_or_one_page(family, tmp_path, capsys):
-    assert run(family, "-o", tmp_path / "out") == 0
+    assert command("report", family, "-o", tmp_path / "out") == 0
     names = {file.name for file in (tmp_path / "out").iterdir()}
     wanted = {"quality.png", "domains.png", "parts.png", "widths-20.png", "widths-40.png"}
     assert names == wanted | {"report.html"}
     for name in wanted:
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
-    assert run(family, "-o", tmp_path / "deep" / "one.html") == 0
+    assert command("report", family, "-o", tmp_path / "deep" / "one.html") == 0
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["one.html"]
     again = (tmp_path / "deep" / "one.html").read_bytes()
     assert again == (tmp_path / "out" / "report.html").read_bytes()
@@ -212,7 +205,7 @@ def test_a_folder_or_one_page(family, tmp_path, capsys):
 
 def test_a_mistake_is_one_message_and_exit_code_2(family, tmp_path, capsys):
     def refused(*words):
-        assert run(*words) == 2
+        assert command("report", *words) == 2
         error = capsys.readouterr().err
         assert "Traceback" not in error and len(error.splitlines()) < 10
         return error

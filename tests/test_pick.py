@@ -13,15 +13,7 @@ from flexmoe.cli.pick import _lines as lines
 from flexmoe.data import TINY
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.curve import save_curve
-from flexmoe.evaluation.pick import (
-    Candidate,
-    Picked,
-    Wanted,
-    choose,
-    parse_bytes,
-    parse_count,
-    pick,
-)
+from flexmoe.evaluation.pick import Candidate, Picked, Wanted, choose, pick
 from flexmoe.evaluation.records import (
     Curve,
     OfWeights,
@@ -32,6 +24,7 @@ from flexmoe.evaluation.records import (
 )
 from flexmoe.family import load_stock
 from flexmoe.plan import Member
+from flexmoe.reports.report import parse_bytes, parse_count
 from flexmoe.routing.rules import export_options
 from helpers import random_plan
 

@@ -198,10 +198,10 @@ def test_the_closed_form_layer_by_layer_goes_on_after_a_kill(family, tmp_path):
 def test_recovery_lowers_the_loss_of_pruned_members(family, tmp_path):
     config = RecoverConfig(tokens=40 * 512, seq_len=64, batch_size=8, lr=1e-3)
     recover(family, tmp_path / "out", config)
-    from flexmoe.evaluation.evaluate import evaluate_path, mean_nll
+    from flexmoe.evaluation.evaluate import EvaluateConfig, mean_nll, measure
 
     def loss(folder, pruned):
-        rows = evaluate_path(folder, pruned=[pruned], samples=4, seq_len=128)
+        rows = measure(folder, EvaluateConfig(pruned=[pruned], samples=4, seq_len=128)).rows
         return mean_nll({row["data"]: row for row in rows})
 
     assert loss(tmp_path / "out", 0.6) < loss(family, 0.6) - 0.02

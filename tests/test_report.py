@@ -2,7 +2,8 @@
 
 import pytest
 
-from flexmoe.reports.report import count, measured_rows, size
+from flexmoe.plan import Member
+from flexmoe.reports.report import count, measured_rows, member_row, size
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,11 @@ from flexmoe.reports.report import count, measured_rows, size
 )
 def test_numbers_have_three_digits_and_no_exponent(number, bytes_, counted):
     assert (size(number), count(number)) == (bytes_, counted)
+
+
+def test_budgets_are_named_to_the_digit():
+    figures = {"achieved": 0.1254, "routed_parameters": 7, "active_parameters": 3, "bytes": 14}
+    assert member_row(Member(pruned=0.125, **figures)) == ["12.5%", "12.54%", "7", "3", "14 B"]
 
 
 def test_names_of_files_and_tasks_are_as_they_are():

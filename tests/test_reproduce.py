@@ -2,11 +2,9 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 
-from flexmoe.cli import main
 from flexmoe.data import TINY
 from flexmoe.errors import FlexmoeError
 from flexmoe.exporter import export
@@ -19,6 +17,7 @@ from flexmoe.reports.provenance import record_of
 from flexmoe.reports.reproduce import compare, read_record, rerun
 from flexmoe.reweigh import reweigh
 from flexmoe.sources import Source, documents
+from helpers import command
 
 LAYERS, EXPERTS = 4, 16
 
@@ -41,16 +40,8 @@ def made(tmp_path_factory):
     return root
 
 
-def run(*words) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["flexmoe", "reproduce", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-    return stop.value.code or 0
-
-
 def test_a_family_is_made_again_and_equal(made, capsys):
-    assert run(made / "family") == 0
+    assert command("reproduce", made / "family") == 0
     output = capsys.readouterr().out
     assert output.startswith("flexmoe compress tiny -o FAMILY --data ")
     assert output.rstrip().endswith("equal") and "DIFFERENT" not in output
@@ -63,7 +54,7 @@ def test_an_export_is_made_again_from_its_card_alone_and_goes_on(made, tmp_path,
     rerun(record, out)
     before = (out / "1-compress" / "config.json").stat().st_mtime_ns
     shutil.rmtree(out / "3-export")  # as if killed before the last step
-    assert run(card, "-o", out) == 0
+    assert command("reproduce", card, "-o", out) == 0
     assert (out / "1-compress" / "config.json").stat().st_mtime_ns == before
     output = capsys.readouterr().out
     assert "recovery tokens" in output and f"kept: {out / '3-export'}" in output.replace("\n", "")
@@ -74,7 +65,7 @@ def test_an_export_is_made_again_from_its_card_alone_and_goes_on(made, tmp_path,
 def test_another_text_is_different(made, capsys, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text((made / "text.txt").read_text()[::-1])
-    assert run(made / "family", "--data", other) == 1
+    assert command("reproduce", made / "family", "--data", other) == 1
     output = " ".join(capsys.readouterr().out.split())
     assert "different: calibration tokens, plan, weights" in output
     assert "of the widths are equal, the largest difference is" in output
@@ -100,7 +91,7 @@ def test_differences_are_counted(made, tmp_path):
 
 def test_what_cannot_be_made_again(made, tmp_path, capsys):
     def refused(*words):
-        assert run(*words) == 2
+        assert command("reproduce", *words) == 2
         error = capsys.readouterr().err
         assert "Traceback" not in error and len(error.splitlines()) < 10
         return error
@@ -132,5 +123,5 @@ def test_what_cannot_be_made_again(made, tmp_path, capsys):
 
 def test_a_reweighed_plan_says_that_no_command_makes_it(made, tmp_path, capsys):
     reweigh(made / "family", "text", tmp_path / "plan")
-    assert run(tmp_path / "plan") == 2
+    assert command("reproduce", tmp_path / "plan") == 2
     assert "options" in capsys.readouterr().err

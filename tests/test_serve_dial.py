@@ -4,11 +4,7 @@ import asyncio
 
 import pytest
 
-from serving import Serving, until
-
-
-def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 20))
+from serving import Serving, run, until
 
 
 def test_reading_and_turning():

@@ -70,4 +70,4 @@ def test_settings_survive_json():
     found = settings(
         api_key="k", slo=Slo(ttft_ms=500, tpot_ms=50, richest="0", poorest="40"), base="weights"
     )
-    assert ServeSettings.from_json(found.to_json()) == found
+    assert ServeSettings.model_validate_json(found.model_dump_json()) == found

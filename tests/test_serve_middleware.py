@@ -5,11 +5,7 @@ import json
 
 import pytest
 
-from serving import INSIDE, Serving, until
-
-
-def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 20))
+from serving import INSIDE, Serving, run, until
 
 
 @pytest.mark.parametrize(

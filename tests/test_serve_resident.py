@@ -2,11 +2,7 @@
 
 import asyncio
 
-from serving import Serving, until
-
-
-def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 20))
+from serving import Serving, run, until
 
 
 def test_what_is_released_is_refused_until_a_richer_budget_is_asked_for():

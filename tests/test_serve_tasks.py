@@ -18,7 +18,7 @@ from flexmoe.premoe.signature import signatures
 from flexmoe.serve.prepare import make_settings
 from flexmoe.serve.transformers_chat import chat_of
 from flexmoe.serve.vllm.chat import vllm_chat_of
-from helpers import masked_logits, random_plan
+from helpers import masked_text, random_plan
 from patterns import made_pattern
 from test_serve_transformers import NEW, OTHERS, Server
 from zoo import tiny_model
@@ -79,15 +79,8 @@ def expected(made):
     for task in (None, *patterns):
         plan = compile_plan([patterns[task or "code"]], 0.5)
         for prompt in (*PROMPTS.values(), STRANGE):
-            ids = tokenizer(prompt, return_tensors="pt").input_ids
-            start = ids.shape[1]
-            for _ in range(NEW):
-                share = plan.budgets[-1] if task else 0.0
-                best = masked_logits(model, plan, share, ids)[0, -1].argmax()
-                ids = torch.cat([ids, best[None, None]], 1)
-                if best == model.generation_config.eos_token_id:
-                    break
-            texts[task, prompt] = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+            share = plan.budgets[-1] if task else 0.0
+            texts[task, prompt] = masked_text(model, tokenizer, plan, share, prompt, NEW)
     assert len({tuple(texts[t, p] for p in PROMPTS.values()) for t in (None, *patterns)}) == 3
     return texts
 

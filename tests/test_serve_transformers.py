@@ -17,7 +17,7 @@ from flexmoe.experts import expert_layers
 from flexmoe.serve import transformers_batch as batching
 from flexmoe.serve.prepare import make_settings
 from flexmoe.serve.transformers_engine import assemble
-from helpers import expert_bytes, masked_logits, random_plan
+from helpers import expert_bytes, masked_text, random_plan
 from serving import ask_at_once
 from test_router_rules import expert_plan
 from zoo import tiny_model
@@ -85,14 +85,8 @@ def expected(made):
     texts = {}
     for budget in BUDGETS:
         for prompt in PROMPTS:
-            ids = tokenizer(prompt, return_tensors="pt").input_ids
-            start = ids.shape[1]
-            for _ in range(NEW):
-                best = masked_logits(model, plan, int(budget) / 100, ids)[0, -1].argmax()
-                ids = torch.cat([ids, best[None, None]], 1)
-                if best == model.generation_config.eos_token_id:
-                    break
-            texts[budget, prompt] = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+            share = int(budget) / 100
+            texts[budget, prompt] = masked_text(model, tokenizer, plan, share, prompt, NEW)
     # budgets can be told apart
     assert len({tuple(texts[b, p] for p in PROMPTS) for b in BUDGETS}) == len(BUDGETS)
     return texts

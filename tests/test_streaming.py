@@ -19,7 +19,7 @@ from flexmoe.observe import observe
 from flexmoe.pipeline import compress
 from flexmoe.resume import Work
 from flexmoe.streamed import fit, streaming
-from flexmoe.streamed.fit import check_weights, gather_within
+from flexmoe.streamed.fit import check_memory, gather_within
 from flexmoe.streamed.layer_loader import LayerLoader
 from flexmoe.streamed.streaming import gather_streamed
 
@@ -243,9 +243,9 @@ def test_too_little_memory_is_said_before_and_the_figure_is_enough(tmp_path):
     path = TINY / "model"
     loader = LayerLoader(path, CPU, torch.float32)
     with pytest.raises(FlexmoeError, match="Give --memory more than") as error:
-        check_weights(loader, held(CPU) // 2)
+        check_memory(loader, held(CPU) // 2)
     assert "embeddings" in str(error.value)
-    check_weights(loader, 2 * held(CPU))
+    check_memory(loader, 2 * held(CPU))
     ids = torch.randint(3, 4000, (4, 64), generator=torch.Generator().manual_seed(0))
     some = Windows(ids, "", ("a",), torch.zeros(4))
     with loader, pytest.raises(FlexmoeError, match="one window of 64 tokens"):

@@ -118,7 +118,7 @@ def test_the_environment_names_our_plugins_beside_others(folder) -> None:
     found = environment(given, {"VLLM_PLUGINS": "theirs", "HOME": "/"})
     assert found["VLLM_PLUGINS"] == "theirs,flexmoe,flexmoe_api" and found["HOME"] == "/"
     assert found["VLLM_USE_V2_MODEL_RUNNER"] == "0"
-    assert ServeSettings.from_json(found[SETTINGS]) == given
+    assert ServeSettings.model_validate_json(found[SETTINGS]) == given
     assert "secret" not in " ".join(arguments(given))
 
 

@@ -134,10 +134,10 @@ def learn_widths(
     path: Path = []
     price, reached = 0.01, 0.0
     model.requires_grad_(False)
-    drawn = batches(torch.arange(len(ids)), batch_size, config.steps, seed)
+    drawn = batches(ids, batch_size, config.steps, seed)
     with masked(layers):
         for step in track(Steps(0, config.steps, batch_size * ids.shape[1]), "learn"):
-            batch = ids[next(drawn)].to(device)
+            batch = next(drawn).to(device)
             progress = (step + 1) / config.steps
             tau = _between(config.tau, progress)
             with torch.no_grad():

@@ -12,23 +12,18 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flexmoe.config import CompressConfig
 from flexmoe.data import evaluation_windows
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.evaluate import Row, budget_rows, evaluate, mean_nll, perplexity
 from flexmoe.exporter import ExportReport, export, write_family
 from flexmoe.family import load, set_budget
 from flexmoe.learn import LearnConfig
-from flexmoe.pipeline import (
-    CompressConfig,
-    Ranked,
-    attach_plan,
-    make_plan,
-    rank_channels,
-)
+from flexmoe.pipeline import Ranked, attach_plan, make_plan, rank_channels
 from flexmoe.plan import Plan
 from flexmoe.progress import Track
 from flexmoe.reports.plots import plot_quality, save, widths_figure
-from flexmoe.reports.report import budget_table, merge_rows, size
+from flexmoe.reports.report import count, percent, size
 
 MARK = ".flexmoe-demo"  # a folder with this file may be replaced
 CHOOSING = 8  # held-out windows of each domain that choose the allocator
@@ -76,13 +71,12 @@ def demo(
 
     console.rule("4. Every budget on held-out text")
     model = load(family, dtype=torch.float32)
-    rows = merge_rows(budget_rows(model, windows, model.flexmoe_plan.budgets, track=track))
+    rows = budget_rows(model, windows, model.flexmoe_plan.budgets, track)
     curves = {f"{chosen} (the family)": rows}
     for name in COMPARED:
         if name != chosen:
             attach_plan(ranked, plans[name])
-            others = budget_rows(ranked.model, windows, (0.0, *SHARES), track=track)
-            curves[name] = merge_rows(others)
+            curves[name] = budget_rows(ranked.model, windows, (0.0, *SHARES), track)
     plot_quality(curves, out / "quality.png", "tiny: loss on held-out text")
     title = f"share of channels kept at 40 % pruned ({chosen})"
     save(widths_figure(plans[chosen], 0.4), out / "widths-40.png", title)
@@ -94,7 +88,7 @@ def demo(
 
     members = [{"name": "family", **row} for row in rows]
     members += [_export_row(done, windows, track) for done in made]
-    console.print(budget_table(members, "one family and two exports on four held-out domains"))
+    console.print(_table(members, "one family and two exports on four held-out domains"))
     console.print(f"plots: {out}/quality.png, {out}/widths-40.png")
     console.print(f"done in {time.monotonic() - start:.0f} s; next: flexmoe --help")
 
@@ -110,6 +104,26 @@ def _export_row(done: ExportReport, windows: dict[str, Tensor], track: Track) ->
         "nll": nll,
         "perplexity": perplexity(nll),
     }
+
+
+def _table(rows: list[Row], title: str) -> Table:
+    """Name, pruned share, routed parameters, bytes, loss, perplexity and its change to the first
+    row."""
+    table = Table("", title=title, title_justify="left")
+    for name in ("pruned", "routed parameters", "size", "loss", "perplexity", "change"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        change = row["perplexity"] / rows[0]["perplexity"] - 1
+        table.add_row(
+            row["name"],
+            percent(row["pruned"]),
+            count(row["routed_parameters"]),
+            size(row["bytes"]),
+            f"{row['nll']:.3f}",
+            f"{row['perplexity']:.2f}",
+            "" if row is rows[0] else f"{change:+.1%}",
+        )
+    return table
 
 
 def _fresh(out: Path) -> None:
@@ -133,7 +147,7 @@ def _compare(
     loss: dict[str, list[float]] = {}
     for name, plan in plans.items():
         attach_plan(ranked, plan)
-        rows = merge_rows(budget_rows(ranked.model, choosing, SHARES, track=track))
+        rows = budget_rows(ranked.model, choosing, SHARES, track)
         loss[name] = [row["nll"] for row in rows]
     table = Table(title="loss on held-out text to choose by", title_justify="left")
     table.add_column("allocate")

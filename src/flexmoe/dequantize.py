@@ -53,7 +53,7 @@ def dequantize(model: str | Path, out: str | Path, track: Track = silent) -> Pat
         copy_others(source, partly)
         write_config(source, partly, config)
         write(partly, shards, track)
-        verify(partly, shards, track)
+        verify(Checkpoint(partly), shards, track)
     return Path(out).expanduser()
 
 

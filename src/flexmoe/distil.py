@@ -26,7 +26,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from flexmoe.family import set_budget
@@ -179,10 +179,10 @@ def distil(
     for parameter in parameters:
         parameter.requires_grad_(True)
     start, weights = _restore(saved, parameters, optimizer)
-    every, size = torch.arange(len(ids)), schedule.batch_size
-    drawn = islice(batches(every, size, schedule.steps, schedule.seed), start, None)
+    size = schedule.batch_size
+    drawn = islice(batches(ids, size, schedule.steps, schedule.seed), start, None)
     if not weights and scheme == "family":
-        probe = ids[next(batches(every, size, 1, schedule.seed))]
+        probe = next(batches(ids, size, 1, schedule.seed))
         weights = stratum_weights(model, probe, poorest, schedule.micro_batch)
     micro = MicroBatch(schedule.micro_batch)
     mixed = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
@@ -197,11 +197,11 @@ def distil(
 
     try:
         with activations_recomputed(model, checkpointing):
-            tokens = schedule.batch_size * ids.shape[1]
+            tokens = size * ids.shape[1]
             for step in track(Steps(start, schedule.steps, tokens), "recover"):
                 for group in optimizer.param_groups:
                     group["lr"] = schedule.rate(step)
-                batch = ids[next(drawn)]
+                batch = next(drawn)
                 rows = len(batch)
                 parts = parts_of_step(
                     scheme, at, poorest, rows, step, weights, schedule.seed, labels
@@ -345,6 +345,4 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
     value = value.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return value
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(value, parameter.device_mesh, parameter.placements)

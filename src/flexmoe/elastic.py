@@ -26,7 +26,7 @@ from flexmoe.trace import TracedLayer, trace
 
 
 @dataclass(frozen=True)
-class Source:
+class LoadedFrom:
     """Where a model's weights were loaded from, and the order its channels were put in then, by
     layer (None: that of the files)."""
 
@@ -77,7 +77,7 @@ def restore(model: PreTrainedModel, width: dict[int, Tensor] | None = None) -> i
     if not released:
         return 0
     before = stored_bytes(model)
-    source: Source = model.flexmoe_source
+    source: LoadedFrom = model.flexmoe_source
     checkpoint = Checkpoint(source.folder)
     traced = trace(checkpoint, meta_model(source.folder))
     for layer in released:

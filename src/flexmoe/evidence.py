@@ -97,7 +97,7 @@ class Evidence:
     # --- as tensors and files ------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """All sums as float64 ``{source}.{layer}.{statistic}``, sources by number, and what each
+        """All sums (float64) as ``{source}.{layer}.{statistic}``, sources by number, and what each
         source saw: ``{source}.seen`` int64 [tokens, batches, seed]."""
         found = {}
         for s, statistics in enumerate(self.sources.values()):

@@ -250,6 +250,10 @@ def unchanged(routing: Routing, h_SI: Tensor) -> Tensor:
     return h_SI
 
 
+class Enough(Exception):
+    """Ends a forward pass: what is left of it is not needed."""
+
+
 def observe_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Registered as ``flexmoe_observe``: ``module.flexmoe_observer`` sees activations go by, its
     method ``see``, where it has one, everything (see `Seen`)."""

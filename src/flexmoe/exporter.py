@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flexmoe.checkpoint import Checkpoint, meta_model
 from flexmoe.errors import FlexmoeError, did_you_mean
 from flexmoe.evidence import Evidence
+from flexmoe.family import find_folder, open_source
 from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_beside
 from flexmoe.headers import EXPORT_NAME, resolve
 from flexmoe.hf import CONSTANT, FORMAT, WITH_CONSTANTS
@@ -32,6 +33,7 @@ from flexmoe.shards import (
     Cut,
     RaggedNames,
     Source,
+    others,
     ragged,
     ragged_names,
     same_names,
@@ -40,7 +42,7 @@ from flexmoe.shards import (
     write,
 )
 from flexmoe.storage import activation_function
-from flexmoe.trace import check_weights, trace
+from flexmoe.trace import trace
 from flexmoe.uniform import uniform_config, uniform_width
 from flexmoe.widths import LAYOUTS
 
@@ -128,22 +130,18 @@ def export(
     """
     if layout not in LAYOUTS:
         raise did_you_mean(layout, LAYOUTS, "layout")
-    out, folder = Path(out).expanduser(), Path(family).expanduser()
+    out = Path(out).expanduser()
     refuse_existing(out)
-    folder = folder if folder.is_dir() else resolve(family)
+    folder = find_folder(family)
     manifest, plan = read_manifest(folder), Plan.load(folder)
-    ranked = manifest.ranked
-    if ranked and base is not None:
-        raise FlexmoeError(f"{folder} holds its own weights: --base is for a plan alone")
-    source = Source.open(folder if ranked else resolve(base or plan.recipe.base_model), plan)
-    if not ranked:
-        check_weights(plan, source.checkpoint, source.layers)
+    source = open_source(folder, plan, base)
     rule = rule_of_export(plan.recipe, layout, router, bool(plan.constant))
+    config: dict[str, Any] | None
     if rule == "remove":
         removal = Removal(source, plan, pruned)
-        entries = removal.shards
+        entries, config = removal.shards, removal.config
     else:
-        cuts, config = _cuts(source, plan, ranked, pruned, layout)
+        cuts, config = _cuts(source, plan, manifest.ranked, pruned, layout)
         names = ragged_names(source) if layout == "ragged" else None
         entries = ragged(source, cuts, names) if names else same_names(source, cuts)
         if rule == "constant" and config is not None:
@@ -154,18 +152,16 @@ def export(
     refuse_full(out, needed, "the export")
     with written_beside(out) as partial:
         copy_others(source.checkpoint, partial)
+        if config is not None:
+            write_config(source.checkpoint, partial, config)
+        write(partial, entries, track)
         if rule == "remove":
-            removal.write(partial, track)
             (routed, checked), difference = removal.check(partial, track), 0.0
         else:
-            if config is not None:
-                write_config(source.checkpoint, partial, config)
-            write(partial, entries, track)
             routed, checked, difference = _compare(source, cuts, partial, names, track)
             if rule == "constant":
-                verify(
-                    partial, {"": [e for s in entries.values() for e in s if CONSTANT in e.name]}
-                )
+                added = [e for shard in entries.values() for e in shard if CONSTANT in e.name]
+                verify(Checkpoint(partial), {"": added})
         achieved = 1 - routed / plan.routed_parameters
         _describe(partial, layout, pruned, achieved, rule, plan.recipe, manifest.tensors_sha256)
         write_card(partial, family=folder, track=track)
@@ -259,7 +255,7 @@ def _compare(
     written = Checkpoint(out)
     layers = {} if names else trace(written, meta_model(out))
     give_back()  # what one step has freed would lie beside what the next one holds
-    _compare_others(source, written)
+    verify(written, others(source))
     give_back()
     generator = torch.Generator().manual_seed(0)
     routed, checked, largest = 0, 0, 0.0
@@ -295,23 +291,6 @@ def _compare(
             )
             largest = max(largest, difference)
     return routed, checked, largest
-
-
-def _compare_others(source: Source, written: Checkpoint) -> None:
-    with_channels = {
-        piece.name
-        for traced in source.layers.values()
-        for piece in traced.stored
-        if piece.axis is not None
-    }
-    # in order, so that as much memory is held in every run
-    for name in sorted(source.checkpoint.tensors.keys() - with_channels):
-        same = name in written.tensors and torch.equal(
-            source.checkpoint.tensor(name).flatten().view(torch.uint8),
-            written.tensor(name).flatten().view(torch.uint8),
-        )
-        if not same:
-            raise FlexmoeError(f"{name} read back from {written.path} is not what was written")
 
 
 def _read(

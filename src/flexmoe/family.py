@@ -20,7 +20,8 @@ from flexmoe.names import missing_parameters
 from flexmoe.plan import JSON_NAME, Member, Plan, read_manifest
 from flexmoe.routing.edits import choose_function
 from flexmoe.routing.rules import check_rule, reroute
-from flexmoe.trace import check_weights, trace
+from flexmoe.shards import Source
+from flexmoe.trace import check_weights
 
 SPREAD = "spread"  # over all GPUs, the memory and the disk, as accelerate's device map has it
 
@@ -128,7 +129,7 @@ def load(
     plan.widths(pruned or 0.0)  # refuse a share out of reach before the slow part
     model = load_stock(source, device=device, dtype=dtype)
     attach(model, plan, ranked=ranked)
-    model.flexmoe_source = elastic.Source(source, None if ranked else plan.order)
+    model.flexmoe_source = elastic.LoadedFrom(source, None if ranked else plan.order)
     if pruned:
         set_budget(model, pruned)
     return model
@@ -143,22 +144,27 @@ def find_weights(path: str | Path, base: str | Path | None = None) -> Path:
         if base is not None:
             raise FlexmoeError(f"base is given, but '{path}' is no plan: it has no {JSON_NAME}")
         return resolve(folder)
-    if read_manifest(folder).ranked:
-        if base is not None:
-            raise FlexmoeError(f"'{path}' is a family with weights of its own: leave base out")
+    if read_manifest(folder).ranked and base is None:
         return folder
-    plan = Plan.load(folder)
-    source = resolve(base or plan.recipe.base_model)
-    check_base(plan, source)
+    return open_source(folder, Plan.load(folder), base).checkpoint.path
+
+
+def open_source(folder: Path, plan: Plan, base: str | Path | None = None) -> Source:
+    """The weights of the family or plan alone in ``folder``, see `find_weights`, and where in them
+    channels are; they are not loaded."""
+    if not read_manifest(folder).ranked:
+        return check_base(plan, resolve(base or plan.recipe.base_model))
+    if base is not None:
+        raise FlexmoeError(f"'{folder}' is a family with weights of its own: leave base out")
+    return Source.open(folder, plan)
+
+
+def check_base(plan: Plan, folder: Path) -> Source:
+    """The weights in ``folder``; a `FlexmoeError` unless they are the very ones that a plan alone
+    was made for."""
+    source = Source.open(folder, plan)
+    check_weights(plan, source.checkpoint, source.layers)
     return source
-
-
-def check_base(plan: Plan, folder: Path) -> None:
-    """`FlexmoeError` unless ``folder`` has the very weights that a plan alone was made for."""
-    meta, checkpoint = meta_model(folder), Checkpoint(folder)
-    traced = trace(checkpoint, meta)
-    plan.check_fits(meta.config.model_type, {i: t.layer.shape for i, t in traced.items()})
-    check_weights(plan, checkpoint, traced)
 
 
 def _check_single(folder: Path, pruned: float | None) -> None:

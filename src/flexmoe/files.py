@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all."""
+"""Folders and files that appear complete or not at all, and records in JSON files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flexmoe.errors import FlexmoeError
 
@@ -67,9 +67,17 @@ def check_file(path: Path) -> Path:
     return path
 
 
-def seal(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a JSON file and their hash, see `read_sealed`."""
-    return {**fields, SEAL: _sha256(fields)}
+class Strict(BaseModel):
+    """A record that has no other fields than it declares, and does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def write_sealed(path: Path, record: BaseModel) -> None:
+    """Write a record and the hash of its fields as a JSON file, see `read_sealed`."""
+    fields = record.model_dump()
+    text = json.dumps({**fields, SEAL: _sha256(fields)}, indent=1) + "\n"
+    write_whole(path, text.encode())
 
 
 def read_sealed(path: Path, form: type[Form], version: int, again: str) -> Form:
@@ -89,9 +97,13 @@ def read_sealed(path: Path, form: type[Form], version: int, again: str) -> Form:
     try:
         return form.model_validate(rest)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise FlexmoeError(f"{path}: {where}: {first['msg']}: {again}") from None
+        raise FlexmoeError(f"{path}: {first_problem(error)}: {again}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first field that does not fit, and why."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -106,6 +118,12 @@ def write_whole(path: Path, content: bytes) -> None:
     except BaseException:  # half of it would go along when the folder it is in is copied
         partial.unlink(missing_ok=True)
         raise
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hash of a file's bytes, which are never all in memory."""
+    with Path(path).expanduser().open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256(fields: Mapping[str, Any]) -> str:

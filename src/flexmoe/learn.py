@@ -147,13 +147,12 @@ def learn_positions(
     if saved is not None and (state := saved.load()) is not None:
         start, tensors = state
         positions.value_X = tensors["position"]
-    drawn = batches(torch.arange(len(ids)), batch_size, config.steps, seed)
-    drawn = islice(drawn, start, None)
+    drawn = islice(batches(ids, batch_size, config.steps, seed), start, None)
     with masked(layers):
         with activations_recomputed(model, checkpointing):
             tokens = batch_size * ids.shape[1]
             for step in track(Steps(start, config.steps, tokens), "learn"):
-                rows, left = next(drawn), 1 - step / config.steps
+                batch, left = next(drawn), 1 - step / config.steps
                 jitter = config.jitter[1] + (config.jitter[0] - config.jitter[1]) * left
                 # of its own seed, so that a restart draws what an unbroken run would have
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -169,12 +168,11 @@ def learn_positions(
                 halves = []
                 for half in range(2):
                     chosen = part_of(torch.arange(batch_size))
-                    windows = ids[rows[chosen[chosen % 2 == half]]].to(device)
+                    windows = batch[chosen[chosen % 2 == half]].to(device)
+                    work = partial(_worth, model, layers, kept, windows)
                     if is_sharded(model):  # all processes make the same calls
-                        parts = in_step(_split(windows, micro.size), ids[:1].to(device))
-                        halves.append(_worth(model, layers, parts, kept))
+                        halves.append(work(micro.size))
                     else:
-                        work = partial(_worth_by, model, layers, kept, windows)
                         halves.append(micro.run(work, max(1, len(windows))))
                 for (pruned, _), *both in zip(draws, *halves, strict=True):
                     worth_2X = torch.stack(both)
@@ -188,10 +186,6 @@ def learn_positions(
         mixed = [positions.spread(torch.lerp(first_X, positions.value_X, a)) for a in MIXES]
         positions.value_X = _best(model, positions, mixed, ids[: 4 * batch_size], micro.size)
     return positions.by_layer(positions.value_X)
-
-
-def _split(windows: Tensor, size: int) -> Sequence[Tensor]:
-    return windows.split(size) if len(windows) else ()
 
 
 @torch.no_grad()
@@ -223,28 +217,21 @@ def _best(
     return candidates[int((found / found[0].clamp_min(1e-12)).mean(1).argmin())]
 
 
-def _worth_by(
+def _worth(
     model: nn.Module,
     layers: Sequence[ExpertLayer],
     kept: Sequence[Mapping[int, Tensor]],
     windows: Tensor,
     size: int,
 ) -> list[Tensor]:
-    """`_worth` by ``windows``, ``size`` of them at a time."""
-    return _worth(model, layers, _split(windows, size), kept)
-
-
-def _worth(
-    model: nn.Module,
-    layers: Sequence[ExpertLayer],
-    parts: Sequence[Tensor],
-    kept: Sequence[Mapping[int, Tensor]],
-) -> list[Tensor]:
     """What every channel is worth in each of the members ``kept``: minus the gradient of the
     divergence from the full model with respect to its mask, float64 [X] on the CPU, summed over
-    ``parts`` [n, t] of this and all other processes."""
-    size = sum(layer.E * layer.I for layer in layers)
-    worths = [torch.zeros(size, dtype=torch.float64) for _ in kept]
+    ``windows`` [n, t] of this and all other processes, ``size`` of them at a time."""
+    parts: Sequence[Tensor] = windows.split(size) if len(windows) else ()
+    if is_sharded(model):
+        parts = in_step(parts, windows.new_zeros(1, 1))
+    channels = sum(layer.E * layer.I for layer in layers)
+    worths = [torch.zeros(channels, dtype=torch.float64) for _ in kept]
     for part in parts:
         with torch.no_grad():
             teacher = model(input_ids=part, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""Memory: what is held, the most that a piece of work holds, and smaller pieces when it is out."""
+"""Memory: what is held and free, the most that work holds, and smaller pieces when it is out."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import TypeVar
 import psutil
 import torch
 
+from flexmoe.ram import free_ram
+
 Result = TypeVar("Result")
 
 EVERY = 0.005  # seconds between two looks at what the process holds
@@ -25,6 +27,11 @@ def held(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return PROCESS.memory_info().rss
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_ram()
 
 
 def gib(size: float) -> str:

@@ -49,14 +49,12 @@ class Names:
 
 def parameter_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
     """The model parameter that each checkpoint tensor is, for those stored one to one."""
-    names = Names(model)
-    found = {}
-    for parameter, patterns in names.groups(checkpoint.tensors).items():
-        stored = [name for group in patterns.values() for name in group]
-        if len(stored) == 1 and parameter in names.state:
-            if checkpoint.tensors[stored[0]].shape == tuple(names.state[parameter].shape):
-                found[stored[0]] = parameter
-    return found
+    state = model.state_dict()
+    return {
+        stored[0]: parameter
+        for parameter, stored in names_by_parameter(checkpoint, model).items()
+        if [checkpoint.tensors[name].shape for name in stored] == [tuple(state[parameter].shape)]
+    }
 
 
 def names_by_parameter(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from flexmoe.actions import ActionConfig, learn_widths
 from flexmoe.allocate import allocate, allocate_experts, order_of, widths_from_path
 from flexmoe.config import SETTINGS_OF, CompressConfig, check_config
 from flexmoe.data import Windows
-from flexmoe.evaluation.curve import hardware, versions
+from flexmoe.environment import hardware, versions
 from flexmoe.evidence import FILE_NAME, Evidence, gather
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import check_room, write_family
@@ -35,7 +35,7 @@ from flexmoe.routing.rules import mean_outputs
 from flexmoe.sequential import score_sequential
 from flexmoe.sharding import gathered, shard_model
 from flexmoe.statistics import Statistics, thin_experts
-from flexmoe.streamed.fit import check_weights, gather_within
+from flexmoe.streamed.fit import check_memory, gather_within
 from flexmoe.streamed.layer_loader import LayerLoader
 from flexmoe.training import by_first
 
@@ -67,7 +67,7 @@ def rank_channels(model: str | Path, config: CompressConfig, track: Track = sile
     return rank(prepare(model, config), track)
 
 
-class Seen(NamedTuple):
+class Scored(NamedTuple):
     """What the pass gives, and the scores made of it. Without text there is no evidence."""
 
     network: PreTrainedModel
@@ -76,7 +76,7 @@ class Seen(NamedTuple):
     score: dict[int, Tensor]
 
 
-def _observe_whole(ready: Prepared, track: Track, saved: Saved | None) -> Seen:
+def _observe_whole(ready: Prepared, track: Track, saved: Saved | None) -> Scored:
     config, windows, method = ready.config, ready.windows, find_method(ready.config.method)
     # float32 on the CPU, where it is as fast; the checkpoint's own dtype on an accelerator
     dtype = torch.float32 if pick_device(config.device).type == "cpu" else "auto"
@@ -97,7 +97,7 @@ def _observe_whole(ready: Prepared, track: Track, saved: Saved | None) -> Seen:
             seed=config.seed,
             track=track,
         )
-        return Seen(network, None, statistics, score)
+        return Scored(network, None, statistics, score)
     if windows:
         evidence = gather(
             network,
@@ -116,20 +116,20 @@ def _observe_whole(ready: Prepared, track: Track, saved: Saved | None) -> Seen:
     if method.learns:
         assert windows is not None
         text = Text(windows.ids, ready.batch_size, config.seed, track)
-        return Seen(network, evidence, statistics, score_model(method, network, statistics, text))
+        return Scored(network, evidence, statistics, score_model(method, network, statistics, text))
     for layer in layers:
         with gathered(network, layer):  # a method may read the layer's weights
             score |= score_layers(method, [layer], statistics)
-    return Seen(network, evidence, statistics, score)
+    return Scored(network, evidence, statistics, score)
 
 
-def _observe_by_layer(ready: Prepared, track: Track, saved: Saved | None) -> Seen:
+def _observe_by_layer(ready: Prepared, track: Track, saved: Saved | None) -> Scored:
     """The same within ``config.memory``; the model is on the meta device afterwards."""
     config, windows, method = ready.config, ready.windows, find_method(ready.config.method)
     assert config.memory is not None
     device = pick_device(config.device)
     loader = LayerLoader(ready.source, device, torch.float32 if device.type == "cpu" else None)
-    check_weights(loader, config.memory)
+    check_memory(loader, config.memory)
     with loader, TemporaryDirectory() as folder:
         evidence = gather_within(
             config.memory,
@@ -148,7 +148,7 @@ def _observe_by_layer(ready: Prepared, track: Track, saved: Saved | None) -> See
         for i, layer in loader.experts.items():
             with loader.resident(i):
                 score |= score_layers(method, [layer], statistics)
-    return Seen(loader.model, evidence if windows else None, statistics, score)
+    return Scored(loader.model, evidence if windows else None, statistics, score)
 
 
 def rank(ready: Prepared, track: Track = silent, saved: Saved | None = None) -> Ranked:
@@ -157,10 +157,10 @@ def rank(ready: Prepared, track: Track = silent, saved: Saved | None = None) -> 
     return put_in_order(ready, see(ready, track, saved))
 
 
-def put_in_order(ready: Prepared, seen: Seen) -> Ranked:
+def put_in_order(ready: Prepared, scored: Scored) -> Ranked:
     """Put the channels of the model in memory in the order of their scores."""
     config, source, windows = ready.config, ready.source, ready.windows
-    network, evidence, statistics, score = seen
+    network, evidence, statistics, score = scored
     score = dict(score)
     layers = expert_layers(network)
     unit = find_method(config.method).unit

@@ -8,30 +8,26 @@ checkpoint they make a *family*, alone they apply to the untouched base model.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from flexmoe.allocate import cut_between
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import LayerShape
-from flexmoe.files import read_sealed, seal, write_whole
+from flexmoe.files import Strict, read_sealed, write_sealed, write_whole
 
 FORMAT = 1
 JSON_NAME, TENSORS_NAME = "flexmoe.json", "flexmoe.safetensors"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LayerRecord(_Record):
+class LayerRecord(Strict):
     """Counts of one MoE layer (see `LayerShape`) and how many experts a token is sent to."""
 
     experts: int
@@ -47,7 +43,7 @@ class LayerRecord(_Record):
         return LayerShape(**fields)
 
 
-class Member(_Record):
+class Member(Strict):
     """Figures of one budget. ``pruned`` is what was asked for, ``achieved`` what the widths give;
     ``bytes`` is the size of a ragged export's tensors, ``active_parameters`` counts routed
     parameters a token meets when every expert is as likely as the next."""
@@ -59,7 +55,7 @@ class Member(_Record):
     bytes: int
 
 
-class Recipe(_Record):
+class Recipe(Strict):
     """How a plan was made: what it takes to make it again."""
 
     base_model: str
@@ -71,20 +67,22 @@ class Recipe(_Record):
     unit: str = "channel"  # what stays or goes: channels, or whole experts
     router: str = "keep"  # what becomes of it where whole experts go, see `routing.rules`
     router_groups: int = 1  # of experts, which all lose equally many
-    settings: dict[str, float | int | str] = {}
+    settings: dict[str, float | int | str] = Field(default_factory=dict)
     data: str
     data_sha256: str
     samples: int
     seq_len: int
     seed: int
-    thin_experts: dict[int, list[int]] = {}  # by layer: saw too few tokens, their order is a guess
-    versions: dict[str, str] = {}
+    # by layer: saw too few tokens, their order is a guess
+    thin_experts: dict[int, list[int]] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
     hardware: str = ""
     options: dict[str, Any] | None = None  # what was asked of compress beside its defaults
-    recovery: list[dict[str, Any]] = []  # what was done to the weights since
+    # what was done to the weights since
+    recovery: list[dict[str, Any]] = Field(default_factory=list)
 
 
-class Manifest(_Record):
+class Manifest(Strict):
     """``flexmoe.json``. ``ranked`` says whether the weights in the same folder are in the plan's
     order already (a family); false for a plan alone."""
 
@@ -255,8 +253,6 @@ class Plan:
 
     def save(self, folder: str | Path, *, ranked: bool = False) -> Manifest:
         """Write the two files into ``folder``; returns what went into ``flexmoe.json``."""
-        from safetensors.torch import save
-
         self.check()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -275,15 +271,12 @@ class Plan:
             tensors_sha256=hashlib.sha256(content).hexdigest(),
         )
         write_whole(folder / TENSORS_NAME, content)
-        text = json.dumps(seal(manifest.model_dump()), indent=1) + "\n"
-        write_whole(folder / JSON_NAME, text.encode())
+        write_sealed(folder / JSON_NAME, manifest)
         return manifest
 
     @classmethod
     def load(cls, folder: str | Path) -> Plan:
         """Read and check the two files in ``folder``."""
-        from safetensors.torch import load_file
-
         manifest = read_manifest(folder)
         path = Path(folder) / TENSORS_NAME
         if not path.is_file():

@@ -102,7 +102,7 @@ def _in_log(items: Sequence[Item], description: str, console: Console) -> Iterat
 
 def _use(items: Any, done: int, begin: float) -> str:
     """Tokens per second since the beginning, if the items know them, and memory in use."""
-    import psutil  # comes with accelerate
+    import psutil
     import torch
 
     where, held = "", psutil.Process().memory_info().rss

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 
 import flexmoe
 from flexmoe.around import router_weights
+from flexmoe.checkpoint import Checkpoint
 from flexmoe.data import (
     calibration_windows,
     check_tokens,
@@ -31,14 +31,13 @@ from flexmoe.data import (
     pick_seq_len,
 )
 from flexmoe.distil import LABELS, Schedule, Swapped, distil, whole
+from flexmoe.environment import hardware, versions
 from flexmoe.errors import FlexmoeError
-from flexmoe.evaluation.curve import hardware, versions
 from flexmoe.evidence import FILE_NAME as EVIDENCE_NAME
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import copy_others
-from flexmoe.family import check_finite, find_folder, load, pick_device
-from flexmoe.files import refuse_existing, refuse_full, remove_stale, written_beside
-from flexmoe.headers import resolve
+from flexmoe.family import check_finite, find_folder, load, open_source, pick_device
+from flexmoe.files import file_sha256, refuse_existing, refuse_full, remove_stale, written_beside
 from flexmoe.lora import lora_experts
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.progress import Track, silent
@@ -57,7 +56,6 @@ from flexmoe.sharding import shard_model
 from flexmoe.shards import Shards, Source, replaced, verify, write
 from flexmoe.streamed.layer_loader import LayerLoader
 from flexmoe.streamed.refit import refit_within, refitted
-from flexmoe.trace import check_weights
 from flexmoe.training import by_first, part_of, processes
 
 
@@ -87,15 +85,10 @@ def prepare(family: str | Path, config: RecoverConfig, base: str | Path | None =
     """Check everything that can be checked without the model's weights."""
     check_recovery(config)
     folder = find_folder(family)
-    plan, ranked = Plan.load(folder), read_manifest(folder).ranked
-    if ranked and base is not None:
-        raise FlexmoeError(f"'{family}' is a family with weights of its own: leave base out")
+    plan = Plan.load(folder)
     plan.check_router_kept("recovery trains members with the router as it is")
     _check_members(plan, config)
-    weights = folder if ranked else resolve(base or plan.recipe.base_model)
-    source = Source.open(weights, plan)
-    if not ranked:
-        check_weights(plan, source.checkpoint, source.layers)
+    source = open_source(folder, plan, base)
     settings = source.model.config
     length = pick_seq_len(config.seq_len, settings)
     size = pick_batch_size(config.batch_size, length)
@@ -115,7 +108,7 @@ def prepare(family: str | Path, config: RecoverConfig, base: str | Path | None =
     steps = tokens // (size * length)
     windows = calibration_windows(
         config.data,
-        load_tokenizer(weights, settings),
+        load_tokenizer(source.checkpoint.path, settings),
         samples=steps * size,
         seq_len=length,
         seed=config.seed + 1,  # not the windows that the plan was calibrated on
@@ -202,7 +195,7 @@ def recover(
     ready = prepare(family, config, base)
     refuse_full(out, ready.source.checkpoint.bytes, "the family")
     announce(ready)
-    plan_sha256 = hashlib.sha256((ready.folder / JSON_NAME).read_bytes()).hexdigest()
+    plan_sha256 = file_sha256(ready.folder / JSON_NAME)
     inputs = {"data_sha256": ready.data_sha256, "version": flexmoe.__version__}
     recovered = _recovered if config.memory is None else _recovered_by_layer
     with work.on(plan_sha256=plan_sha256, **inputs):
@@ -284,7 +277,7 @@ def _write(
     with written_beside(out) as partial:
         copy_others(ready.source.checkpoint, partial)
         write(partial, shards, track)
-        verify(partial, shards, track)
+        verify(Checkpoint(partial), shards, track)
         plan.save(partial, ranked=True)
         if (kept := ready.folder / EVIDENCE_NAME).is_file():  # of the same plan
             shutil.copyfile(kept, partial / EVIDENCE_NAME)

@@ -24,10 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.experts import ExpertLayer, Routing, expert_layers, experts_function, unchanged
+from flexmoe.experts import (
+    Enough,
+    ExpertLayer,
+    Routing,
+    expert_layers,
+    experts_function,
+    unchanged,
+)
+from flexmoe.memory import free_memory
 from flexmoe.plan import Plan
 from flexmoe.progress import Steps, Track, silent
-from flexmoe.ram import free_ram
 
 FULL = 3.0  # weight of the unpruned member beside all others together, see docs/log.md
 DAMPING = 1.0  # the old weights count like DAMPING * I tokens more that voted for them
@@ -69,12 +76,8 @@ class Moments:
             self.sum_EII[e].addmm_(x_nI.mT, x_nI)
             self.count_E[e] += b - a
         if self.last:
-            raise _Enough
+            raise Enough
         return h_SI
-
-
-class _Enough(Exception):
-    """Ends a forward pass: the layers that follow are not needed."""
 
 
 def refit(
@@ -105,7 +108,9 @@ def refit(
     weight_B = budget_weights(weights, plan.budgets)
     if not damping >= 0:
         raise FlexmoeError(f"damping must not be negative, found {damping:g}")
-    groups = _groups(layers, _free_memory(layers[0]) if memory is None else memory)
+    if memory is None:
+        memory = free_memory(layers[0].module.down_proj.device) // 2
+    groups = _groups(layers, memory)
     device = next(model.parameters()).device
     batches = [(group, batch) for group in groups for batch in ids.split(batch_size)]
     moments: dict[int, Moments] = {}
@@ -151,14 +156,6 @@ def budget_weights(weights: Sequence[float] | None, budgets: Sequence[float]) ->
     return torch.tensor(weights, dtype=torch.float64)
 
 
-def _free_memory(layer: ExpertLayer) -> int:
-    """Half of the bytes that are free where the layer is."""
-    device = layer.module.down_proj.device
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return free_ram() // 2
-
-
 def _groups(layers: Sequence[ExpertLayer], memory: int) -> list[list[ExpertLayer]]:
     """Neighbouring layers whose moments fit into ``memory`` bytes together; last layers first."""
     groups: list[list[ExpertLayer]] = []
@@ -181,7 +178,7 @@ def _pass(
         layer.module.flexmoe_observer = moments.get(layer.index, unchanged)
     try:
         model(input_ids=batch, use_cache=False)
-    except _Enough:
+    except Enough:
         pass
     finally:
         for layer in layers:

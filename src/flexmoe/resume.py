@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -20,15 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.files import write_whole
+from flexmoe.files import file_sha256, write_whole
 from flexmoe.training import processes
 
 log = logging.getLogger(__name__)
 
 SETTINGS_NAME = "settings.json"
-EVERY = (
-    20.0  # seconds between two writes of the same state; more where a write takes above a second
-)
+# seconds between two writes of the same state; more where a write takes above a second
+EVERY = 20.0
 
 
 def work_folder(out: str | Path) -> Path:
@@ -174,7 +172,7 @@ class Saved:
         try:
             record = json.loads(about.read_text())
             data = self.work.path / record["file"]
-            if _sha256(data) != record["sha256"]:
+            if file_sha256(data) != record["sha256"]:
                 raise SafetensorError("its checksum is not what was written")
             return record["step"], load_file(data)
         except (OSError, ValueError, LookupError, SafetensorError) as error:
@@ -205,15 +203,10 @@ class Saved:
         # two files in turn: the record names the one that is whole
         data = self.path.with_name(f"{self.name}-{step}.safetensors")
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, data)
-        record = {"step": step, "file": data.name, "sha256": _sha256(data)}
+        record = {"step": step, "file": data.name, "sha256": file_sha256(data)}
         with data.open("rb") as stream:
             os.fsync(stream.fileno())
         write_whole(self.path.with_suffix(".json"), json.dumps(record).encode())
         for old in self.work.path.glob(f"{self.name}-*.safetensors"):
             if old != data:
                 old.unlink()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:  # the state may be three times the weights: never whole in memory
-        return hashlib.file_digest(file, "sha256").hexdigest()

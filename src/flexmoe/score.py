@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from flexmoe.checkpoint import meta_model
@@ -24,7 +23,7 @@ from flexmoe.data import (
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.family import load_stock, pick_device
-from flexmoe.files import refuse_existing
+from flexmoe.files import refuse_existing, write_whole
 from flexmoe.headers import resolve
 from flexmoe.methods import Text, find_method, score_model
 from flexmoe.observe import observe
@@ -100,10 +99,5 @@ def _write(found: dict[str, dict[int, Tensor]], about: dict[str, str], out: Path
         for name, scores in found.items()
         for i, score in scores.items()
     }
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata=about)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, save(tensors, about))

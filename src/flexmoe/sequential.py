@@ -8,7 +8,6 @@ a method compares with what the layer gives in the unpruned model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from flexmoe.around import around_experts
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import (
+    Enough,
     ExpertLayer,
     Routing,
     expert_layers,
@@ -32,10 +32,6 @@ from flexmoe.routing.edits import Work, edited_forward
 from flexmoe.routing.rules import reroute, restore
 from flexmoe.statistics import Statistics, empty_statistics, passes
 from flexmoe.training import processes
-
-
-class _Enough(Exception):
-    """Ends a forward pass behind the layer that is looked at."""
 
 
 def check_sequential(method: Method, pruned: float) -> None:
@@ -76,7 +72,8 @@ def score_sequential(
         for layer in layers:
             layer.module.flexmoe_observer = unchanged
         for layer in track(layers, "observe"):
-            target = _outputs(model, layer, batches) if targets else None
+            # of the unpruned model, by batch
+            target = [_run_to(model, layer, batch) for batch in batches] if targets else None
             if router == "remove":
                 reroute(model, router, width, {})
             observer = layer.module.flexmoe_observer = Observer(layer, wanted)
@@ -116,22 +113,17 @@ def _run_to(model: nn.Module, layer: ExpertLayer, batch: Tensor) -> Tensor:
 
     def enough(module: nn.Module, args: Any, output: Tensor) -> None:
         given.append(output)
-        raise _Enough
+        raise Enough
 
     stop = layer.module.register_forward_hook(enough)
     try:
         with torch.no_grad():
             model(input_ids=batch, use_cache=False)
-    except _Enough:
+    except Enough:
         pass
     finally:
         stop.remove()
     return given[0]
-
-
-def _outputs(model: nn.Module, layer: ExpertLayer, batches: Sequence[Tensor]) -> list[Tensor]:
-    """What the experts of ``layer`` give in the unpruned model, by batch."""
-    return [_run_to(model, layer, batch) for batch in batches]
 
 
 class _Silenced:

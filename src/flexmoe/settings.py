@@ -1,4 +1,4 @@
-"""Numbers in a nested config.json: where one stands, and the same config with another there."""
+"""Numbers in a nested config.json: where one stands, and the same config with others there."""
 
 from __future__ import annotations
 
@@ -20,9 +20,15 @@ def places(config: Mapping[str, Any], value: int, prefix: Place = ()) -> Iterato
 
 def with_value(config: Mapping[str, Any], place: Place, value: int) -> dict[str, Any]:
     """A copy of the config with ``value`` at ``place``."""
+    return with_values(config, {place: value})
+
+
+def with_values(config: Mapping[str, Any], values: Mapping[Place, int]) -> dict[str, Any]:
+    """A copy of the config with these values at their places, which are made where they are not."""
     new = deepcopy(dict(config))
-    inner = new
-    for key in place[:-1]:
-        inner = inner[key]
-    inner[place[-1]] = value
+    for place, value in values.items():
+        inner = new
+        for key in place[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[place[-1]] = value
     return new

@@ -80,8 +80,8 @@ def own_rows(tensor: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_step(parts: Sequence[Tensor], spare: Tensor) -> list[Tensor]:
-    """``parts`` [n, t] and as many of a single token of ``spare``, which predicts nothing, as it
-    takes for all processes to have the same number."""
+    """``parts`` [n, t] and as many of a single token, ``spare`` [1, 1], which predicts nothing, as
+    it takes for all processes to have the same number."""
     numbers = [0] * dist.get_world_size()
     dist.all_gather_object(numbers, len(parts))
-    return [*parts, *[spare[:1, :1]] * (max(numbers) - len(parts))]
+    return [*parts, *[spare] * (max(numbers) - len(parts))]

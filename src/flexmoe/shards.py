@@ -103,6 +103,11 @@ def same_names(source: Source, cuts: dict[int, Cut]) -> Shards:
     return _all_shards(source, of_piece)
 
 
+def others(source: Source) -> Shards:
+    """Every tensor without channels, as it is."""
+    return _all_shards(source, lambda i, piece: [])
+
+
 def _rebuild(checkpoint: Checkpoint, piece: Piece, cut: Cut, shape: list[int]) -> Tensor:
     new = torch.zeros(shape, dtype=DTYPES[checkpoint.tensors[piece.name].dtype])
     experts = range(len(cut.width_E)) if piece.expert is None else [piece.expert]
@@ -119,24 +124,24 @@ def replaced(source: Source, new: dict[str, Tensor]) -> Shards:
     them: experts in the layout of the checkpoint, others must be stored one to one. Raises
     `FlexmoeError` naming a parameter that is not."""
     layers = {traced.layer.name: (i, traced) for i, traced in source.layers.items()}
-    shards = _all_shards(source, lambda i, piece: [])
+    shards = others(source)
     info = source.checkpoint.tensors
-    others = {}
+    beside = {}
     for stored, parameter in parameter_names(source.checkpoint, source.model).items():
         if parameter in new and parameter.rpartition(".")[0] not in layers:
-            others[stored] = new[parameter]
+            beside[stored] = new[parameter]
     lost = [
         parameter
         for parameter, tensor in new.items()
         if parameter.rpartition(".")[0] not in layers
-        and not any(tensor is other for other in others.values())
+        and not any(tensor is other for other in beside.values())
     ]
     if lost:
         raise FlexmoeError(f"the checkpoint stores {lost[0]} in a form that cannot be rewritten")
     for file, entries in shards.items():
         shards[file] = [
-            replace(entry, make=partial(_cast, others[entry.name], info[entry.name]))
-            if entry.name in others
+            replace(entry, make=partial(_cast, beside[entry.name], info[entry.name]))
+            if entry.name in beside
             else entry
             for entry in entries
         ]
@@ -331,12 +336,14 @@ def _write_shard(path: Path, entries: list[Entry], track: Track, description: st
             stream.write(entry.make().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def verify(out: Path, shards: Shards, track: Track = silent) -> None:
-    """Read ``out`` again and raise `FlexmoeError` unless every tensor is what was to be written."""
-    written = Checkpoint(out)
+def verify(written: Checkpoint, shards: Shards, track: Track = silent) -> None:
+    """Raise `FlexmoeError` unless every tensor, read again, is what was to be written."""
     entries = [entry for shard in shards.values() for entry in shard]
     for entry in track(entries, "compare"):
-        wanted = entry.make().contiguous().flatten().view(torch.uint8)
-        found = written.tensor(entry.name).flatten().view(torch.uint8)
-        if not torch.equal(wanted, found):
-            raise FlexmoeError(f"{entry.name} read back from {out} is not what was written")
+        same = entry.name in written.tensors and torch.equal(
+            entry.make().contiguous().flatten().view(torch.uint8),
+            written.tensor(entry.name).flatten().view(torch.uint8),
+        )
+        if not same:
+            name = entry.name
+            raise FlexmoeError(f"{name} read back from {written.path} is not what was written")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flexmoe.errors import FlexmoeError
+from flexmoe.headers import one_line
+from flexmoe.jsonl import json_lines, opened
 
 TINY = Path(__file__).parent / "tiny"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
@@ -108,31 +108,16 @@ def documents(source: Source, seed: int | None = None) -> Iterator[Document]:
     """The documents of a source: one a line in JSON lines and one a row in data sets (field
     ``text``, or a conversation in ``messages``), else the whole file. With a ``seed`` a data set
     is shuffled as far as a stream can be; files are read in order."""
+    path = Path(source.path)
     if not source.is_file:
         for number, record in enumerate(_records(source, seed), 1):
             yield _document(record, f"{source.name}, row {number}")
-        return
-    path = Path(source.path)
-    opener = gzip.open if path.name.endswith(".gz") else open
-    try:
-        yield from _from_file(path, opener)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise FlexmoeError(f"{path} cannot be read as UTF-8 text: {error}") from None
-
-
-def _from_file(path: Path, opener: Callable[..., Any]) -> Iterator[Document]:
-    with opener(path, "rt", encoding="utf-8") as file:
-        if ".jsonl" not in path.name:
-            yield file.read()
-            return
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise FlexmoeError(f"{path}, line {number}: not valid JSON ({error})") from None
+    elif ".jsonl" in path.name:
+        for number, record in json_lines(path):
             yield _document(record, f"{path}, line {number}")
+    else:
+        with opened(path) as file:
+            yield file.read()
 
 
 def _records(source: Source, seed: int | None) -> Iterator[Any]:
@@ -148,7 +133,7 @@ def _records(source: Source, seed: int | None) -> Iterator[Any]:
         rows = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
         yield from rows if seed is None else rows.shuffle(seed=seed, buffer_size=SHUFFLED)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         what = "folder" if Path(source.path).is_dir() else "hub data set"
         raise FlexmoeError(
             f"{what} '{source.name}' (split '{source.split}') cannot be read: {reason}. Check "

@@ -21,9 +21,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmoe.checkpoint import meta_model
 from flexmoe.elastic import release
+from flexmoe.environment import hardware, versions
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.compared import exported_share
-from flexmoe.evaluation.curve import hardware, versions
 from flexmoe.experts import expert_layers
 from flexmoe.family import find_folder, find_weights, load, set_budget
 from flexmoe.headers import EXPORT_NAME

@@ -221,10 +221,10 @@ def beside(earlier: Statistics, later: Statistics) -> Statistics:
     return found
 
 
-def thin_experts(statistics: Statistics, at_least: int = THIN) -> dict[int, list[int]]:
-    """Experts that saw fewer than ``at_least`` tokens, by layer: their ranking is a guess."""
+def thin_experts(statistics: Statistics) -> dict[int, list[int]]:
+    """Experts that saw fewer than `THIN` tokens, by layer: their ranking is a guess."""
     return {
         i: experts
         for i, stats in statistics.items()
-        if (experts := (stats["count_E"] < at_least).nonzero().flatten().tolist())
+        if (experts := (stats["count_E"] < THIN).nonzero().flatten().tolist())
     }

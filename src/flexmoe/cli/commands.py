@@ -159,13 +159,13 @@ def compress(
     from flexmoe.config import SETTINGS_OF, CompressConfig, budget_list
     from flexmoe.coverage import coverage, in_short
     from flexmoe.doctor.diagnosis import before_compress
-    from flexmoe.evaluation.pick import parse_bytes
     from flexmoe.evidence import FILE_NAME, Evidence
     from flexmoe.family import pick_device
     from flexmoe.memory import MostHeld, gib
     from flexmoe.methods import find_method
     from flexmoe.pipeline import compress as run
     from flexmoe.progress import bar, silent
+    from flexmoe.reports.report import parse_bytes
     from flexmoe.resume import work_folder
     from flexmoe.routing.rules import export_options
     from flexmoe.training import process_group, processes
@@ -223,19 +223,13 @@ def compress(
 def _plan_table(plan: Any, title: str) -> Any:
     from rich.table import Table
 
-    from flexmoe.reports.report import count, size
+    from flexmoe.reports.report import member_row
 
     table = Table(title=title, title_justify="left")
     for name in ("pruned", "exactly", "routed parameters", "active routed", "size (ragged)"):
         table.add_column(name, justify="right")
     for member in map(plan.member, plan.budgets):
-        table.add_row(
-            f"{member.pruned:.0%}",
-            f"{member.achieved:.2%}",
-            count(member.routed_parameters),
-            count(member.active_parameters),
-            size(member.bytes),
-        )
+        table.add_row(*member_row(member))
     return table
 
 

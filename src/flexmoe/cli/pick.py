@@ -44,9 +44,10 @@ def pick(
 
     Of several wishes all must hold; the richest that fits is taken then.
     """
-    from flexmoe.evaluation.pick import Wanted, parse_bytes, parse_count
+    from flexmoe.evaluation.pick import Wanted
     from flexmoe.evaluation.pick import pick as choose
     from flexmoe.progress import bar
+    from flexmoe.reports.report import parse_bytes, parse_count
 
     quiet()
     wanted = Wanted(

@@ -55,9 +55,9 @@ def profile(
     device: Device = "auto",
 ) -> None:
     """Find the experts that a task needs, and keep that as a pattern in a store."""
-    from flexmoe.evaluation.pick import parse_bytes
     from flexmoe.premoe import profile as run
     from flexmoe.progress import bar
+    from flexmoe.reports.report import parse_bytes
 
     quiet()
     found = run(

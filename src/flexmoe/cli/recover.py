@@ -52,7 +52,8 @@ def recover(
         str, typer.Option(help="text: FILE, folder or hub id[:WEIGHT],...; default: tiny")
     ] = "tiny",
     tokens: Annotated[
-        int | None, typer.Option(help="tokens to train on; default: 1.2 million (router: half)")
+        int | None,
+        typer.Option(help="tokens to read; default: 1.2 million, router half, closed-form 131,072"),
     ] = None,
     seq_len: SeqLen = None,
     batch_size: BatchSize = None,
@@ -70,14 +71,13 @@ def recover(
     device: Device = "auto",
 ) -> None:
     """Better weights for all budgets of a family, same plan: goes on where a killed run stopped."""
-    from flexmoe.evaluation.pick import parse_bytes
     from flexmoe.family import pick_device
     from flexmoe.memory import MostHeld, gib
     from flexmoe.progress import bar, silent
     from flexmoe.recover import Prepared
     from flexmoe.recover import recover as run
     from flexmoe.recover_config import RecoverConfig
-    from flexmoe.reports.report import count, size
+    from flexmoe.reports.report import count, parse_bytes, size
     from flexmoe.training import process_group, processes
 
     quiet()

@@ -61,8 +61,8 @@ def report(
             family, weights, curve.data, budgets[::step], samples,
             base=base, device=device, track=bar,
         )  # fmt: skip
-    counts = None
+    seen = None
     if (family / FILE_NAME).is_file():
-        counts = Evidence.load(family, manifest.recipe.data_sha256).counts()
-    files = build_page(family, curve, weights=weights, samples=made, counts=counts).write(out)
-    say("\n".join(map(str, files)))
+        seen = Evidence.load(family, manifest.recipe.data_sha256)
+    page = build_page(family, curve, weights=weights, samples=made, evidence=seen)
+    say("\n".join(map(str, page.write(out))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from flexmoe.data import (
     load_tokenizer,
     pick_batch_size,
     pick_seq_len,
-    tokens_sha256,
 )
 from flexmoe.errors import FlexmoeError
+from flexmoe.evaluation.inputs import describe_files, describe_pairs
 from flexmoe.evaluation.losses import loss_rows, window_losses
 from flexmoe.evaluation.members import Members
 from flexmoe.evaluation.pairs import Encoded, Pair, encode, pair_rows, read_pairs, right_pairs
@@ -117,14 +116,8 @@ def settings_of(
     """What every line of the file rests on."""
     windows = ready.windows
     assert windows is not None
-    pairs = None
-    if config.pairs is not None:
-        content = Path(config.pairs).expanduser().read_bytes()
-        pairs = {
-            "name": Path(config.pairs).name,
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "per_paradigm": config.pairs_per_paradigm,
-        }
+    per_paradigm = config.pairs_per_paradigm
+    pairs = None if config.pairs is None else describe_pairs(config.pairs, per_paradigm)
     return {
         "model": Path(model).name,
         "weights_sha256": ready.weights_sha256,
@@ -137,9 +130,6 @@ def settings_of(
             "seq_len": windows.ids.shape[1],
             "sha256": windows.sha256,
         },
-        "evaluation": {
-            name: {"windows": len(ids), "seq_len": ids.shape[1], "sha256": tokens_sha256(ids)}
-            for name, ids in held.windows.items()
-        },
+        "evaluation": describe_files(held.windows),
         "pairs": pairs,
     }

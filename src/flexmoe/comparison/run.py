@@ -20,8 +20,8 @@ from flexmoe.comparison.inputs import CompareConfig, Held, read_held, settings_o
 from flexmoe.comparison.results import Results
 from flexmoe.config import check_config
 from flexmoe.data import pick_batch_size, pick_seq_len
+from flexmoe.environment import hardware, versions
 from flexmoe.errors import FlexmoeError
-from flexmoe.evaluation.curve import hardware, versions
 from flexmoe.evaluation.members import budgets_of
 from flexmoe.evidence import gather
 from flexmoe.experts import expert_layers, routed_parameters
@@ -31,7 +31,7 @@ from flexmoe.learn import check_halves
 from flexmoe.memory import MostHeld, give_back
 from flexmoe.methods import Text, score_model
 from flexmoe.observe import observe
-from flexmoe.pipeline import TWO_TOKENS, Ranked, Seen, attach_plan, make_plan, put_in_order
+from flexmoe.pipeline import TWO_TOKENS, Ranked, Scored, attach_plan, make_plan, put_in_order
 from flexmoe.prepare import Prepared, pick_quantum, prepare, router_groups
 from flexmoe.progress import Track, silent
 from flexmoe.reference import add_reference
@@ -222,7 +222,7 @@ class _Job:
             quantum=pick_quantum(own, [layer.I for layer in expert_layers(self.network)]),
             router_groups=router_groups(self.network, own),
         )
-        ranked = put_in_order(fitted, Seen(self.network, None, statistics, score))
+        ranked = put_in_order(fitted, Scored(self.network, None, statistics, score))
         try:
             plan = make_plan(ranked, own.allocator, self.track)
             seconds = time.monotonic() - begin

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from flexmoe.comparison.results import Results
 from flexmoe.evaluation.intervals import interval, resampled_means
+from flexmoe.evaluation.tables import half
 from flexmoe.memory import gib
 from flexmoe.reports.report import count, percent
 
@@ -145,15 +146,11 @@ def markdown(results: Results) -> str:
 
 
 def _with_half(value: float | None, spread: Sequence[float] | None) -> str:
-    return "not finite" if value is None else f"{value:+.3f}{_half(spread)}"
+    return "not finite" if value is None else f"{value:+.3f}{half(spread)}"
 
 
 def _right(share: float | None, spread: Sequence[float] | None = None) -> str:
-    return "not finite" if share is None else f"{share:.3f}{_half(spread)}"
-
-
-def _half(spread: Sequence[float] | None) -> str:
-    return "" if spread is None else f" ±{(spread[1] - spread[0]) / 2:.3f}"
+    return "not finite" if share is None else f"{share:.3f}{half(spread)}"
 
 
 def _seconds(seconds: float) -> str:

@@ -19,7 +19,6 @@ from flexmoe.data import load_tokenizer, pick_batch_size, pick_seq_len
 from flexmoe.doctor.estimates import Estimator
 from flexmoe.doctor.found import Diagnosis, Layer, widths
 from flexmoe.doctor.glance import open_headers
-from flexmoe.doctor.machine import free_memory
 from flexmoe.doctor.room import note_what_does_not_fit
 from flexmoe.doctor.sizes import EXPORTED
 from flexmoe.errors import FlexmoeError
@@ -28,6 +27,7 @@ from flexmoe.family import pick_device
 from flexmoe.files import free_disk, refuse_existing
 from flexmoe.headers import local_folder, resolve
 from flexmoe.learn import check_halves
+from flexmoe.memory import free_memory
 from flexmoe.methods import find_method
 from flexmoe.names import missing_parameters
 from flexmoe.plan import JSON_NAME, Plan

@@ -1,4 +1,4 @@
-"""What this machine has and can do: free memory, and rates measured for a moment."""
+"""What this machine can do: rates measured for a moment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import nn
 
 from flexmoe.doctor.pace import repeated
 from flexmoe.experts import expert_layers
-from flexmoe.ram import free_ram
 
 MOMENT = 0.05  # seconds each rate is measured for
 
@@ -47,10 +46,3 @@ def _repeated(work: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
 
     return median(repeated(whole, MOMENT))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return free_ram()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -13,16 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from pydantic import ValidationError
 
-import flexmoe
 from flexmoe.checkpoint import Checkpoint
+from flexmoe.environment import hardware, versions
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.compared import MODEL, Compared
 from flexmoe.evaluation.records import Curve, OfWeights
-from flexmoe.files import read_sealed, seal, write_whole
+from flexmoe.files import file_sha256, read_sealed, write_sealed
 from flexmoe.headers import CURVE_NAME
 from flexmoe.plan import JSON_NAME, read_manifest
 from flexmoe.progress import Track, silent
@@ -45,10 +41,8 @@ def of_weights(folder: str | Path, track: Track = silent) -> OfWeights:
 def shards_sha256(folder: str | Path, track: Track = silent) -> str:
     """What ``sha256sum SHARDS | sha256sum`` says of a checkpoint's shards in the order of their
     names. All weights are read: about a second a gigabyte."""
-    lines = []
-    for name in track(Checkpoint(folder).files, "checksum"):
-        with (Path(folder) / name).open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    files = track(Checkpoint(folder).files, "checksum")
+    lines = [f"{file_sha256(Path(folder) / name)}  {name}\n" for name in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -89,26 +83,6 @@ def make_curve(
         ) from None
 
 
-def versions() -> dict[str, str]:
-    """Of flexmoe and what it computes with."""
-    return {
-        "flexmoe": flexmoe.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def hardware(device: torch.device) -> str:
-    """What ``device`` is, for people: the GPU's name, or threads and name of the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    found = Path("/proc/cpuinfo")
-    lines = found.read_text().splitlines() if found.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{torch.get_num_threads()} threads of {name}"
-
-
 # --- the file ----------------------------------------------------------------------------------
 
 
@@ -133,7 +107,7 @@ def save_curve(folder: str | Path, curve: Curve) -> Path:
     """Write ``evaluation.json`` into ``folder``, whole or not at all; returns its path."""
     path = Path(folder) / CURVE_NAME
     try:
-        write_whole(path, (json.dumps(seal(curve.model_dump()), indent=1) + "\n").encode())
+        write_sealed(path, curve)
     except OSError as error:
         raise FlexmoeError(f"cannot write {path}: {error.strerror}") from None
     return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from flexmoe.evaluation.pairs import pair_rows, right_pairs
 from flexmoe.evaluation.quality import Verdict, check_gate, gate
 from flexmoe.evaluation.structured import structured_row
 from flexmoe.evaluation.tasks import run_tasks, task_rows
+from flexmoe.files import free_disk
 from flexmoe.progress import Track, silent
 from flexmoe.reports.card import refresh_card
 from flexmoe.reports.report import size
@@ -47,34 +47,22 @@ def budget_rows(
     model: PreTrainedModel,
     windows: Mapping[str, Tensor],
     budgets: Sequence[float],
-    *,
-    batch_size: int = 8,
     track: Track = silent,
 ) -> list[Row]:
-    """A row for every budget and data file of a model that switches (see `flexmoe.load`)."""
-    members = budgets_of(model, budgets)
-    losses = window_losses(members, windows, batch_size=batch_size, track=track)
-    plan = model.flexmoe_plan
-    return _rows(losses, windows, {pruned: plan.member(pruned).model_dump() for pruned in budgets})
+    """A row for every budget of a model that switches (see `flexmoe.load`): its figures, and the
+    ``nll`` (see `mean_nll`) and ``perplexity`` that it comes to."""
+    losses = window_losses(budgets_of(model, budgets), windows, track=track)
+    rows = []
+    for pruned in budgets:
+        nll = mean_nll({name: _row(losses[pruned][name], ids) for name, ids in windows.items()})
+        figures = model.flexmoe_plan.member(pruned).model_dump()
+        rows.append({**figures, "nll": nll, "perplexity": perplexity(nll)})
+    return rows
 
 
 def _row(window_NM: Tensor, ids: Tensor) -> Row:
     nll = float(window_NM[:, 0].mean())
     return {"tokens": ids[:, 1:].numel(), "nll": nll, "perplexity": perplexity(nll)}
-
-
-def _rows(losses: Losses, windows: Mapping[str, Tensor], figures: Mapping[Key, Row]) -> list[Row]:
-    return [
-        {
-            "pruned": pruned,
-            "data": name,
-            **_row(losses[pruned][name], ids),
-            "routed_parameters": of["routed_parameters"],
-            "bytes": of["bytes"],
-        }
-        for pruned, of in figures.items()
-        for name, ids in windows.items()
-    ]
 
 
 def perplexity(nll: float) -> float:
@@ -108,24 +96,6 @@ class Measured:
     saved: Path | None = None
     unsaved: str | None = None
     verdict: Verdict | None = None
-
-
-def evaluate_path(
-    path: str | Path,
-    *,
-    data: str = "tiny",
-    pruned: Sequence[float] | None = None,
-    samples: int | None = None,
-    seq_len: int | None = None,
-    batch_size: int | None = None,
-    base: str | Path | None = None,
-    device: str = "auto",
-    track: Track = silent,
-) -> list[Row]:
-    """Rows of a family or plan at the budgets ``pruned`` (None: all of its), or the one row a data
-    file of an export or plain checkpoint. `measure` gives more."""
-    config = EvaluateConfig(data, pruned, samples, seq_len, batch_size, base, device)
-    return measure(path, config, track=track).rows
 
 
 def measure(
@@ -188,7 +158,7 @@ def measure(
     if config.min_recovery is not None:
         verdict = gate(members, config.min_recovery, config.by)
     return Measured(
-        rows=_file_rows(losses, inputs, {row["pruned"]: row for row in members}),
+        rows=_file_rows(losses, inputs, members),
         members=members,
         against=against,
         about=facts,
@@ -220,7 +190,7 @@ def _room_for_logits(compared: Compared, inputs: Inputs) -> Iterator[Path | None
     itemsize = 4 if compared.device.type == "cpu" else 2
     need = tokens * compared.settings.get_text_config().vocab_size * itemsize
     with tempfile.TemporaryDirectory(prefix="flexmoe-logits-") as folder:
-        free = shutil.disk_usage(folder).free
+        free = free_disk(folder)
         if need > free:
             raise FlexmoeError(
                 f"the models do not fit in memory together, and the base's predictions take "
@@ -277,6 +247,16 @@ def _base_row(name: str, row: Row) -> Row:
     return {"model": name, **own}
 
 
-def _file_rows(losses: Losses, inputs: Inputs, members: Mapping[Key, Row]) -> list[Row]:
-    rows = _rows(losses, inputs.windows, members)
-    return [row | members[row["pruned"]]["by_file"][row["data"]] for row in rows]
+def _file_rows(losses: Losses, inputs: Inputs, members: Sequence[Row]) -> list[Row]:
+    return [
+        {
+            "pruned": of["pruned"],
+            "data": name,
+            **_row(losses[of["pruned"]][name], ids),
+            "routed_parameters": of["routed_parameters"],
+            "bytes": of["bytes"],
+            **of["by_file"][name],
+        }
+        for of in members
+        for name, ids in inputs.windows.items()
+    ]

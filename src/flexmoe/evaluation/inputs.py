@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from flexmoe.evaluation.generate import end_tokens, greedy, sampled
 from flexmoe.evaluation.pairs import Encoded, Pair, encode, read_pairs
 from flexmoe.evaluation.prompts import Prompt, check_prompts, read_prompts, window_prompts
 from flexmoe.evaluation.tasks import FILES, check_kept, load_tasks
+from flexmoe.files import file_sha256
 
 FROM_DATA = "data"  # in place of a prompts file: the beginnings of held-out windows
 MAX_NEW_TOKENS = 256
@@ -165,19 +165,15 @@ def _generation_config(compared: Compared) -> GenerationConfig:
 
 def describe(inputs: Inputs, config: EvaluateConfig) -> dict[str, Any]:
     """Names, counts and hashes of all inputs, as `flexmoe.evaluation.records.Curve` has them."""
-    files = {
-        name: {"windows": len(ids), "seq_len": ids.shape[1], "sha256": tokens_sha256(ids)}
-        for name, ids in inputs.windows.items()
-    }
+    files = describe_files(inputs.windows)
     found: dict[str, Any] = {
         "data": config.data, "files": files, "pairs": None, "tasks": None, "generation": None,
         "structured": None,
     }  # fmt: skip
     if config.pairs is not None:
-        of_file = {"name": Path(config.pairs).name, "sha256": _sha256(config.pairs)}
-        found["pairs"] = of_file | {"per_paradigm": config.pairs_per_paradigm}
+        found["pairs"] = describe_pairs(config.pairs, config.pairs_per_paradigm)
     if config.tasks:
-        own = {Path(n).name: _sha256(n) for n in config.tasks if n.endswith(FILES)}
+        own = {Path(n).name: file_sha256(n) for n in config.tasks if n.endswith(FILES)}
         names = [Path(n).name if n.endswith(FILES) else n for n in config.tasks]
         found["tasks"] = {"names": names, "limit": config.task_limit, "files": own}
     if config.generate is not None:
@@ -188,19 +184,28 @@ def describe(inputs: Inputs, config: EvaluateConfig) -> dict[str, Any]:
     return found
 
 
+def describe_files(windows: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of each data file the windows, tokens a window, and hash of the tokens."""
+    return {
+        name: {"windows": len(ids), "seq_len": ids.shape[1], "sha256": tokens_sha256(ids)}
+        for name, ids in windows.items()
+    }
+
+
+def describe_pairs(path: str | Path, per_paradigm: int | None) -> dict[str, Any]:
+    """The file of pairs, and how many of each paradigm were used."""
+    return {"name": Path(path).name, "sha256": file_sha256(path), "per_paradigm": per_paradigm}
+
+
 def _prompts(
     asked: str | Path, inputs: Inputs, prompts: list[Prompt], modes: dict[str, Any]
 ) -> dict[str, Any]:
     held_out = str(asked) == FROM_DATA
     return {
         "name": FROM_DATA if held_out else Path(asked).name,
-        "sha256": None if held_out else _sha256(asked),
+        "sha256": None if held_out else file_sha256(asked),
         "n": len(prompts),
         "max_new_tokens": inputs.max_new_tokens,
         "settings": modes,
         "seed": SEED,
     }
-
-
-def _sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()

@@ -54,9 +54,9 @@ def resampled_means(
     return means_RB
 
 
-def interval(values_R: Array, level: float = LEVEL) -> Interval | None:
-    """The middle ``level`` of resampled values; None where they say nothing (not finite)."""
-    tail = (1 - level) / 2
+def interval(values_R: Array) -> Interval | None:
+    """The middle 95 % of resampled values; None where they say nothing (not finite)."""
+    tail = (1 - LEVEL) / 2
     # an order statistic: nothing is interpolated towards an infinite neighbour
     low, high = np.quantile(values_R, [tail, 1 - tail], method="inverted_cdf")
     return (float(low), float(high)) if np.isfinite([low, high]).all() else None

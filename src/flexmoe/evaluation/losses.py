@@ -131,9 +131,7 @@ def _measured(logits_TV: Tensor, target_T: Tensor, base_TV: Tensor | None) -> Te
     return torch.cat(parts)
 
 
-def loss_rows(
-    losses: Losses, base: Key | None = 0.0, *, seed: int = 0
-) -> dict[Key, dict[str, Any]]:
+def loss_rows(losses: Losses, base: Key | None = 0.0) -> dict[Key, dict[str, Any]]:
     """What `window_losses` come to, by member.
 
     ``nll``: nats a token, the mean over data files, each counting the same; ``files``: of each;
@@ -146,7 +144,7 @@ def loss_rows(
     keys, names = list(losses), list(next(iter(losses.values())))
     whole = keys.index(base) if base is not None and base in losses else None
     files_NBM = [np.stack([losses[k][name].numpy() for k in keys], 1) for name in names]
-    drawn = [_drawn(file_NBM, (seed, f)) for f, file_NBM in enumerate(files_NBM)]
+    drawn = [_drawn(file_NBM, (0, f)) for f, file_NBM in enumerate(files_NBM)]
     of_file = [
         _rows(file_NBM.mean(0), drawn_RBM, whole)
         for file_NBM, drawn_RBM in zip(files_NBM, drawn, strict=True)

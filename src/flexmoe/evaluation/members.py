@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from flexmoe.checkpoint import Checkpoint
 from flexmoe.experts import expert_layers, routed_parameters
 from flexmoe.family import pick_device, set_budget
+from flexmoe.memory import free_memory
 from flexmoe.policies import Fitted, stop
-from flexmoe.ram import free_ram
 from flexmoe.routing.edits import Work, is_edited
 
 BASE = "base"  # the key of a base that is another model; else a key is a pruned share
@@ -110,12 +110,10 @@ def fit_together(folders: Iterable[Path], device: str) -> bool:
     found = [Checkpoint(folder) for folder in folders]
     if where.type == "cuda":
         need = sum(checkpoint.bytes for checkpoint in found)
-        free = torch.cuda.mem_get_info(where)[0]
     else:
         shapes = [info.shape for checkpoint in found for info in checkpoint.tensors.values()]
         need = 4 * sum(map(math.prod, shapes))
-        free = free_ram()
-    return need <= USABLE * free
+    return need <= USABLE * free_memory(where)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -179,7 +179,7 @@ def _right(scores: Tensor, encoded: Encoded) -> Tensor:
 
 
 def pair_rows(
-    pairs: Sequence[Pair], right: Mapping[Key, Tensor], base: Key | None = 0.0, *, seed: int = 0
+    pairs: Sequence[Pair], right: Mapping[Key, Tensor], base: Key | None = 0.0
 ) -> dict[Key, dict[str, Any]]:
     """What `right_pairs` come to, by member.
 
@@ -194,7 +194,7 @@ def pair_rows(
     groups = _groups([pair.paradigm for pair in pairs])
     if min(map(len, groups.values())) < 2:  # no spread to be seen within one: over all pairs then
         groups = {"": list(range(len(pairs)))}
-    means_RB = resampled_means([right_NB[group] for group in groups.values()], seed=seed)
+    means_RB = resampled_means([right_NB[group] for group in groups.values()])
     fields = _groups([pair.field for pair in pairs])
     fields.pop("", None)
     whole = list(right).index(base) if base is not None and base in right else None

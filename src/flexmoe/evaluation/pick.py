@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,17 +19,11 @@ from flexmoe.progress import Track, silent
 from flexmoe.reports.report import count, size
 from flexmoe.routing.rules import export_options
 
-BYTES = {"": 1} | {
-    unit: base**power
-    for base, units in ((1000, ("kb", "mb", "gb", "tb")), (1024, ("kib", "mib", "gib", "tib")))
-    for power, unit in enumerate(units, 1)
-}
 OPTIONS: dict[str, tuple[str, ...]] = {  # of flexmoe eval, to measure a quality
     "loss": (),
     "pairs": ("--pairs FILE",),
     "tasks": ("--tasks NAMES",),
 }
-COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 @dataclass(frozen=True)
@@ -94,24 +87,6 @@ class Picked:
     export: str | None
     layout: str | None
     notes: tuple[str, ...] = ()
-
-
-def parse_bytes(text: str) -> int:
-    """``24GiB`` as bytes: a number alone, or with KB MB GB TB (1000) or KiB MiB GiB TiB (1024)."""
-    return _number(text, BYTES, "--memory", "24GiB, 24GB or 500MB")
-
-
-def parse_count(text: str) -> int:
-    """``20B`` as a number of parameters: a number alone, or with K, M, B or T."""
-    return _number(text, COUNTS, "--params", "20B, 1.5B or 300M")
-
-
-def _number(text: str, units: Mapping[str, int], option: str, examples: str) -> int:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*", text.lower())
-    number = float(found[1]) * units.get(found[2], 0) if found else 0.0
-    if not 0 < number < math.inf:
-        raise FlexmoeError(f"{option} '{text}': expected a number above 0 such as {examples}")
-    return round(number)
 
 
 def fitting(candidates: Sequence[Candidate], wanted: Wanted) -> list[Candidate]:

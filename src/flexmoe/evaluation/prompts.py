@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
+from flexmoe.data import check_tokens
 from flexmoe.errors import FlexmoeError
 from flexmoe.jsonl import records
 
@@ -106,16 +108,11 @@ def check_prompts(prompts: Sequence[Prompt], config: Any, max_new_tokens: int) -
     does not know the tokens."""
     if max_new_tokens < 1:
         raise FlexmoeError(f"max new tokens must be at least 1, found {max_new_tokens}")
-    text = config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(prompt.ids) for prompt in prompts)
     if context and longest + max_new_tokens > context:
         raise FlexmoeError(
             f"the longest prompt has {longest} tokens and {max_new_tokens} may follow, the model's "
             f"context is {context}: lower --max-new-tokens or shorten the prompt"
         )
-    if (largest := max(max(prompt.ids) for prompt in prompts)) >= text.vocab_size:
-        raise FlexmoeError(
-            f"a prompt has token {largest}, the model knows {text.vocab_size}: the tokenizer in "
-            "the folder is of another model"
-        )
+    check_tokens(torch.tensor([max(prompt.ids) for prompt in prompts]), config)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import ConfigDict, field_validator
 
 from flexmoe.evaluation.intervals import Interval
+from flexmoe.files import Strict
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class _Record(Strict):
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 # --- what it was measured on -------------------------------------------------------------------

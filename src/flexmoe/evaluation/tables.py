@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from flexmoe.evaluation.evaluate import Measured, perplexity
-from flexmoe.reports.report import count, size
+from flexmoe.reports.report import count, percent, size
 
 Row = Mapping[str, Any]
 
@@ -46,7 +46,7 @@ def _text(rows: Sequence[Row], title: str) -> Table:
         cells = [count(row["routed_parameters"]), size(row["bytes"])]
         cells += [f"{row['nll']:.3f}", f"{perplexity(row['nll']):.2f}"]
         if _is_compared(row):
-            increase = f"{row['increase']:+.3f}{_half(row['increase_interval'], 3)}"
+            increase = f"{row['increase']:+.3f}{half(row['increase_interval'])}"
             cells += [increase, f"{row['kept']:.1%}"]
         table.add_row(_name(row), *cells)
     return table
@@ -56,8 +56,8 @@ def _distance(rows: Sequence[Row]) -> Table:
     """How far the predictions of each budget are from the base's."""
     table = _table("predictions beside the base's", "pruned", "KL", "same top-1")
     for row in rows:
-        kl = f"{row['kl']:.4f}{_half(row['kl_interval'], 4)}"
-        agreement = f"{row['agreement']:.4f}{_half(row['agreement_interval'], 4)}"
+        kl = f"{row['kl']:.4f}{half(row['kl_interval'], 4)}"
+        agreement = f"{row['agreement']:.4f}{half(row['agreement_interval'], 4)}"
         table.add_row(_name(row), kl, agreement)
     return table
 
@@ -79,7 +79,7 @@ def _by_file(rows: Sequence[Row], files: Sequence[str]) -> Table:
         cells = []
         for of in map(row["by_file"].get, files):
             if _is_compared(row):
-                cells.append(f"{of['increase']:+.3f}{_half(of['increase_interval'], 3)}")
+                cells.append(f"{of['increase']:+.3f}{half(of['increase_interval'])}")
             else:
                 cells.append(f"{of['nll']:.3f}")
         table.add_row(_name(row), *cells)
@@ -98,7 +98,7 @@ def _pairs(rows: Sequence[Row], title: str) -> Table:
             ("margin_ratio", "margin_ratio_interval"),
         ):
             known = of[name] is not None and (_is_compared(row) or name == "accuracy")
-            cells.append(f"{of[name]:.3f}{_half(of[spread], 3)}" if known else "")
+            cells.append(f"{of[name]:.3f}{half(of[spread])}" if known else "")
         table.add_row(_name(row), *cells)
     return table
 
@@ -109,10 +109,10 @@ def _tasks(rows: Sequence[Row]) -> Table:
     for name in rows[0]["tasks"]:
         for row in rows:
             of = row["tasks"][name]
-            value = f"{of['value']:.3f}{_half(of['interval'], 3)}"
+            value = f"{of['value']:.3f}{half(of['interval'])}"
             ratio = ""
             if _is_compared(row) and of["ratio"] is not None:
-                ratio = f"{of['ratio']:.3f}{_half(of['ratio_interval'], 3)}"
+                ratio = f"{of['ratio']:.3f}{half(of['ratio_interval'])}"
             table.add_row(name, _name(row), of["metric"], str(of["n"]), value, ratio)
     return table
 
@@ -142,7 +142,7 @@ def _is_compared(row: Row) -> bool:
 
 
 def _name(row: Row) -> str:
-    return row["model"] if "model" in row else f"{100 * row['pruned']:.4g}%"
+    return row["model"] if "model" in row else percent(row["pruned"])
 
 
 def _share(of: Row | None) -> str:
@@ -156,7 +156,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f}" if share >= 0.1 else f"{100 * share:.1f}"
 
 
-def _half(spread: Any, digits: int) -> str:
+def half(spread: Sequence[float] | None, digits: int = 3) -> str:
+    """An interval behind its number: half of its width."""
     return "" if spread is None else f" ±{(spread[1] - spread[0]) / 2:.{digits}f}"
 
 

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load, save
 from torch import Tensor
 
 from flexmoe.errors import FlexmoeError
-from flexmoe.files import read_sealed, seal, write_whole
+from flexmoe.files import Strict, read_sealed, write_sealed, write_whole
 from flexmoe.plan import LayerRecord, Recipe
 from flexmoe.premoe.nearness import distances
 
 FORMAT = 2
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Reach(_Record):
+class Reach(Strict):
     """How far from its task's signature text of the task lies: of ``prompts`` held-out prompts of
     ``tokens`` tokens no more than one in twenty is further away than ``distance``."""
 
@@ -35,7 +29,7 @@ class Reach(_Record):
     distance: float
 
 
-class PatternRecord(_Record):
+class PatternRecord(Strict):
     """``TASK.json`` in a store; ``recipe`` says how it was made and of which weights, ``layers``
     counts of every MoE layer, ``bytes_full`` the size of the model's tensors."""
 
@@ -101,8 +95,7 @@ class Pattern:
             tensors_sha256=hashlib.sha256(content).hexdigest(),
         )
         write_whole(store / f"{self.task}.safetensors", content)
-        text = json.dumps(seal(record.model_dump()), indent=1) + "\n"
-        write_whole(store / f"{self.task}.json", text.encode())
+        write_sealed(store / f"{self.task}.json", record)
 
     @classmethod
     def load(cls, store: Path, task: str) -> Pattern:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexmoe.around import Reads, around_experts
-from flexmoe.experts import expert_layers
+from flexmoe.experts import Enough, expert_layers
 from flexmoe.premoe.nearness import distances, spread
 from flexmoe.premoe.pattern import Reach
 from flexmoe.progress import Track, silent
@@ -26,10 +26,6 @@ from flexmoe.streamed.layer_loader import LayerLoader
 
 WITHIN = 0.95  # share of a task's own text that is to be known again
 SHORTEST = 16  # tokens of the shortest prompts whose reach is measured
-
-
-class _Reached(Exception):
-    """Ends a forward pass: all that is wanted of it is known."""
 
 
 def router_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -41,13 +37,13 @@ def router_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     layer = expert_layers(model)[0]
 
     def stop(module: nn.Module, args: Any) -> None:
-        raise _Reached
+        raise Enough
 
     with around_experts([layer], [Reads(("router",))]) as around, torch.no_grad():
         handle = layer.module.register_forward_pre_hook(stop)
         try:
             model(input_ids=ids.to(model.device), use_cache=False)
-        except _Reached:
+        except Enough:
             pass
         finally:
             handle.remove()

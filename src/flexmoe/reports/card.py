@@ -24,10 +24,10 @@ from flexmoe.evaluation.compared import exported_share
 from flexmoe.evaluation.curve import load_curve, stale
 from flexmoe.evaluation.records import Curve, Point
 from flexmoe.files import write_whole
-from flexmoe.plan import Member, Recipe, read_manifest
+from flexmoe.plan import Recipe, read_manifest
 from flexmoe.progress import Track, silent
 from flexmoe.reports.provenance import CARD_NAME, Record, block, commands, record_of
-from flexmoe.reports.report import count, measured_rows, percent, size
+from flexmoe.reports.report import measured_rows, member_row, percent, size
 from flexmoe.statistics import THIN
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -186,17 +186,7 @@ def _sizes(folder: Path, record: Record, gone: str) -> str:
         stored = size(Checkpoint(folder).bytes)
         return f"{stored} of tensors at {gone} pruned, layout {record.kind}."
     head = ("pruned", "exactly", "routed parameters", "active routed", "size (ragged export)")
-    return _table(head, map(_size_row, read_manifest(folder).budgets))
-
-
-def _size_row(member: Member) -> list[str]:
-    return [
-        percent(member.pruned),
-        f"{member.achieved:.2%}",
-        count(member.routed_parameters),
-        count(member.active_parameters),
-        size(member.bytes),
-    ]
+    return _table(head, map(member_row, read_manifest(folder).budgets))
 
 
 def _measured(curve: Curve | None, pruned: float | None) -> str:

@@ -7,18 +7,19 @@ data is escaped.
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 
 from matplotlib.figure import Figure
-from torch import Tensor
 
+from flexmoe.coverage import coverage
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.curve import command, load_curve, stale
 from flexmoe.evaluation.evaluate import perplexity
 from flexmoe.evaluation.records import Curve
+from flexmoe.evidence import Evidence
 from flexmoe.files import refuse_existing, write_whole, written_beside
 from flexmoe.plan import Plan, Recipe, read_manifest
 from flexmoe.progress import Track, silent
@@ -39,7 +40,6 @@ from flexmoe.reports.sizes import parts
 from flexmoe.statistics import THIN
 
 TEMPLATE = Path(__file__).with_name("page.html")
-Counts = Mapping[str, Mapping[int, Tensor]]
 
 
 @dataclass
@@ -109,13 +109,13 @@ def build_page(
     *,
     weights: str | Path | None = None,
     samples: Sequence[Sample] = (),
-    counts: Counts | None = None,
+    evidence: Evidence | None = None,
 ) -> Page:
     """The page of a family or plan and its measured ``curve``.
 
     ``weights``: the folder with the checkpoint, None for a plan whose base model is not at hand.
-    ``counts``: tokens that each expert saw, [E] by source and layer; without them the page shows
-    what the plan says, the experts that saw too few.
+    Without the ``evidence`` that the plan rests on the page shows what the plan says of it, the
+    experts that saw too few tokens.
     """
     plan = Plan.load(family)
     recipe = plan.recipe
@@ -134,7 +134,7 @@ def build_page(
         page.sections["Other measures"] = others
     page.sections["Widths"] = _widths(page, plan, curve)
     page.sections["Where parameters and bytes went"] = _parts(page, plan, weights, curve)
-    page.sections["Coverage"] = _coverage(page, plan, counts)
+    page.sections["Coverage"] = _coverage(page, plan, evidence)
     if samples:
         page.sections["Samples"] = _samples(samples)
     page.sections["How it was made"] = _made(recipe, curve)
@@ -252,7 +252,7 @@ def _parts(page: Page, plan: Plan, weights: str | Path | None, curve: Curve) -> 
     return drawn + _table(head, rows, "Bytes of each part and parameters, by share pruned")
 
 
-def _coverage(page: Page, plan: Plan, counts: Counts | None) -> str:
+def _coverage(page: Page, plan: Plan, evidence: Evidence | None) -> str:
     recipe = plan.recipe
     if not recipe.data:
         return "<p>No text was read: the channels were ranked by their weights alone.</p>"
@@ -269,29 +269,19 @@ def _coverage(page: Page, plan: Plan, counts: Counts | None) -> str:
         )
     else:
         said += f"<p>Every expert saw at least {THIN} tokens.</p>"
-    if counts is None:
+    if evidence is None:
         rows = [(str(i), ", ".join(map(str, experts))) for i, experts in sorted(thin.items())]
         return said + (_table(("layer", "experts that saw too little"), rows) if rows else "")
-    for source, of in counts.items():
-        caption = f"Tokens of {source} that each expert saw"
-        low = min(int(count_E.min()) for count_E in of.values())
-        name = f"coverage-{list(counts).index(source) + 1}"
-        said += page.figure(
-            name, map_figure(of, "tokens"), f"{caption}; the least is {low}", caption
-        )
+    head = ("layer", "least", "median", "most", f"experts below {THIN}")
+    for number, (source, counts) in enumerate(evidence.counts().items(), 1):
+        caption, found = f"Tokens of {source} that each expert saw", coverage(evidence, source)
+        alt = f"{caption}; the least is {min(row.least for row in found)}"
+        said += page.figure(f"coverage-{number}", map_figure(counts, "tokens"), alt, caption)
         figures = [
-            (
-                str(i),
-                f"{int(count_E.min()):,}",
-                f"{float(count_E.double().quantile(0.5)):,.0f}",
-                f"{int(count_E.max()):,}",
-                str(int((count_E < THIN).sum())),
-            )
-            for i, count_E in sorted(of.items())
+            (str(r.layer), f"{r.least:,}", f"{r.median:,.0f}", f"{r.most:,}", str(len(r.thin)))
+            for r in found
         ]
-        said += _table(
-            ("layer", "least", "median", "most", f"experts below {THIN}"), figures, caption
-        )
+        said += _table(head, figures, caption)
     return said
 
 

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.curve import of_weights, shards_sha256
+from flexmoe.files import Strict, first_problem
 from flexmoe.headers import EXPORT_NAME, read_json
 from flexmoe.plan import JSON_NAME, Recipe, read_manifest
 from flexmoe.progress import Track, silent
@@ -25,7 +26,7 @@ FENCE = "```json flexmoe"  # begins the block of a card that holds its record
 BLOCK = re.compile(rf"^{FENCE}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-class Record(BaseModel):
+class Record(Strict):
     """How a folder was made and what came out: all that `flexmoe reproduce` needs.
 
     ``kind``: a family, a plan alone, or the layout of an export, which has ``pruned`` and the
@@ -33,8 +34,6 @@ class Record(BaseModel):
     ``plan_sha256`` is of flexmoe.safetensors, "" where an export does not know it;
     ``weights_sha256`` see `shards_sha256`, of a plan alone what its recipe says.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: int = FORMAT
     kind: Literal["family", "plan", "uniform", "ragged", "masked"]
@@ -90,9 +89,7 @@ def _checked(content: Any, where: Path) -> Record:
     try:
         return Record.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise FlexmoeError(f"the record in {where}: {place}: {first['msg']}") from None
+        raise FlexmoeError(f"the record in {where}: {first_problem(error)}") from None
 
 
 def block(record: Record) -> str:

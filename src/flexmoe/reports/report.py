@@ -1,14 +1,24 @@
-"""Numbers and tables for people."""
+"""Numbers for people, and as people give them."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from flexmoe.errors import FlexmoeError
+
+if TYPE_CHECKING:
+    from flexmoe.plan import Member
 
 Row = Mapping[str, Any]
+BYTES = {"": 1} | {
+    unit: base**power
+    for base, units in ((1000, ("kb", "mb", "gb", "tb")), (1024, ("kib", "mib", "gib", "tib")))
+    for power, unit in enumerate(units, 1)
+}
+COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def size(number: float) -> str:
@@ -32,44 +42,38 @@ def _scaled(number: float, units: Sequence[str]) -> str:
     return f"{number:,.0f}{unit}" if number >= 999.5 else f"{number:.3g}{unit}"
 
 
+def parse_bytes(text: str) -> int:
+    """``24GiB`` as bytes: a number alone, or with KB MB GB TB (1000) or KiB MiB GiB TiB (1024)."""
+    return _number(text, BYTES, "--memory", "24GiB, 24GB or 500MB")
+
+
+def parse_count(text: str) -> int:
+    """``20B`` as a number of parameters: a number alone, or with K, M, B or T."""
+    return _number(text, COUNTS, "--params", "20B, 1.5B or 300M")
+
+
+def _number(text: str, units: Mapping[str, int], option: str, examples: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*", text.lower())
+    number = float(found[1]) * units.get(found[2], 0) if found else 0.0
+    if not 0 < number < math.inf:
+        raise FlexmoeError(f"{option} '{text}': expected a number above 0 such as {examples}")
+    return round(number)
+
+
 def percent(share: float) -> str:
     """A share for people: 12.5%."""
     return f"{100 * share:.4g}%"
 
 
-def merge_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One row a budget from rows of several data files: the mean of their losses (each file counts
-    the same) and its perplexity."""
-    merged = []
-    for pruned in dict.fromkeys(row["pruned"] for row in rows):
-        same = [row for row in rows if row["pruned"] == pruned]
-        nll = sum(row["nll"] for row in same) / len(same)
-        perplexity = math.inf if nll > 700 else math.exp(nll)  # as a float has it
-        merged.append({**same[0], "nll": nll, "perplexity": perplexity})
-    return merged
-
-
-def budget_table(rows: Sequence[Row], title: str) -> Table:
-    """Pruned share, routed parameters, bytes, loss, perplexity and its change to the first row;
-    a column more for the rows' ``name`` where they have one."""
-    named = any("name" in row for row in rows)
-    table = Table(title=title, title_justify="left")
-    if named:
-        table.add_column("")
-    for name in ("pruned", "routed parameters", "size", "loss", "perplexity", "change"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        change = row["perplexity"] / rows[0]["perplexity"] - 1
-        table.add_row(
-            *([row.get("name", "")] if named else []),
-            percent(row["pruned"]),
-            count(row["routed_parameters"]),
-            size(row["bytes"]),
-            f"{row['nll']:.3f}",
-            f"{row['perplexity']:.2f}",
-            "" if row is rows[0] else f"{change:+.1%}",
-        )
-    return table
+def member_row(member: Member) -> list[str]:
+    """Pruned as asked for and exactly, routed and active parameters, size: a budget's figures."""
+    return [
+        percent(member.pruned),
+        f"{member.achieved:.2%}",
+        count(member.routed_parameters),
+        count(member.active_parameters),
+        size(member.bytes),
+    ]
 
 
 # --- What was measured --------------------------------------------------------------------------

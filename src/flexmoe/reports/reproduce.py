@@ -13,11 +13,12 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from flexmoe.checkpoint import Checkpoint
+from flexmoe.config import SETTINGS_OF, CompressConfig
 from flexmoe.errors import FlexmoeError
 from flexmoe.exporter import export
-from flexmoe.files import refuse_existing
+from flexmoe.files import first_problem, refuse_existing
 from flexmoe.headers import EXPORT_NAME, resolve
-from flexmoe.pipeline import SETTINGS_OF, CompressConfig, compress
+from flexmoe.pipeline import compress
 from flexmoe.plan import JSON_NAME, Plan, Recipe
 from flexmoe.progress import Track, silent
 from flexmoe.recover import recover
@@ -154,9 +155,7 @@ def _config(kind: type[Any], options: Mapping[str, Any], device: str | None = No
     try:
         return TypeAdapter(kind).validate_python(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise FlexmoeError(f"the record's options: {where}: {first['msg']}") from None
+        raise FlexmoeError(f"the record's options: {first_problem(error)}") from None
 
 
 def _claim(out: Path, record: Record) -> None:

@@ -21,7 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from flexmoe.checkpoint import UNBUILDABLE
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import ExpertLayer, expert_layers, experts_function
-from flexmoe.settings import Place, places, with_value
+from flexmoe.settings import Place, places, with_value, with_values
 
 Build = Callable[[Mapping[str, Any]], PreTrainedModel]  # the model of a config, on the meta device
 
@@ -76,10 +76,7 @@ class Counts:
 
     def model(self, kept: int) -> PreTrainedModel:
         """The model of these `settings` on the meta device; `FlexmoeError` if it cannot run."""
-        config = self.config
-        for place, value in self.settings(kept).items():
-            config = with_value(config, place, value)
-        model = self.build(config)
+        model = self.build(with_values(self.config, self.settings(kept)))
         if _per_token(model) is None:
             raise FlexmoeError(
                 f"a router of this architecture cannot choose among {kept} of its {self.E} experts"

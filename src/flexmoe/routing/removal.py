@@ -3,13 +3,10 @@ that has one for each expert, and the counts in config.json."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +18,8 @@ from flexmoe.plan import Plan
 from flexmoe.progress import Track, silent
 from flexmoe.routing.counts import Counts, builder, find_counts
 from flexmoe.routing.rules import check_table, kept_experts
-from flexmoe.settings import Place
-from flexmoe.shards import Entry, Shards, Source, verify, write
+from flexmoe.settings import with_values
+from flexmoe.shards import Entry, Shards, Source, verify
 from flexmoe.trace import Piece, trace
 
 
@@ -43,22 +40,16 @@ class Removal:
                 "config.json has one number: compress with --allocate layer, or use the layout "
                 "ragged with --router keep"
             )
-        self.number = numbers[0]
-        self.counts.model(self.number)  # refuses what its router cannot do
+        self.counts.model(numbers[0])  # refuses what its router cannot do
         self.shards = _shards(source, self.counts, self.kept)
-
-    def write(self, out: Path, track: Track = silent) -> None:
-        """Weights and config.json into the folder ``out``, which has all other files."""
-        config = _with_values(self.source.checkpoint.config, self.counts.settings(self.number))
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write(out, self.shards, track)
+        self.config = with_values(source.checkpoint.config, self.counts.settings(numbers[0]))
 
     def check(self, out: Path, track: Track = silent) -> tuple[int, int]:
         """Read ``out`` again: every tensor is what was to be written, every expert is the one it
         should be, and the stock model finds all it needs. Returns the routed parameters and the
         number of experts; `FlexmoeError` at the first thing that differs."""
-        verify(out, self.shards, track)
         written, model = Checkpoint(out), meta_model(out)
+        verify(written, self.shards, track)
         missing_parameters(written, model)
         routed, checked = 0, 0
         for i, traced in trace(written, model).items():
@@ -73,16 +64,6 @@ class Removal:
                 routed += sum(tensor.numel() for tensor in found.values())
                 checked += 1
         return routed, checked
-
-
-def _with_values(config: Mapping[str, Any], values: Mapping[Place, int]) -> dict[str, Any]:
-    new = deepcopy(dict(config))
-    for place, value in values.items():
-        inner = new
-        for key in place[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[place[-1]] = value
-    return new
 
 
 def _shards(source: Source, counts: Counts, kept: Mapping[int, Tensor]) -> Shards:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
+from flexmoe.files import Strict
 from flexmoe.serve.ids import Budgets, label
 
 if TYPE_CHECKING:
     from flexmoe.premoe import Match
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ServedMember(_Record):
+class ServedMember(Strict):
     """One budget: its figures (see `flexmoe.plan.Member`), and as measured (None: it was not) the
     loss in nats per token and the share of the full model's likelihood per token it keeps."""
 
@@ -32,7 +27,7 @@ class ServedMember(_Record):
         return label(self.pruned)
 
 
-class ServedTask(_Record):
+class ServedTask(Strict):
     """A task of a pattern store: what the model with its experts alone comes to."""
 
     task: str
@@ -41,7 +36,7 @@ class ServedTask(_Record):
     bytes: int
 
 
-class Slo(_Record):
+class Slo(Strict):
     """What the policy holds: 95 % of requests within ``ttft_ms`` to the first token and ``tpot_ms``
     for each further one, by moving the default between the budgets ``richest`` and ``poorest``
     (labels)."""
@@ -52,7 +47,7 @@ class Slo(_Record):
     poorest: str
 
 
-class ServeSettings(_Record):
+class ServeSettings(Strict):
     """All that a server needs to know, as the command line worked it out. Plain data: it goes as
     JSON into processes that an engine starts.
 
@@ -87,15 +82,6 @@ class ServeSettings(_Record):
         """Ids and labels of the members and tasks."""
         shares = tuple(member.pruned for member in self.members)
         return Budgets(self.name, shares, tuple(task.task for task in self.tasks))
-
-    def to_json(self) -> str:
-        """Every setting, the API key too."""
-        return self.model_dump_json()
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> ServeSettings:
-        """The settings that `to_json` wrote."""
-        return cls.model_validate_json(text)
 
 
 class Engine:

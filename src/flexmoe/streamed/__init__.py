@@ -1,1 +1,1 @@
-"""The observe pass over models larger than memory, one decoder layer at a time."""
+"""The observe pass and the refit of models larger than memory, one decoder layer at a time."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from flexmoe.data import Windows
 from flexmoe.errors import FlexmoeError
 from flexmoe.evidence import Evidence
+from flexmoe.files import free_disk
 from flexmoe.memory import MicroBatch, MostHeld, gib, held
 from flexmoe.progress import Track, silent
 from flexmoe.resume import Saved
@@ -31,7 +32,7 @@ SLACK_SHARE, SLACK_BYTES = 0.05, 32 * 2**20
 COPIES = 6  # of the logits in float32, the gradient and what the loss makes of them among these
 
 
-def check_weights(loader: LayerLoader, memory: int, beside: tuple[str, int] | None = None) -> None:
+def check_memory(loader: LayerLoader, memory: int, beside: tuple[str, int] | None = None) -> None:
     """`FlexmoeError` if ``memory`` bytes cannot hold what is in memory at any time, ``beside``
     (what, bytes) with it: known from config.json, before a weight is read."""
     now, outside, layer = held(loader.device), loader.bytes_outside, max(loader.bytes_of)
@@ -152,7 +153,7 @@ def _check_disk(files: Activations, kept: int) -> None:
     """`FlexmoeError` if what layers give, ``kept`` times that for one window, is too much for the
     disk."""
     of_one = sum(file.stat().st_size for file in files.path.glob("output-0/*"))
-    needed, free = of_one * kept, shutil.disk_usage(files.path).free
+    needed, free = of_one * kept, free_disk(files.path)
     if needed > free:
         raise FlexmoeError(
             f"the activations of all windows need {gib(needed)} of disk, '{files.path.parent}' has "

@@ -26,7 +26,7 @@ from flexmoe.refit import DAMPING, Moments, budget_weights, refit_layer
 from flexmoe.resume import Saved
 from flexmoe.shards import Shards, Source, down_replaced
 from flexmoe.streamed.activations import Activations
-from flexmoe.streamed.fit import check_weights, pick_sizes
+from flexmoe.streamed.fit import check_memory, pick_sizes
 from flexmoe.streamed.layer_loader import LayerLoader
 from flexmoe.streamed.streaming import Pass
 from flexmoe.training import CHUNK
@@ -89,7 +89,7 @@ def refit_within(
     layer. They are those of `flexmoe.refit.refit` but for the rounding of other micro-batches."""
     layers = loader.experts.values()
     moments = max(4 * layer.E * layer.I * (layer.I + layer.H) for layer in layers)
-    check_weights(loader, memory, beside=("second moments", moments))
+    check_memory(loader, memory, beside=("second moments", moments))
     folder = saved.work.path / "refit"
 
     def make(windows: Windows, files: Activations, micro: MicroBatch, out: Path) -> RefitPass:

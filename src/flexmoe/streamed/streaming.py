@@ -165,7 +165,6 @@ class Pass:
 
     def forward(self, index: int, found: Evidence) -> None:
         """What layer ``index`` gives; observed here if no gradients are wanted."""
-
         seen = None if self.backward_wanted else found
         with self._observed(index, seen) as observer, torch.no_grad():
             for batch in self.batches:

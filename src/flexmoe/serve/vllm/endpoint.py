@@ -76,7 +76,7 @@ class FlexmoeEndpoint:
         text = os.environ.get(SETTINGS)
         if text is None:
             raise FlexmoeError(f"{SETTINGS} is not set: start the server with flexmoe serve")
-        self.settings = ServeSettings.from_json(text)
+        self.settings = ServeSettings.model_validate_json(text)
         requests.set_default(self.settings.default)
         engine = VllmEngine(self.settings.name, self._finder())
         state = ServeState(self.settings, engine)

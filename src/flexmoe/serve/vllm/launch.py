@@ -94,7 +94,7 @@ def environment(settings: ServeSettings, outer: Mapping[str, str] = os.environ) 
     plugins += ["flexmoe", FlexmoeEndpoint.name]
     return {
         **outer,
-        SETTINGS: settings.to_json(),
+        SETTINGS: settings.model_dump_json(),
         "VLLM_PLUGINS": ",".join(dict.fromkeys(plugins)),
         # budgets per request hook into the first runner; the second was not tried
         "VLLM_USE_V2_MODEL_RUNNER": "0",
