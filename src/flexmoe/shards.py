@@ -325,6 +325,7 @@ def _write_shard(path: Path, entries: list[Entry], track: Track, description: st
         header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": span}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for entry in track(entries, description):
