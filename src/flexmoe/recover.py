@@ -31,6 +31,8 @@ from flexmoe.data import (
     pick_seq_len,
 )
 from flexmoe.distil import LABELS, Schedule, Swapped, distil, whole
+from flexmoe.doctor.machine import free_memory
+from flexmoe.doctor.sizes import Sizes
 from flexmoe.errors import FlexmoeError
 from flexmoe.evaluation.curve import hardware, versions
 from flexmoe.evidence import FILE_NAME as EVIDENCE_NAME
@@ -77,10 +79,15 @@ class Prepared:
 
     @property
     def memory(self) -> int:
-        """Bytes on the device beside activations: the model in float32, and for what is trained
-        the original, a gradient and two moments."""
-        parameters = sum(p.numel() for p in self.source.model.parameters())
-        return 4 * parameters + 16 * self.trained
+        """Bytes on the device beside activations, as `doctor` counts them."""
+        model, config = self.source.model, self.config
+        total = sum(p.numel() for p in model.parameters())
+        sizes = Sizes.of(self.source.checkpoint.tensors, self.source.layers, total)
+        if config.mode == "closed-form":
+            return sizes.closed_form(free_memory(pick_device(config.device))).memory
+        lora = config.mode == "lora"
+        trained = sizes.adapters(config.rank or RANK) if lora else self.trained
+        return sizes.trained(config.mode, trained).memory
 
 
 def prepare(family: str | Path, config: RecoverConfig, base: str | Path | None = None) -> Prepared:
