@@ -12,4 +12,4 @@ def reach(pairs):
 @flexmoe.method("reach", paper="mine", needs=("reach_EI",), allocate="global")
 def score(layer, stats):
     """Mean weighted activation of a channel over the tokens routed to its expert."""
-    return stats["reach_EI"] / stats["count_E"].clamp_min(1)[:, None]
+    return stats.mean("reach_EI")

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from flexmoe.cli import app, main
 from flexmoe.evaluation.evaluate import EvaluateConfig, measure
+from zoo import tiny_model
 
 MATH = EvaluateConfig(data="math.valid", samples=2, seq_len=64)
 
@@ -23,6 +24,21 @@ def family(tmp_path_factory):
     assert result.exit_code == 0, result.output
     assert "40%" in result.output and "flexmoe eval" in result.output
     return out
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layout"), [("mixtral", "uniform"), ("deepseek_v3", "ragged")]
+)
+def test_the_export_that_compress_names_can_be_written(model_type, layout, tmp_path, monkeypatch):
+    """Where one value sets the width of shared experts too, no uniform one can."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model(model_type).save_pretrained("model")
+    command = "compress model -o family --method magnitude --allocate layer --pruned 0.5"
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 0, result.output
+    named = " ".join(result.output.split()).rpartition("or flexmoe ")[2]
+    assert named == f"export family --pruned 0.5 --layout {layout} -o DIR"
+    assert CliRunner().invoke(app, named.split()).exit_code == 0
 
 
 def test_eval_writes_rows_of_every_budget_and_file(family, tmp_path):

@@ -13,11 +13,14 @@ from flexmoe.coverage import coverage, in_short
 from flexmoe.data import TINY, calibration_windows, load_tokenizer
 from flexmoe.errors import FlexmoeError
 from flexmoe.evidence import FILE_NAME, Evidence, gather
+from flexmoe.experts import expert_layers
 from flexmoe.family import load_stock
+from flexmoe.methods import find_method, score_layers
 from flexmoe.observe import observe
 from flexmoe.pipeline import CompressConfig, compress
 from flexmoe.plan import Plan
 from flexmoe.reweigh import reweigh
+from flexmoe.routing.rules import MEAN, mean_outputs
 
 NAMES = ("fisher_EI", "energy_max_EI")
 CONFIG = CompressConfig(
@@ -125,6 +128,22 @@ def test_the_same_mixture_gives_the_same_plan_and_another_one_another(tmp_path, 
     kept = Plan.load(tmp_path / "other")
     assert kept.recipe.settings["reweighed"].endswith("code.train.jsonl.gz")
     assert kept.recipe.weights_sha256 == before.recipe.weights_sha256
+
+
+@pytest.mark.parametrize("name", ["reap", "man", "msan", "heapr", "seap", "moe-slimming-saliency"])
+def test_means_do_not_depend_on_how_much_of_a_source_counts(model, windows, name):
+    """Also where an expert saw one token, of which a mixture takes a third."""
+    method = find_method(name)
+    layers = expert_layers(model)
+    statistics = observe(model, windows.ids[:1], (*method.needs, *MEAN), batch_size=4)
+    assert any(1 in stats["count_E"].tolist() for stats in statistics.values())
+    third = {i: stats.scaled(1 / 3) for i, stats in statistics.items()}
+    whole, part = (score_layers(method, layers, each) for each in (statistics, third))
+    for i, score in whole.items():  # that of MoE-Slimming may have a factor for the layer
+        assert torch.allclose(score / score.sum(), part[i] / part[i].sum(), rtol=1e-6)
+    want, found = mean_outputs(statistics), mean_outputs(third)
+    assert all(torch.allclose(want[i], found[i], rtol=1e-6) for i in want)
+    assert all(torch.isfinite(found[i]).all() for i in found)
 
 
 def test_the_command_makes_a_plan_of_the_base_model(family, tmp_path):

@@ -11,7 +11,7 @@ from flexmoe.observe import observe
 from flexmoe.statistics import STATISTICS, statistic
 from golden_data import golden, scores
 from helpers import ids_of
-from zoo import tiny_model
+from zoo import filled, model_class, tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +283,39 @@ def test_statistics_see_every_kind_of_architecture(name):
     for stats in found.values():
         assert all(torch.isfinite(value).all() for value in stats.values.values())
         assert float(stats["norm_E"].sum()) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "factors"),
+    [
+        ("mixtral", {}),
+        ("granitemoe", {"residual_multiplier": 0.22}),
+        ("minimax", {"mlp_alpha_factor": 3.5, "mlp_beta_factor": 2.0}),
+    ],
+)
+def test_the_residual_stream_is_that_which_the_layer_adds_to(name, factors):
+    """With what the experts give it makes the layer's output, in another unit."""
+    config = tiny_config(name)
+    for factor, value in factors.items():
+        setattr(config, factor, value)
+    model = filled(model_class(name)(config))
+    seen, outputs = {}, {}
+    for i, decoder in enumerate(model.model.layers):
+        decoder.register_forward_hook(lambda *given, i=i: outputs.update({i: given[2]}))
+
+    def look(pairs):
+        seen[pairs.layer.index] = pairs.residual_TH + pairs.all.out_TH
+        return pairs.weight_S
+
+    statistic("look_E", when="forward", reads=("residual",))(look)
+    try:
+        observe(model, ids_of(model), ("look_E",))
+    finally:
+        STATISTICS.pop("look_E")
+    unit = factors.get("residual_multiplier", factors.get("mlp_beta_factor", 1.0))
+    for i, behind_TH in seen.items():
+        output = outputs[i][0] if isinstance(outputs[i], tuple) else outputs[i]
+        assert torch.allclose(unit * behind_TH, output.reshape(behind_TH.shape), atol=1e-5)
 
 
 def test_architectures_without_a_norm_before_the_experts_are_refused():

@@ -6,9 +6,11 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -20,6 +22,7 @@ from flexmoe.doctor.estimates import Estimator
 from flexmoe.doctor.found import Diagnosis, Need
 from flexmoe.doctor.glance import TABLE, glance
 from flexmoe.doctor.machine import Rates
+from flexmoe.doctor.pace import pace
 from flexmoe.headers import resolve
 from flexmoe.recover_config import MODES, RecoverConfig
 from test_doctor import saved
@@ -169,6 +172,27 @@ def test_arithmetic_is_counted_the_same_in_all_models(tmp_path: Path) -> None:
     needs += [estimator.recover(RecoverConfig(mode=mode), 2**40) for mode in MODES]
     for need in needs:
         assert need.seconds == pytest.approx(work[need.job], rel=0.3), need.job
+
+
+def test_the_processors_rate_where_its_cores_are_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product whose threads wait for each other, and a copy that is interrupted at first."""
+    product, copy, copies = np.matmul, np.copyto, [0]
+
+    def waits(a: Any, b: Any, out: Any) -> None:
+        if a.shape[0] * a.shape[1] * b.shape[1] > 64**3:
+            time.sleep(0.03)
+        product(a, b, out=out)
+
+    def interrupted(target: Any, source: Any) -> None:
+        copies[0] += 1
+        time.sleep(0.2 if copies[0] < 4 else 0.0)
+        copy(target, source)
+
+    monkeypatch.setattr("flexmoe.doctor.pace.np.matmul", waits)
+    monkeypatch.setattr("flexmoe.doctor.pace.np.copyto", interrupted)
+    operations, moved = pace(64, 128)
+    assert operations > 10 * 2 * 256 * 64 * 128 / 0.03
+    assert moved > 2**25 / 0.2
 
 
 def test_nothing_heavy_is_imported_for_it() -> None:

@@ -147,6 +147,17 @@ def test_dieps_loss_is_the_models_own_at_the_start():
         assert float(loss) == pytest.approx(want, rel=1e-5)
 
 
+def test_dieps_loss_is_that_of_any_parts_of_a_batch():
+    """A mean over tokens: how many windows are taken at a time changes nothing but rounding."""
+    model, ids, _ = golden("qwen3moe", "reap")
+    layers, ids = expert_layers(model), ids[:3]
+    generator = torch.Generator().manual_seed(0)
+    scale = {x.index: torch.rand(x.E, generator=generator) for x in layers}
+    with torch.no_grad():
+        parts = [float(loss_of(model, part, layers, scale)) for part in ids.split(1)]
+        assert float(loss_of(model, ids, layers, scale)) == pytest.approx(sum(parts) / 3, rel=1e-6)
+
+
 def test_diep_lowers_its_loss_and_leaves_nothing_behind():
     model = flexmoe.load("tiny", dtype=torch.float32)
     tokenizer = load_tokenizer(resolve("tiny"), model.config)

@@ -143,6 +143,23 @@ def test_micro_batches_and_recomputed_activations_change_nothing_but_rounding(fa
     assert apart < 0.05 * change
 
 
+def test_what_is_needed_is_told_as_doctor_counts_it(family):
+    """Of LoRA the rank counts; the tensors it is merged into have no gradients and moments."""
+    needed = {}
+    for mode, rank in (("full", None), ("lora", 1), ("lora", 16), ("closed-form", None)):
+        ready = prepare(family, dataclasses.replace(SMALL, mode=mode, rank=rank))
+        needed[mode, rank] = ready.memory
+    model = ready.source.model
+    layers, total = expert_layers(model), sum(p.numel() for p in model.parameters())
+    rows = sum(layer.E * (3 * layer.I + 2 * layer.H) for layer in layers)
+    assert needed["lora", 16] - needed["lora", 1] == 12 * 15 * rows
+    routed = sum(layer.shape.parameters for layer in layers)
+    assert needed["lora", 1] == 4 * total + 4 * routed + 12 * rows
+    moments = 4 * sum(layer.E * layer.I**2 for layer in layers)
+    assert needed["closed-form", None] == 4 * total + moments
+    assert needed["full", None] > 4 * total + 16 * routed > needed["lora", 16]
+
+
 def test_a_plan_alone_becomes_a_family(family, tmp_path):
     plan = Plan.load(family)
     plan.save(tmp_path / "plan")

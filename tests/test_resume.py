@@ -126,16 +126,33 @@ def test_what_a_killed_write_left_is_removed(tmp_path, monkeypatch):
     assert not stale.exists()
 
 
-def test_other_text_under_the_same_name_is_refused(tmp_path, caplog):
+def test_other_text_under_the_same_name_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("flexmoe.resume.EVERY", 0.0)
     text = tmp_path / "a.txt"
     text.write_text("one two three four five six " * 400)
     config = replace(CONFIG, data=str(text), samples=8, allocate="global", learn=None)
     with pytest.raises(KeyboardInterrupt):
-        compress("tiny", tmp_path / "out", config, track=dies_after(1, []))
-    assert "nothing was saved yet, the same command begins again" in caplog.text
+        compress("tiny", tmp_path / "out", config, track=dies_after(2, []))
     text.write_text("six five four three two one " * 400)
     with pytest.raises(FlexmoeError, match=r"another command.*data_sha256"):
         compress("tiny", tmp_path / "out", config)
+
+
+def test_another_command_takes_over_where_nothing_was_saved(tmp_path, caplog):
+    out = tmp_path / "out"
+    first = replace(CONFIG, samples=4, allocate="global", learn=None)
+    with pytest.raises(KeyboardInterrupt):
+        compress("tiny", out, first, track=dies_after(1, []))
+    assert "nothing was saved yet, the same command begins again" in caplog.text
+    assert work_folder(out).is_dir()
+    assert compress("tiny", out, replace(first, seed=1)).recipe.seed == 1
+    assert not work_folder(out).exists()
+    # what a kill at the very end of a run leaves is no state of another command's
+    left = Work(out, {"a": 1})
+    with left.on(data="1"):
+        pass
+    with pytest.raises(FlexmoeError, match="exists"):
+        compress("tiny", out, first)
 
 
 def test_a_mistake_leaves_no_state(tmp_path):

@@ -60,6 +60,7 @@ class Around:
     ids: Tensor | None = None
     target_TH: Tensor | None = None
     logits: Tensor | None = None
+    decoder: Any = None  # the module of the decoder layer
     normed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def router_hook(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -98,15 +99,20 @@ class Around:
         return self.ids.flatten()
 
     def residual_TH(self, x_TH: Tensor) -> Tensor:
-        """What entered the norm that gave the experts ``x_TH``."""
+        """What entered the norm that gave the experts ``x_TH``, in units of what they give: where
+        the decoder layer adds them up with factors, divided by these, so that the direction of the
+        sum, and of each part its share, are the model's."""
         if x_TH.data_ptr() not in self.normed:
             raise FlexmoeError(
                 f"layer {self.layer.index}: this method reads the residual stream before the "
                 f"experts' norm, but no norm gave {self.layer.name} its input (a statistic of your "
                 'own must say reads=("residual",))'
             )
+        decoder = self.decoder
+        if hasattr(decoder, "mlp_alpha_factor"):  # MiniMax, where what the norm gave goes on
+            return x_TH * (decoder.mlp_alpha_factor / decoder.mlp_beta_factor)
         _, residual = self.normed[x_TH.data_ptr()]
-        return residual.reshape(x_TH.shape[0], -1)
+        return residual.reshape(x_TH.shape[0], -1) / getattr(decoder, "residual_multiplier", 1.0)
 
     def clear(self) -> None:
         self.logits = None
@@ -173,7 +179,8 @@ class Pairs:
 
     @property
     def residual_TH(self) -> Tensor:
-        """The residual stream before the experts' norm (for those that read ``residual``)."""
+        """The residual stream before the experts' norm, in units of their output (for those that
+        read ``residual``)."""
         assert self.around is not None
         return self.around.residual_TH(self.all.x_TH)
 
@@ -214,7 +221,8 @@ def around_experts(
                 continue
             decoder = re.match(r".*?\.\d+(?=\.)", layer.name)
             assert decoder is not None  # see expert_layers
-            for module in layer.model.get_submodule(decoder[0]).modules():
+            watch.decoder = layer.model.get_submodule(decoder[0])
+            for module in watch.decoder.modules():
                 if "norm" in type(module).__name__.lower():
                     stack.callback(module.register_forward_hook(watch.norm_hook).remove)
         yield found

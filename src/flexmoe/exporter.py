@@ -177,7 +177,7 @@ def _cuts(
     config = None
     if layout == "uniform":
         width = uniform_width(plan, pruned)
-        config = uniform_config(source.checkpoint, source.layers, width)
+        config = uniform_config(source.checkpoint, source.experts, width)
         widths = {i: torch.full((r.experts,), width) for i, r in plan.layers.items()}
     else:
         widths = plan.widths(pruned)

@@ -41,7 +41,7 @@ def resolve(model: str | Path, quantized: bool = False) -> Path:
         path = packaged if str(model) == "tiny" else _download(str(model), quantized)
     if not (path / "config.json").is_file():
         raise FlexmoeError(f"{path} is not a Hugging Face checkpoint: it has no config.json")
-    if not any(path.glob("*.safetensors")):
+    if not any(path.glob("*.safetensors")) and not (path / INDEX_NAME).is_file():
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pth"))
         raise FlexmoeError(
             f"{path} has no *.safetensors: "
@@ -137,8 +137,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint as its header describes it; ``file`` is the shard's name and
-    ``start`` where its bytes begin there."""
+    """One tensor of a checkpoint as its header describes it; ``file`` is the shard's name, with
+    the folders inside the checkpoint's that it stands in, and ``start`` where its bytes begin."""
 
     file: str
     dtype: str
@@ -167,13 +167,19 @@ class Headers:
                     f"{index} has no 'weight_map': damaged, download or make it again"
                 )
             files = sorted(set(map(str, weight_map.values())))
+            for place in map(Path, files):  # written anew, one outside would be elsewhere
+                if place.is_absolute() or ".." in place.parts:
+                    raise FlexmoeError(
+                        f"{index} names the shard '{place}' outside of its folder: damaged, "
+                        "download or make it again"
+                    )
             # one that does not name the file of all weights beside it is left from shards that
             # stood here before: transformers reads that file, and leaves such an index
             if alone in files or not (self.path / alone).is_file():
                 self.files = files
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.files:
-            self.tensors |= read_header(self.path / file)
+            self.tensors |= read_header(self.path, file)
 
     @property
     def bytes(self) -> int:
@@ -181,8 +187,10 @@ class Headers:
         return sum(info.bytes for info in self.tensors.values())
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file; a `FlexmoeError` if it is missing or damaged."""
+def read_header(folder: Path, name: str) -> dict[str, TensorInfo]:
+    """The tensors of the safetensors file ``name`` in ``folder``; a `FlexmoeError` if it is missing
+    or damaged."""
+    path = folder / name
     if not path.is_file():
         raise FlexmoeError(
             f"{path} is missing: the checkpoint is incomplete, download or make it again"
@@ -198,10 +206,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         header = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         tensors = {
-            name: TensorInfo(
-                path.name, entry["dtype"], tuple(entry["shape"]), stop - start, 8 + size + start
+            tensor: TensorInfo(
+                name, entry["dtype"], tuple(entry["shape"]), stop - start, 8 + size + start
             )
-            for name, entry in header.items()
+            for tensor, entry in header.items()
             for start, stop in [entry["data_offsets"]]
         }
     except (ValueError, AttributeError, LookupError, TypeError) as error:

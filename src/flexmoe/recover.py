@@ -31,6 +31,7 @@ from flexmoe.data import (
     pick_seq_len,
 )
 from flexmoe.distil import LABELS, Schedule, Swapped, distil, whole
+from flexmoe.doctor.sizes import Sizes
 from flexmoe.environment import hardware, versions
 from flexmoe.errors import FlexmoeError
 from flexmoe.evidence import FILE_NAME as EVIDENCE_NAME
@@ -39,6 +40,7 @@ from flexmoe.exporter import copy_others
 from flexmoe.family import check_finite, find_folder, load, open_source, pick_device
 from flexmoe.files import file_sha256, refuse_existing, refuse_full, remove_stale, written_beside
 from flexmoe.lora import lora_experts
+from flexmoe.memory import free_memory
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.progress import Track, silent
 from flexmoe.recover_config import (
@@ -75,10 +77,15 @@ class Prepared:
 
     @property
     def memory(self) -> int:
-        """Bytes on the device beside activations: the model in float32, and for what is trained
-        the original, a gradient and two moments."""
-        parameters = sum(p.numel() for p in self.source.model.parameters())
-        return 4 * parameters + 16 * self.trained
+        """Bytes on the device beside activations, as `doctor` counts them."""
+        model, config = self.source.model, self.config
+        total = sum(p.numel() for p in model.parameters())
+        sizes = Sizes.of(self.source.checkpoint.tensors, self.source.layers, total)
+        if config.mode == "closed-form":
+            return sizes.closed_form(free_memory(pick_device(config.device))).memory
+        lora = config.mode == "lora"
+        trained = sizes.adapters(config.rank or RANK) if lora else self.trained
+        return sizes.trained(config.mode, trained).memory
 
 
 def prepare(family: str | Path, config: RecoverConfig, base: str | Path | None = None) -> Prepared:

@@ -41,18 +41,14 @@ class Damaged(FlexmoeError):
 
 class Work:
     """The folder of one command's state. ``settings`` says what the command is: state of another
-    command is refused, not continued."""
+    command is refused, not continued; its folder is taken over where it had saved nothing yet.
+    ``begun`` says whether there is state of this command."""
 
     def __init__(self, out: str | Path, settings: Mapping[str, Any]):
         self.out, self.path = out, work_folder(out)
         # the device is no part of the result, and every process has its own
         self.settings = {name: value for name, value in settings.items() if name != "device"}
-        self._refuse_other("settings", self.settings)
-
-    @property
-    def begun(self) -> bool:
-        """Whether there is state of this command."""
-        return (self.path / SETTINGS_NAME).is_file()
+        self.begun = self._is_mine("settings", self.settings)
 
     @property
     def kept(self) -> bool:
@@ -64,8 +60,9 @@ class Work:
         """Inside the block there is state of this command, run on these ``inputs`` (their hashes):
         with others than before it is not continued either. A `FlexmoeError` ends it: the same
         command would end in the same way, unless what is `Damaged` goes."""
-        self._refuse_other("inputs", inputs)
         with self._alone():
+            for part, mine in (("settings", self.settings), ("inputs", inputs)):
+                self._is_mine(part, mine)
             if processes()[0] == 0:
                 text = json.dumps({"settings": self.settings, "inputs": inputs}, default=str)
                 write_whole(self.path / SETTINGS_NAME, text.encode())
@@ -107,24 +104,29 @@ class Work:
         finally:
             os.close(folder)
 
-    def _refuse_other(self, part: str, mine: Mapping[str, Any]) -> None:
-        if not self.begun:
-            return
+    def _is_mine(self, part: str, mine: Mapping[str, Any]) -> bool:
+        """Whether there is state of this command; a `FlexmoeError` where it is another's, or
+        damaged, and something would be lost with it."""
         found = self.path / SETTINGS_NAME
+        if not found.is_file():
+            return False
         try:
             before = json.loads(found.read_bytes())[part]
         except (ValueError, LookupError, TypeError):
+            if not self.kept:
+                return False
             raise FlexmoeError(
                 f"'{found}' is damaged: remove '{self.path}' to begin again"
             ) from None
         now = json.loads(json.dumps(mine, default=str))
         other = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-        if other:
+        if other and self.kept:
             said = ", ".join(f"{k} {before.get(k)} there, {now.get(k)} now" for k in other[:3])
             raise FlexmoeError(
                 f"'{self.path}' keeps the state of another command for the same folder "
                 f"({said}): give that command again to go on, or remove '{self.path}'"
             )
+        return not other
 
     @contextmanager
     def writing(self) -> Iterator[None]:

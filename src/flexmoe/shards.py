@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from flexmoe.checkpoint import DTYPES, Checkpoint, dtype_of, meta_model
 from flexmoe.errors import FlexmoeError
+from flexmoe.experts import ExpertLayer
 from flexmoe.headers import INDEX_NAME, TensorInfo
 from flexmoe.hf import CONSTANT, LEAVES, SIDES_OF
 from flexmoe.names import parameter_names
@@ -65,6 +66,11 @@ class Source:
         layers = trace(checkpoint, model)
         plan.check_fits(model.config.model_type, {i: p.layer.shape for i, p in layers.items()})
         return cls(checkpoint, model, layers)
+
+    @property
+    def experts(self) -> list[ExpertLayer]:
+        """The MoE layers of the model."""
+        return [traced.layer for traced in self.layers.values()]
 
 
 Shards = dict[str, list[Entry]]
@@ -330,6 +336,7 @@ def _write_shard(path: Path, entries: list[Entry], track: Track, description: st
         header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": span}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for entry in track(entries, description):

@@ -131,6 +131,13 @@ class LayerStatistics:
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name]
 
+    def mean(self, name: str) -> Tensor:
+        """A sum over an expert's tokens [E, ...], divided by their number; zeros for one that had
+        none. Of a mixture, whose sources are scaled, the number may lie below 1."""
+        value = self[name]
+        count = self["count_E"].view(-1, *[1] * (value.dim() - 1))
+        return torch.where(count > 0, value / count, 0.0)
+
     @property
     def experts_per_token(self) -> int:
         """How many experts a token is sent to."""

@@ -7,13 +7,15 @@ changed, and the shapes say what that number sets.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from flexmoe.checkpoint import Checkpoint, meta_model, read_config
 from flexmoe.errors import FlexmoeError
+from flexmoe.experts import ExpertLayer, expert_layers
 from flexmoe.plan import Plan
 from flexmoe.settings import Place, places, with_value
-from flexmoe.trace import TracedLayer
 from flexmoe.widths import coupled_reason, nearest_width
 
 
@@ -35,19 +37,26 @@ def uniform_width(plan: Plan, pruned: float) -> int:
     return nearest_width(channels.pop(), plan.quantum, pruned)
 
 
+def takes_one_width(folder: Path, plan: Plan, pruned: float) -> bool:
+    """Whether the member at ``pruned`` of a plan of channels, of the checkpoint in ``folder``, can
+    be written with one width for all experts."""
+    try:
+        layers = expert_layers(meta_model(folder))
+        uniform_config(Checkpoint(folder), layers, uniform_width(plan, pruned))
+    except FlexmoeError:
+        return False
+    return True
+
+
 def uniform_config(
-    checkpoint: Checkpoint, layers: dict[int, TracedLayer], width: int
+    checkpoint: Checkpoint, layers: Sequence[ExpertLayer], width: int
 ) -> dict[str, Any]:
     """config.json with the experts' width set to ``width`` and nothing else changed. Raises
     `FlexmoeError` if no value does that, naming the other tensors it would change."""
-    full = next(iter(layers.values())).layer.I
+    full = layers[0].I
     config = read_config(checkpoint.path)
     before = _shapes(checkpoint, config)
-    experts = {
-        f"{traced.layer.name}.{name}"
-        for traced in layers.values()
-        for name in traced.layer.parameters
-    }
+    experts = {f"{layer.name}.{name}" for layer in layers for name in layer.parameters}
     trial = width if width != full else max(1, full // 2)
     coupled: dict[Place, set[str]] = {}
     for path in sorted(places(config, full), key=lambda path: "intermediate" not in path[-1]):

@@ -169,6 +169,7 @@ def compress(
     from flexmoe.resume import work_folder
     from flexmoe.routing.rules import export_options
     from flexmoe.training import process_group, processes
+    from flexmoe.uniform import takes_one_width
 
     quiet()
     limit = None if memory is None else parse_bytes(memory)
@@ -215,8 +216,9 @@ def compress(
         say(f"at most {gib(most.bytes)} of memory were held, {gib(limit)} were allowed")
     share = 0.4 if 0.4 in plan.budgets else plan.budgets[-1]
     # stock where it can be
-    layout = "--layout uniform" if plan.recipe.unit == "channel" else export_options(plan, share)
-    export = f"flexmoe export {out} --pruned {share:g} {layout} -o DIR"
+    stock = plan.recipe.unit == "channel" and takes_one_width(out, plan, share)
+    options = "--layout uniform" if stock else export_options(plan, share)
+    export = f"flexmoe export {out} --pruned {share:g} {options} -o DIR"
     say(f"next: flexmoe eval {out}, or {export}")
 
 

@@ -138,9 +138,10 @@ def _kind(layer: Any) -> str:
     shared = f", shared experts of {layer.shared_parameters:,} parameters" * bool(
         layer.shared_parameters
     )
+    own = " activation" * (layer.activation == "its own")
     return (
         f"{layer.experts} experts of {layer.channels} channels, hidden {layer.hidden}, "
-        f"{layer.activation}{shared}; {', '.join(layer.flags) or 'no flags'}"
+        f"{layer.activation}{own}{shared}; {', '.join(layer.flags) or 'no flags'}"
     )
 
 

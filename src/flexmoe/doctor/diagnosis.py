@@ -187,7 +187,8 @@ def _estimate(
 
 def _exports(found: Diagnosis, estimator: Estimator) -> dict[str, int]:
     """Note which layouts cannot be written, and why; the bytes of those that can."""
-    checkpoint, traced = estimator.checkpoint, dict(estimator.traced)
+    checkpoint = estimator.checkpoint
+    layers = [traced.layer for traced in estimator.traced.values()]
     member = next(w for w in found.widths if w.pruned == EXPORTED)
     size = estimator.sizes.export_bytes(member.width)
     if (checkpoint.path / JSON_NAME).is_file():
@@ -196,7 +197,7 @@ def _exports(found: Diagnosis, estimator: Estimator) -> dict[str, int]:
             size["ragged"] = plan.member(EXPORTED).bytes
     found.exports = dict.fromkeys(LAYOUTS, "")
     try:
-        uniform_config(checkpoint, traced, found.widths[0].width // 2)
+        uniform_config(checkpoint, layers, found.widths[0].width // 2)
     except FlexmoeError as error:
         found.exports["uniform"] = str(error)
     return {layout: size[layout] for layout, reason in found.exports.items() if not reason}

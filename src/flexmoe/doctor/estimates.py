@@ -30,8 +30,8 @@ from flexmoe.doctor.dryrun import DryRun
 from flexmoe.doctor.found import Need
 from flexmoe.doctor.machine import Rates, measure_rates
 from flexmoe.doctor.meter import Cost
-from flexmoe.doctor.sizes import Experts, Sizes
-from flexmoe.experts import expert_layers, routed_parameters
+from flexmoe.doctor.sizes import Sizes
+from flexmoe.experts import expert_layers
 from flexmoe.family import pick_device
 from flexmoe.learn import CHECKED, MIXES, LearnConfig
 from flexmoe.methods import Method, check_shape, find_method, score_layer
@@ -112,15 +112,8 @@ class Estimator:
 
     @cached_property
     def sizes(self) -> Sizes:
-        layers = expert_layers(self.model)
-        return Sizes(
-            self.checkpoint.tensors,
-            {i: {p.name: p.expert is None for p in t.stored} for i, t in self.traced.items()},
-            [Experts(x.E, x.I, x.H, x.shape.channel_parameters) for x in layers],
-            sum(p.numel() for p in self.model.parameters()),
-            routed_parameters(self.model),
-            "has_gate" in layers[0].flags,
-        )
+        total = sum(p.numel() for p in self.model.parameters())
+        return Sizes.of(self.checkpoint.tensors, self.traced, total)
 
     def seconds(self, cost: Cost, dtype: torch.dtype, tokens: int) -> float:
         """Time of a cost on this device, ``tokens`` of them at a time."""

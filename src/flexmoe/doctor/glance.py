@@ -82,7 +82,7 @@ def open_headers(kind: Callable[[Path], Opened], folder: Path, found: Diagnosis)
     except FlexmoeError as error:
         first = str(error)
     for file in sorted(folder.glob("*.safetensors")):
-        found.attempt(partial(read_header, file))
+        found.attempt(partial(read_header, folder, file.name))
     if first not in found.problems:
         found.problems.insert(0, first)
     return None

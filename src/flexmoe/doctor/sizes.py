@@ -10,10 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from flexmoe.doctor.found import Need
 from flexmoe.headers import TensorInfo
+
+if TYPE_CHECKING:
+    from flexmoe.experts import ExpertLayer
+    from flexmoe.trace import TracedLayer
 
 VECTORS = 12  # float64 vectors over all channels that learning holds at a time
 FULL_STATE = 16  # bytes a trained parameter: the original, a gradient, two moments
@@ -42,6 +46,21 @@ class Sizes:
     total: int
     routed: int
     gated: bool
+
+    @classmethod
+    def of(
+        cls, tensors: Mapping[str, TensorInfo], traced: Mapping[int, TracedLayer], total: int
+    ) -> Sizes:
+        """Of a checkpoint whose experts were traced and whose model has ``total`` parameters."""
+        layers: list[ExpertLayer] = [found.layer for found in traced.values()]
+        return cls(
+            tensors,
+            {i: {p.name: p.expert is None for p in t.stored} for i, t in traced.items()},
+            [Experts(x.E, x.I, x.H, x.shape.channel_parameters) for x in layers],
+            total,
+            sum(layer.shape.parameters for layer in layers),
+            "has_gate" in layers[0].flags,
+        )
 
     @cached_property
     def bytes(self) -> int:

@@ -233,7 +233,7 @@ def _checked(method: Method, layer: ExpertLayer, score: Tensor) -> Tensor:
     if not torch.isfinite(score).all():
         raise FlexmoeError(
             f"method '{method.name}' gave values that are not finite for layer {layer.index}: "
-            "divide by counts with .clamp_min(1)"
+            "divide sums by counts with stats.mean(name)"
         )
     return score
 

@@ -33,5 +33,4 @@ def gradient2(pairs: Pairs) -> Tensor:
 )
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Half the product of mean squared activation and mean squared gradient over routed tokens."""
-    count_E1 = stats["count_E"].clamp_min(1)[:, None]
-    return 0.5 * (stats["activation2_EI"] / count_E1) * (stats["gradient2_EI"] / count_E1)
+    return 0.5 * stats.mean("activation2_EI") * stats.mean("gradient2_EI")

@@ -10,4 +10,4 @@ from flexmoe.statistics import LayerStatistics
 @method("man", paper="MAN, arXiv:2606.15716", needs=("norm_E",), unit="expert", router="remove")
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Mean over routed tokens of the norm of the expert's output."""
-    return stats["norm_E"] / stats["count_E"].clamp_min(1)
+    return stats.mean("norm_E")

@@ -71,8 +71,7 @@ def attribution(stats: LayerStatistics) -> Tensor:
     """Minus the mean over an expert's tokens of (output x the gradient of that loss), x the share
     of tokens that it sees [E]; outputs are those scaled by `ALPHA`."""
     usage_E = stats["count_E"] / max(stats.tokens, 1)
-    mean_E = stats["part_E"] / stats["count_E"].clamp_min(1)
-    return 2 * ALPHA * (1 - ALPHA) * mean_E * usage_E
+    return 2 * ALPHA * (1 - ALPHA) * stats.mean("part_E") * usage_E
 
 
 def shared_out(channel_EI: Tensor, stats: LayerStatistics) -> Tensor:

@@ -91,9 +91,8 @@ FLOWS = ("flow_EI", "flow_up_EI", "flow_gate_EI")
 def saliency(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Mean over activation, up and gate of mean size x norm of gradients [E, I], over the layer's
     mean of it."""
-    count_E1 = stats["count_E"].clamp_min(1)[:, None]
     ends = places(layer)
-    return over_mean([stats[f"flow{e}"] / count_E1 * stats[f"slope2{e}"].sqrt() for e in ends])
+    return over_mean([stats.mean(f"flow{e}") * stats[f"slope2{e}"].sqrt() for e in ends])
 
 
 def gradient(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
@@ -103,7 +102,7 @@ def gradient(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
 
 def contributed(stats: LayerStatistics) -> Tensor:
     """Mean over an expert's tokens of `contribution` [E, I]."""
-    return stats["contribution_EI"] / stats["count_E"].clamp_min(1)[:, None]
+    return stats.mean("contribution_EI")
 
 
 @method(

@@ -16,4 +16,4 @@ def norm2(pairs: Pairs) -> Tensor:
 @method("msan", paper="MSAN, arXiv:2606.15716", needs=("norm2_E",), unit="expert", router="remove")
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Mean over routed tokens of the squared norm of the expert's output."""
-    return stats["norm2_E"] / stats["count_E"].clamp_min(1)
+    return stats.mean("norm2_E")

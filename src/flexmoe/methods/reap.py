@@ -26,4 +26,4 @@ def weighted_norm(pairs: Pairs) -> Tensor:
 )
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Mean over routed tokens of routing weight x norm of the expert's output."""
-    return stats["weighted_norm_E"] / stats["count_E"].clamp_min(1)
+    return stats.mean("weighted_norm_E")

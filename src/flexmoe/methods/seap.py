@@ -24,8 +24,7 @@ def activation(pairs: Pairs) -> Tensor:
 )
 def score(layer: ExpertLayer, stats: LayerStatistics) -> Tensor:
     """Variance of a channel's activation over routed tokens x squared norm of its down column."""
-    count_E1 = stats["count_E"][:, None]
-    spread = stats["activation2_EI"] - stats["activation_EI"].square() / count_E1.clamp_min(1)
+    spread_EI = stats.mean("activation2_EI") - stats.mean("activation_EI").square()
     (down_EIH,) = layer.channel_major("down_proj", layer.module.down_proj.detach())
     down2_EI = down_EIH.double().square().sum(2).cpu()
-    return spread.clamp_min(0) / count_E1.clamp_min(1) * down2_EI
+    return spread_EI.clamp_min(0) * down2_EI

@@ -84,10 +84,7 @@ def export_options(plan: Plan, pruned: float) -> str:
 def mean_outputs(statistics: Statistics) -> dict[int, Tensor]:
     """Mean output [E, H] of every expert over its tokens, before its routing weight; zeros for one
     that had none."""
-    return {
-        i: (stats[MEAN[0]] / stats["count_E"].clamp_min(1)[:, None]).float()
-        for i, stats in statistics.items()
-    }
+    return {i: stats.mean(MEAN[0]).float() for i, stats in statistics.items()}
 
 
 def kept_experts(counts: Counts, gone_E: Tensor, layer: int) -> Tensor:
