@@ -111,6 +111,13 @@ def test_any_share_between_budgets_is_exact_and_nested(problem, a, b):
                 assert (plan.width[i][k] <= wide[i]).all()
 
 
+def test_a_share_between_budgets_that_blocks_miss_stays_between_them():
+    layers = {0: LayerShape(2, 4, 8, 24, 0)}
+    width = {0: torch.tensor([[4, 4], [3, 2], [3, 2]]).int()}  # 3 of 8 gone, asked for 2 and 4
+    plan = plan_of(layers, {0: torch.zeros(2, 4)}, [0.0, 0.25, 0.5], 1, width)
+    assert plan.widths(0.26)[0].tolist() == plan.widths(0.49)[0].tolist() == [3, 2]
+
+
 @given(problems())
 def test_files_give_back_the_same_plan(tmp_path_factory, problem):
     layers, score, budgets, quantum = problem
