@@ -111,6 +111,27 @@ def test_gradients_are_those_of_the_parts_however_a_batch_is_split(scheme):
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-6 * float(want.abs().max()))
 
 
+def test_a_run_scales_the_members_of_cp_and_goes_by_the_rate_of_each_step(monkeypatch):
+    model, scaled = tiny_model("mixtral"), []
+    attach(model, random_plan(model, resolve("tiny")), ranked=False)
+    parameters = [layer.module.down_proj for layer in expert_layers(model)]
+    before = [p.detach().clone() for p in parameters]
+
+    def backward(model, teacher, batch, parts, factors, micro):
+        scaled.append(factors)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+
+    monkeypatch.setattr("flexmoe.distil._losses", lambda *a: torch.tensor([4.0, 2.0, 1.0, 8.0]))
+    monkeypatch.setattr("flexmoe.distil._backward", backward)
+    monkeypatch.setattr(Schedule, "rate", lambda self, step: [0.25, 0.5][step])
+    schedule = Schedule(steps=2, batch_size=4, micro_batch=4, lr=1e-3, seed=0)
+    distil(model, parameters, nullcontext, torch.full((4, 12), 5), schedule, scheme="cp")
+    assert scaled == [pytest.approx([1, 2, 4, 0.5])] * 2
+    for parameter, was in zip(parameters, before, strict=True):  # Adam moves by the rate
+        assert torch.allclose(parameter, was - 0.75, atol=1e-3)
+
+
 def test_a_step_that_is_not_finite_ends_the_run():
     """Before it is in the weights."""
     model = tiny_model("mixtral")

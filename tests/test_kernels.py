@@ -340,11 +340,3 @@ def test_outputs_that_are_normalised_go_to_torch():
     assert torch.allclose(found, want / 2, atol=1e-6)
     with pytest.raises(FlexmoeError, match="normalised"):
         experts(*routed, weights, width_BE, backend="cpu")
-
-
-def test_weights_with_scales_go_to_torch():
-    weights = replace(make([8] * 4, 16), down_scale=torch.full((32,), 0.5))
-    routed = (tokens(5, 16), *route(5, 4, 2))
-    width_BE = torch.tensor([[8, 0, 3, 8]])
-    want = experts(*routed, replace(weights, down_scale=None), width_BE)
-    assert torch.allclose(experts(*routed, weights, width_BE), want / 2, atol=1e-6)

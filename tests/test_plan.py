@@ -172,9 +172,20 @@ def broken(field, change):
     return lambda: dataclasses.replace(plan, **{field: value})
 
 
+def with_budgets(*budgets):
+    return lambda: dataclasses.replace(small_plan(), budgets=budgets)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (with_budgets(0.1, 0.25, 0.5), "must rise from 0"),
+        (with_budgets(0.0, 0.25, 0.25), "must rise from 0"),
+        (with_budgets(), "must rise from 0"),
+        (broken("order", lambda o: o.update({0: o[0][:3]})), "do not fit 4 experts"),
+        (broken("width", lambda w: w.update({0: w[0][:2]})), "do not fit 4 experts"),
+        (broken("width", lambda w: w[1][2].fill_(-2)), "not nested"),
+        (broken("width", lambda w: [t[1].fill_(16) for t in w.values()]), "0.25 is missed"),
         (broken("width", lambda w: w[0][2].add_(16 - w[0][2])), "not nested"),
         (broken("width", lambda w: w[0][0].sub_(2)), "budget 0 must keep all"),
         (broken("width", lambda w: w[0][2].sub_(w[0][2])), "is missed"),
