@@ -143,7 +143,10 @@ def test_units():
         ("2MB", 2 * 10**6), ("2.3kb", 2300), (".5MiB", 2**19), ("1TB", 10**12),
     ):  # fmt: skip
         assert parse_bytes(text) == number
-    for text, number in (("20B", 20 * 10**9), ("1.5b", 15 * 10**8), ("300M", 3 * 10**8), ("7", 7)):
+    for text, number in (
+        ("20B", 20 * 10**9), ("1.5b", 15 * 10**8), ("300M", 3 * 10**8), ("2T", 2 * 10**12),
+        ("5k", 5000), ("7", 7),
+    ):  # fmt: skip
         assert parse_count(text) == number
     for text in ("24G", "24GiBs", "GiB", "-1GB", "0", "1e9", "nan", "", "1 000MB", "9" * 400):
         with pytest.raises(FlexmoeError, match=r"expected a number above 0 such as 24GiB"):

@@ -199,6 +199,44 @@ def test_broken_plans_are_refused(make, message):
         make()
 
 
+def whole_experts(*gone, groups=1, **fields):
+    """Of 4 experts so many are gone in each of two layers, at a budget of 0.25."""
+    recipe = RECIPE.model_copy(update={"unit": "expert", "router_groups": groups})
+    width = {i: torch.tensor([[16] * 4, [0] * n + [16] * (4 - n)]) for i, n in enumerate(gone)}
+    order = {i: torch.arange(16).int().expand(4, -1) for i in width}
+    common = {"budgets": (0.0, 0.25), "quantum": 16, "recipe": recipe}
+    return dataclasses.replace(small_plan(), width=width, order=order, **common, **fields)
+
+
+def test_whole_experts_may_miss_by_half_a_one_a_layer_and_group():
+    whole_experts(1, 0)
+    with pytest.raises(FlexmoeError, match=r"0\.25 is missed"):
+        whole_experts(0, 0)
+    whole_experts(0, 0, groups=2)
+
+
+def test_figures_of_whole_experts_by_the_router_rule(tmp_path):
+    plan = whole_experts(1, 1, constant={i: torch.ones(1, 8).expand(4, 8) for i in range(2)})
+    routed = 2 * 3 * 16 * 24
+    for rule, among, constants in (("keep", 4, 0), ("remove", 3, 0), ("constant", 4, 256)):
+        found = plan.figures(0.25, plan.widths(0.25), rule)
+        assert found.bytes == 4 * routed + constants
+        assert found.active_parameters == routed * 2 / among
+    assert plan.figures(0.0, plan.widths(0.0), "constant").bytes == plan.bytes_full
+    plan.save(tmp_path)
+    again = Plan.load(tmp_path)
+    assert all(torch.equal(again.constant[i], plan.constant[i]) for i in plan.layers)
+
+
+@pytest.mark.parametrize("layers", [(0,), (0, 1, 2)])
+def test_a_model_with_other_layers_is_refused(layers):
+    plan = small_plan()
+    shape = plan.layers[0].shape
+    plan.check_fits("qwen2_moe", {0: shape, 1: shape})
+    with pytest.raises(FlexmoeError, match=r"layer [12] of tiny is .*None"):
+        plan.check_fits("qwen2_moe", dict.fromkeys(layers, shape))
+
+
 @pytest.mark.parametrize(
     ("pruned", "fix"),
     [(0.9, "the nearest is 0.5"), (40, "40 % is 0.4"), (60, "the nearest is 0.5")],
