@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -232,6 +233,14 @@ def test_pick_by_size_needs_no_curve(plan, tmp_path):
     assert found.curve is None and found.notes == ()
     with pytest.raises(FlexmoeError, match=r"no saved curve .*: run flexmoe eval .* --save"):
         pick(tmp_path, Wanted(keep=0.9))
+
+
+def test_parameters_of_a_family_are_those_of_its_files(plan, tmp_path):
+    shutil.copytree(TINY / "model", tmp_path / "family")
+    plan.save(tmp_path / "family", ranked=True)
+    parameters = sum(p.numel() for p in load_stock("tiny", device="cpu").parameters())
+    found = pick(tmp_path / "family", Wanted(params=parameters))
+    assert found.candidate.member.pruned == 0 and found.candidate.parameters == parameters
 
 
 def test_a_curve_in_part(plan, tmp_path):
