@@ -1,5 +1,7 @@
 """Scores of whole experts equal the paper's formula in a loop."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.grouping import STAYS, absorbed
 from flexmoe.observe import observe
-from flexmoe.statistics import STATISTICS, statistic
+from flexmoe.statistics import STATISTICS, Statistic, statistic
 from golden_data import golden, scores
 from helpers import ids_of
 from zoo import tiny_model
@@ -229,13 +231,23 @@ def test_uncurl_keeps_the_most_used_of_those_that_go_together(tokens):
 
 
 def test_statistics_need_a_shape_and_a_router():
-    with pytest.raises(FlexmoeError, match="must end in its shape"):
-        statistic("mine", when="forward")
-    with pytest.raises(FlexmoeError, match="expected backward, batch, forward, weights"):
-        statistic("mine_E", when="now")
+    for name in ("mine", "mine_IE", "mine_EQ"):
+        with pytest.raises(FlexmoeError, match="must end in its shape"):
+            statistic(name, when="forward")
+    for wrong in ({"when": "now"}, {"merge": "mean"}, {"reads": ("routers",)}):
+        with pytest.raises(FlexmoeError, match="expected backward, batch, forward, weights"):
+            statistic("mine_E", **{"when": "forward", **wrong})
     model = tiny_model("zaya")  # its router is no matrix with a row for each expert
     with pytest.raises(FlexmoeError, match="reads the router's logits"):
         scores(model, torch.ones(1, 8, dtype=torch.long), "peu")
+
+
+def test_subsets_are_of_few_experts():
+    few, many = (SimpleNamespace(index=0, E=E, I=2, H=3) for E in (16, 17))
+    subsets, plain = (Statistic(f"mine_{x}", "batch", "sum", len) for x in ("C", "EI"))
+    assert subsets.zeros(few).shape == (2**16,) and plain.zeros(many).shape == (17, 2)
+    with pytest.raises(FlexmoeError, match="subsets can be tried up to 16"):
+        subsets.zeros(many)
 
 
 EVERYTHING = (
