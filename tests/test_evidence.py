@@ -82,7 +82,7 @@ def test_a_mixture_weighs_sums_by_tokens_and_leaves_maxima(evidence):
         assert torch.allclose(stats["fisher_EI"], want, rtol=1e-12)
         largest = torch.maximum(books[i]["energy_max_EI"], code[i]["energy_max_EI"])
         assert torch.equal(stats["energy_max_EI"], largest)
-        assert stats.tokens == 192
+        assert (stats.tokens, stats.batches) == (192, 4)  # 2 batches of books, 1 of code
     same = evidence.mixed({"books.train": 3, "code.train": 1})
     for i, stats in evidence.mixed().items():
         assert all(torch.equal(v, same[i][key]) for key, v in stats.values.items())

@@ -204,20 +204,22 @@ def test_moves_are_logged_with_the_reason_and_counted(caplog):
     asyncio.run(go())
 
 
-def test_the_server_drives_it(monkeypatch):
-    """Through the middleware, over the real clock, at a faster pace."""
+def test_the_server_drives_it(monkeypatch, caplog):
+    """Through the middleware, over the real clock, at a faster pace; past a switch that fails."""
     monkeypatch.setattr("flexmoe.serve.state.INTERVAL", 0.02)
     monkeypatch.setattr(rules, "DOWN_AFTER", 0.05)
     monkeypatch.setattr(rules, "SAMPLES", 1)
 
     async def go():
         serving = Serving(slo=replace_slo(ttft_ms=0.001))
-        for _ in range(100):
+        serving.engine.broken = True
+        for _ in range(200):
             answer = await serving.complete(stream=True)
+            serving.engine.broken &= "budget could not be moved" not in caplog.text
             if answer.headers["x-flexmoe-budget"] == "40":
                 break
             await asyncio.sleep(0.01)
-        assert serving.state.dial.budget == "40"
+        assert serving.state.dial.budget == "40" and not serving.engine.broken
         assert (await serving.client.get("/flexmoe/budget")).json()["policy"]["moves"] == 2
         serving.state.stop()
 
