@@ -132,6 +132,8 @@ def test_the_command_makes_a_plan_of_the_base_model(family, tmp_path):
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 0, result.output
     assert "coverage: of 384 tokens" in result.output
+    again = CliRunner().invoke(app, command.split())
+    assert "exists already" in str(again.exception)
     command = f"eval {tmp_path}/plan --pruned 0.3 --data code.valid --samples 1 --seq-len 24"
     assert CliRunner().invoke(app, command.split()).exit_code == 0
 

@@ -250,6 +250,31 @@ def test_subsets_are_of_few_experts():
         subsets.zeros(many)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(torch.float64, 1 + 2**-40), (torch.bfloat16, 1 + 2**-7)]
+)
+def test_sums_keep_digits_that_the_values_have_not(dtype, value):
+    model = tiny_model("mixtral")
+    statistic("look_E", when="forward")(
+        lambda pairs: torch.full_like(pairs.weight_S, value, dtype=dtype)
+    )
+    try:
+        found = observe(model, ids_of(model), ("look_E",))
+    finally:
+        STATISTICS.pop("look_E")
+    for stats in found.values():
+        assert torch.equal(stats["look_E"], value * stats["count_E"])
+
+
+def test_a_pass_leaves_what_learns_as_it_was():
+    model = tiny_model("mixtral")
+    model.lm_head.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    observe(model, ids_of(model), ("fisher_EI", "taylor_EI"))
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert all(p.grad is None for p in model.parameters())
+
+
 EVERYTHING = (
     "norm_E",
     "output_EH",

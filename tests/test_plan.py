@@ -13,6 +13,7 @@ from flexmoe.allocate import PRIMARY, allocate, order_of, widths_from_path
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import LayerShape
 from flexmoe.plan import LayerRecord, Plan, Recipe, read_manifest
+from flexmoe.uniform import uniform_width
 from flexmoe.widths import default_quantum
 
 RECIPE = Recipe(
@@ -226,6 +227,14 @@ def test_figures_of_whole_experts_by_the_router_rule(tmp_path):
     plan.save(tmp_path)
     again = Plan.load(tmp_path)
     assert all(torch.equal(again.constant[i], plan.constant[i]) for i in plan.layers)
+
+
+def test_layers_of_several_widths_have_no_uniform_one():
+    layers = {0: LayerShape(4, 16, 8, 24, 0), 1: LayerShape(4, 8, 8, 24, 0)}
+    score = {i: torch.ones(shape.experts, shape.channels) for i, shape in layers.items()}
+    width = allocate("global", layers, score, [0.0, 0.5], 2)
+    with pytest.raises(FlexmoeError, match=r"different widths \(\[8, 16\]\)"):
+        uniform_width(plan_of(layers, score, [0.0, 0.5], 2, width), 0.5)
 
 
 @pytest.mark.parametrize("layers", [(0,), (0, 1, 2)])
