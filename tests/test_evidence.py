@@ -155,6 +155,23 @@ def test_mixtures_that_make_no_sense_are_refused(family, tmp_path, data, setting
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recovery": [{"mode": "full"}]}, "has recovered weights"),
+        ({"method": "diep"}, "needs more than sums"),  # learns
+        ({"method": "router-change"}, "needs more than sums"),  # reads a second checkpoint
+        ({"method": "peu"}, "needs more than sums"),  # two passes
+    ],
+)
+def test_families_that_do_not_rest_on_sums_are_refused(family, tmp_path, change, message):
+    plan = Plan.load(family)
+    recipe = plan.recipe.model_copy(update=change)
+    dataclasses.replace(plan, recipe=recipe).save(tmp_path / "family", ranked=True)
+    with pytest.raises(FlexmoeError, match=message):
+        reweigh(tmp_path / "family", "code.train", tmp_path / "plan")
+
+
 def test_coverage_counts_tokens_by_layer_and_source(windows, evidence):
     rows = coverage(evidence)
     assert [row.layer for row in rows] == [0, 1, 2, 3]

@@ -270,6 +270,9 @@ def test_the_first_that_can_run_is_taken_and_a_forced_one_says_why_not(monkeypat
     width_BE = torch.full((1, 4), 8)
     if cpu._library()[0] is not None:
         assert interface._backend(weights, routed[0], routed[2], None) is cpu
+        learns = replace(weights, up=weights.up.clone().requires_grad_())
+        with torch.no_grad():
+            assert interface._backend(learns, routed[0], routed[2], None) is cpu
     with pytest.raises(FlexmoeError, match=r"unknown kernel 'tourch'.*Did you mean 'torch'"):
         experts(*routed, weights, width_BE, backend="tourch")
     odd = Weights(weights.up, weights.down, weights.offset_E, gated(torch.tanh))
