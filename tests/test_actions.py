@@ -8,7 +8,6 @@ import torch
 from flexmoe.actions import ActionConfig, Actions, learn_widths, quality_loss
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
-from flexmoe.training import batches
 from zoo import tiny_model
 
 
@@ -70,11 +69,6 @@ def test_quality_is_cross_entropy_when_student_is_teacher():
     want = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert quality_loss(logits, logits, ids).item() == pytest.approx(want.item(), rel=1e-5)
     assert quality_loss(torch.zeros_like(logits), logits, ids) > math.log(7)  # CE of a coin + KL
-
-
-def test_batches_use_every_window_before_any_again():
-    drawn = torch.cat(list(batches(torch.arange(10), 4, 5, seed=0)))
-    assert sorted(drawn[:10].tolist()) == sorted(drawn[10:].tolist()) == list(range(10))
 
 
 def test_one_run_walks_to_the_poorest_budget_and_leaves_the_weights_alone():

@@ -198,6 +198,17 @@ def test_who_cannot_be_told_from_the_best(compared):
     assert f"{rows[0]['method']}\\*" in text and "increase by file" in text
 
 
+def test_as_good_is_who_is_not_worse_on_the_same_windows():
+    def row(name, *windows):
+        increase = sum(windows) / len(windows)
+        return {"method": name, "increase": increase, "files": {"a": 0}, "windows": {"a": windows}}
+
+    best, close = row("best", 1, 2, 3, 4), row("close", 1.2, 1.9, 3.1, 3.9)
+    worse = row("worse", 1.1, 2.1, 3.1, 4.1)  # little, but in every window
+    assert as_good([worse, close, best]) == {"best", "close"}
+    assert as_good([row("alone", 1)]) == set()  # one window has no interval
+
+
 def test_pairs_that_are_not_finite_are_said(compared):
     results, _ = compared
     none = {"n": 12, "accuracy": None, "interval": None}

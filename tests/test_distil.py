@@ -15,12 +15,15 @@ from flexmoe.distil import (
     _losses,
     distil,
     parts_of_step,
+    stratum_weights,
 )
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
-from flexmoe.family import attach
+from flexmoe.family import attach, set_budget
 from flexmoe.headers import resolve
-from helpers import random_plan
+from flexmoe.statistics import token_loss
+from flexmoe.training import divergence
+from helpers import logits, random_plan
 from zoo import tiny_model
 
 
@@ -46,6 +49,26 @@ def test_the_schemes_draw_their_members():
     assert [round(parts[0].pruned // 0.3) for parts in drawn[1:]] == [0, 1, 2]
 
 
+def test_strata_count_by_the_root_of_their_loss_and_the_full_model_twice_the_richest(monkeypatch):
+    probed = []
+
+    def losses(model, teacher, ids, parts, micro):
+        probed.extend((part.pruned, part.divergence, part.cross_entropy) for part in parts)
+        return torch.tensor([16.0, 64.0, 0.0])  # of 4 tokens
+
+    monkeypatch.setattr("flexmoe.distil._losses", losses)
+    found = stratum_weights(None, torch.zeros(2, 3), 0.9, 1)
+    weight = [2 * 0.5, 0.5, 0.25, 1e-3**-0.5]  # nothing counts as less than 1e-3
+    assert found == pytest.approx([w / sum(weight) for w in weight])
+    assert probed == [(pytest.approx(share), 1, 0) for share in (0.15, 0.45, 0.75)]
+
+
+def test_the_rate_rises_over_a_twentieth_and_falls_to_nothing():
+    schedule = Schedule(steps=100, batch_size=1, micro_batch=1, lr=2.0, seed=0)
+    found = [schedule.rate(step) for step in (0, 1, 4, 50, 99)]
+    assert found == pytest.approx([0.4, 0.8 * 0.99, 2 * 0.96, 1.0, 0.02])
+
+
 def test_exchanged_weights_come_back_bit_for_bit():
     parameter = torch.nn.Parameter(torch.randn(3))
     swapped = Swapped([parameter])
@@ -59,12 +82,12 @@ def test_exchanged_weights_come_back_bit_for_bit():
 
 
 @pytest.mark.parametrize("scheme", ["family", "cp"])
-def test_gradients_do_not_depend_on_how_a_batch_is_split(scheme):
+def test_gradients_are_those_of_the_parts_however_a_batch_is_split(scheme):
     model = tiny_model("mixtral")
     attach(model, random_plan(model, resolve("tiny")), ranked=False)
     parameters = [layer.module.down_proj.requires_grad_() for layer in expert_layers(model)]
     ids = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(0))
-    parts = parts_of_step(scheme, 0.4, 0.6, 4, 0, [0.25] * STRATA, 0)
+    parts = parts_of_step(scheme, 0.4, 0.6, 4, 0, [0.4, 0.3, 0.2, 0.1], 0)
     found = []
     for micro in (4, 1):
         model.zero_grad()
@@ -72,7 +95,41 @@ def test_gradients_do_not_depend_on_how_a_batch_is_split(scheme):
         factors = _factors(parts, _losses(*arguments, micro))
         _backward(*arguments, factors, micro)
         found.append(torch.cat([p.grad.flatten() for p in parameters]))
-    assert torch.allclose(*found, rtol=1e-4, atol=1e-6 * float(found[0].abs().max()))
+    model.zero_grad()
+    set_budget(model, 0.0)
+    taught_NTV, losses = logits(model, ids), []
+    for part in parts:
+        set_budget(model, part.pruned)
+        out_NTV = model(input_ids=ids[part.rows]).logits
+        loss = part.divergence * divergence(out_NTV, taught_NTV[part.rows])
+        losses.append(loss + part.cross_entropy * token_loss(out_NTV, ids[part.rows]))
+        if part.scaled:
+            losses[-1] = losses[-1] * (losses[0].item() / losses[-1].item())
+    (sum(losses) / ids[:, 1:].numel()).backward()
+    want = torch.cat([p.grad.flatten() for p in parameters])
+    for got in found:
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-6 * float(want.abs().max()))
+
+
+def test_a_run_scales_the_members_of_cp_and_goes_by_the_rate_of_each_step(monkeypatch):
+    model, scaled = tiny_model("mixtral"), []
+    attach(model, random_plan(model, resolve("tiny")), ranked=False)
+    parameters = [layer.module.down_proj for layer in expert_layers(model)]
+    before = [p.detach().clone() for p in parameters]
+
+    def backward(model, teacher, batch, parts, factors, micro):
+        scaled.append(factors)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+
+    monkeypatch.setattr("flexmoe.distil._losses", lambda *a: torch.tensor([4.0, 2.0, 1.0, 8.0]))
+    monkeypatch.setattr("flexmoe.distil._backward", backward)
+    monkeypatch.setattr(Schedule, "rate", lambda self, step: [0.25, 0.5][step])
+    schedule = Schedule(steps=2, batch_size=4, micro_batch=4, lr=1e-3, seed=0)
+    distil(model, parameters, nullcontext, torch.full((4, 12), 5), schedule, scheme="cp")
+    assert scaled == [pytest.approx([1, 2, 4, 0.5])] * 2
+    for parameter, was in zip(parameters, before, strict=True):  # Adam moves by the rate
+        assert torch.allclose(parameter, was - 0.75, atol=1e-3)
 
 
 def test_a_step_that_is_not_finite_ends_the_run():

@@ -85,7 +85,7 @@ def test_a_mixture_weighs_sums_by_tokens_and_leaves_maxima(evidence):
         assert torch.allclose(stats["fisher_EI"], want, rtol=1e-12)
         largest = torch.maximum(books[i]["energy_max_EI"], code[i]["energy_max_EI"])
         assert torch.equal(stats["energy_max_EI"], largest)
-        assert stats.tokens == 192
+        assert (stats.tokens, stats.batches) == (192, 4)  # 2 batches of books, 1 of code
     same = evidence.mixed({"books.train": 3, "code.train": 1})
     for i, stats in evidence.mixed().items():
         assert all(torch.equal(v, same[i][key]) for key, v in stats.values.items())
@@ -151,6 +151,8 @@ def test_the_command_makes_a_plan_of_the_base_model(family, tmp_path):
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 0, result.output
     assert "coverage: of 384 tokens" in result.output
+    again = CliRunner().invoke(app, command.split())
+    assert "exists already" in str(again.exception)
     command = f"eval {tmp_path}/plan --pruned 0.3 --data code.valid --samples 1 --seq-len 24"
     assert CliRunner().invoke(app, command.split()).exit_code == 0
 
@@ -170,6 +172,23 @@ def test_mixtures_that_make_no_sense_are_refused(family, tmp_path, data, setting
     with pytest.raises(FlexmoeError, match=message):
         reweigh(family, data, tmp_path / "plan", **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recovery": [{"mode": "full"}]}, "has recovered weights"),
+        ({"method": "diep"}, "needs more than sums"),  # learns
+        ({"method": "router-change"}, "needs more than sums"),  # reads a second checkpoint
+        ({"method": "peu"}, "needs more than sums"),  # two passes
+    ],
+)
+def test_families_that_do_not_rest_on_sums_are_refused(family, tmp_path, change, message):
+    plan = Plan.load(family)
+    recipe = plan.recipe.model_copy(update=change)
+    dataclasses.replace(plan, recipe=recipe).save(tmp_path / "family", ranked=True)
+    with pytest.raises(FlexmoeError, match=message):
+        reweigh(tmp_path / "family", "code.train", tmp_path / "plan")
 
 
 def test_coverage_counts_tokens_by_layer_and_source(windows, evidence):

@@ -1,5 +1,7 @@
 """Scores of whole experts equal the paper's formula in a loop."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.grouping import STAYS, absorbed
 from flexmoe.observe import observe
-from flexmoe.statistics import STATISTICS, statistic
+from flexmoe.statistics import STATISTICS, Statistic, statistic
 from golden_data import golden, scores
 from helpers import ids_of
 from zoo import filled, model_class, tiny_config, tiny_model
@@ -229,13 +231,48 @@ def test_uncurl_keeps_the_most_used_of_those_that_go_together(tokens):
 
 
 def test_statistics_need_a_shape_and_a_router():
-    with pytest.raises(FlexmoeError, match="must end in its shape"):
-        statistic("mine", when="forward")
-    with pytest.raises(FlexmoeError, match="expected backward, batch, forward, weights"):
-        statistic("mine_E", when="now")
+    for name in ("mine", "mine_IE", "mine_EQ"):
+        with pytest.raises(FlexmoeError, match="must end in its shape"):
+            statistic(name, when="forward")
+    for wrong in ({"when": "now"}, {"merge": "mean"}, {"reads": ("routers",)}):
+        with pytest.raises(FlexmoeError, match="expected backward, batch, forward, weights"):
+            statistic("mine_E", **{"when": "forward", **wrong})
     model = tiny_model("zaya")  # its router is no matrix with a row for each expert
     with pytest.raises(FlexmoeError, match="reads the router's logits"):
         scores(model, torch.ones(1, 8, dtype=torch.long), "peu")
+
+
+def test_subsets_are_of_few_experts():
+    few, many = (SimpleNamespace(index=0, E=E, I=2, H=3) for E in (16, 17))
+    subsets, plain = (Statistic(f"mine_{x}", "batch", "sum", len) for x in ("C", "EI"))
+    assert subsets.zeros(few).shape == (2**16,) and plain.zeros(many).shape == (17, 2)
+    with pytest.raises(FlexmoeError, match="subsets can be tried up to 16"):
+        subsets.zeros(many)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(torch.float64, 1 + 2**-40), (torch.bfloat16, 1 + 2**-7)]
+)
+def test_sums_keep_digits_that_the_values_have_not(dtype, value):
+    model = tiny_model("mixtral")
+    statistic("look_E", when="forward")(
+        lambda pairs: torch.full_like(pairs.weight_S, value, dtype=dtype)
+    )
+    try:
+        found = observe(model, ids_of(model), ("look_E",))
+    finally:
+        STATISTICS.pop("look_E")
+    for stats in found.values():
+        assert torch.equal(stats["look_E"], value * stats["count_E"])
+
+
+def test_a_pass_leaves_what_learns_as_it_was():
+    model = tiny_model("mixtral")
+    model.lm_head.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    observe(model, ids_of(model), ("fisher_EI", "taylor_EI"))
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert all(p.grad is None for p in model.parameters())
 
 
 EVERYTHING = (

@@ -270,6 +270,9 @@ def test_the_first_that_can_run_is_taken_and_a_forced_one_says_why_not(monkeypat
     width_BE = torch.full((1, 4), 8)
     if cpu._library()[0] is not None:
         assert interface._backend(weights, routed[0], routed[2], None) is cpu
+        learns = replace(weights, up=weights.up.clone().requires_grad_())
+        with torch.no_grad():
+            assert interface._backend(learns, routed[0], routed[2], None) is cpu
     with pytest.raises(FlexmoeError, match=r"unknown kernel 'tourch'.*Did you mean 'torch'"):
         experts(*routed, weights, width_BE, backend="tourch")
     odd = Weights(weights.up, weights.down, weights.offset_E, gated(torch.tanh))
@@ -340,11 +343,3 @@ def test_outputs_that_are_normalised_go_to_torch():
     assert torch.allclose(found, want / 2, atol=1e-6)
     with pytest.raises(FlexmoeError, match="normalised"):
         experts(*routed, weights, width_BE, backend="cpu")
-
-
-def test_weights_with_scales_go_to_torch():
-    weights = replace(make([8] * 4, 16), down_scale=torch.full((32,), 0.5))
-    routed = (tokens(5, 16), *route(5, 4, 2))
-    width_BE = torch.tensor([[8, 0, 3, 8]])
-    want = experts(*routed, replace(weights, down_scale=None), width_BE)
-    assert torch.allclose(experts(*routed, weights, width_BE), want / 2, atol=1e-6)

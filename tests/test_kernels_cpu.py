@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,6 +99,18 @@ def test_experts_of_many_tokens_go_to_torch(in_stock, plain, monkeypatch):
     halves = make([20] * 4, 40, torch.bfloat16, gate=not plain)
     check("cpu", tokens(9, 40, torch.bfloat16), *routed[1:3], halves, width_BE)
     assert not seen  # in bfloat16 never
+
+
+def test_weights_with_scales_go_to_torch():
+    weights, width_BE = make([8] * 4, 16), torch.tensor([[8, 0, 3, 8]])
+    routed, up_RC, down_R = (tokens(5, 16), *route(5, 4, 2)), torch.rand(32, 2), torch.rand(32)
+    scaled = replace(weights, up_scale=up_RC, down_scale=down_R)
+    up, down = weights.up * up_RC[..., None], weights.down * down_R[:, None]
+    want = experts(*routed, replace(weights, up=up, down=down), width_BE)
+    assert torch.allclose(experts(*routed, scaled, width_BE), want, atol=1e-6)
+    for alone in ({"up_scale": None}, {"down_scale": None}):
+        with pytest.raises(FlexmoeError, match="weights have scales"):
+            experts(*routed, replace(scaled, **alone), width_BE, backend="cpu")
 
 
 @pytest.mark.usefixtures("compiled")

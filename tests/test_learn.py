@@ -73,6 +73,30 @@ def test_a_step_shrinks_to_what_the_halves_agree_on():
     assert agreed.abs().sum() > partly.abs().sum()
 
 
+def test_the_draws_of_a_run_by_hand(monkeypatch):
+    """A budget from each half of the reach, noise in antithetic pairs, ever smaller steps."""
+    edges, spread, really = [], [], Positions.spread
+
+    def edge(position_X, worth_2X, pruned, jitter):
+        edges.append((pruned, jitter))
+        return torch.ones_like(position_X)  # moves all alike, so that positions stay
+
+    monkeypatch.setattr("flexmoe.learn.edge_step", edge)
+    monkeypatch.setattr(Positions, "spread", lambda self, x: spread.append(x) or really(self, x))
+    model = tiny_model("qwen2_moe")
+    learn_positions(model, windows(), scores(model), LearnConfig(steps=2), batch_size=2)
+    position_X = really(Positions(expert_layers(model), scores(model)), spread[0])
+    for at, left in ((1, 1.0), (4, 0.5)):
+        one_X, other_X, moved_X = spread[at : at + 3]
+        assert torch.allclose(one_X + other_X, 2 * position_X)
+        jitter = 0.03 + 0.07 * left
+        assert float((one_X - position_X).std()) == pytest.approx(jitter, rel=0.2)
+        assert torch.allclose(moved_X, position_X + 0.1 * left * 2)
+        assert [j for _, j in edges[:2]] == pytest.approx([jitter] * 2)
+        (low, _), (high, _), *edges = edges
+        assert 0.05 <= low < 0.475 <= high < 0.9
+
+
 def test_worth_is_the_slope_of_the_divergence():
     model = tiny_model("olmoe")
     layers, ids = expert_layers(model), windows(2)
@@ -201,7 +225,9 @@ def test_a_killed_compression_learns_on_to_the_same_plan(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         compress("tiny", tmp_path / "broken", config, track=killer)
     assert work_folder(tmp_path / "broken").is_dir()
-    compress("tiny", tmp_path / "broken", config)
+    seen.clear()
+    compress("tiny", tmp_path / "broken", config, track=killer)
+    assert seen.count("learn") == 2  # of 5
     whole, broken = Plan.load(tmp_path / "whole"), Plan.load(tmp_path / "broken")
     assert all(torch.equal(whole.order[i], broken.order[i]) for i in whole.order)
     assert all(torch.equal(whole.width[i], broken.width[i]) for i in whole.width)

@@ -77,11 +77,12 @@ def test_observe_goes_on_with_smaller_parts():
             assert torch.allclose(got[i][name], stats[name], rtol=TOLERANCE, atol=1e-9), name
 
 
-def test_gradients_of_whole_batches_are_not_split():
+@pytest.mark.parametrize("name", ["taylor_EI", "subset_loss_C"])
+def test_what_looks_at_whole_batches_does_not_split_them(name):
     model = zoo.tiny_model("qwen3_moe")
     model.forward = Short(model, 2)
     with pytest.raises(torch.OutOfMemoryError):
-        observe(model, ids(), ["taylor_EI"], batch_size=4)
+        observe(model, ids(), [name], batch_size=4)
 
 
 def test_learning_goes_on_with_smaller_parts():

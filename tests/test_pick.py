@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,7 +137,10 @@ def test_units():
         ("2MB", 2 * 10**6), ("2.3kb", 2300), (".5MiB", 2**19), ("1TB", 10**12),
     ):  # fmt: skip
         assert parse_bytes(text) == number
-    for text, number in (("20B", 20 * 10**9), ("1.5b", 15 * 10**8), ("300M", 3 * 10**8), ("7", 7)):
+    for text, number in (
+        ("20B", 20 * 10**9), ("1.5b", 15 * 10**8), ("300M", 3 * 10**8), ("2T", 2 * 10**12),
+        ("5k", 5000), ("7", 7),
+    ):  # fmt: skip
         assert parse_count(text) == number
     for text in ("24G", "24GiBs", "GiB", "-1GB", "0", "1e9", "nan", "", "1 000MB", "9" * 400):
         with pytest.raises(FlexmoeError, match=r"expected a number above 0 such as 24GiB"):
@@ -222,6 +226,14 @@ def test_pick_by_size_needs_no_curve(plan, tmp_path):
     assert found.curve is None and found.notes == ()
     with pytest.raises(FlexmoeError, match=r"no saved curve .*: run flexmoe eval .* --save"):
         pick(tmp_path, Wanted(keep=0.9))
+
+
+def test_parameters_of_a_family_are_those_of_its_files(plan, tmp_path):
+    shutil.copytree(TINY / "model", tmp_path / "family")
+    plan.save(tmp_path / "family", ranked=True)
+    parameters = sum(p.numel() for p in load_stock("tiny", device="cpu").parameters())
+    found = pick(tmp_path / "family", Wanted(params=parameters))
+    assert found.candidate.member.pruned == 0 and found.candidate.parameters == parameters
 
 
 def test_a_curve_in_part(plan, tmp_path):

@@ -13,6 +13,7 @@ from flexmoe.allocate import PRIMARY, allocate, order_of, widths_from_path
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import LayerShape
 from flexmoe.plan import LayerRecord, Plan, Recipe, read_manifest
+from flexmoe.uniform import uniform_width
 from flexmoe.widths import default_quantum
 
 RECIPE = Recipe(
@@ -111,6 +112,13 @@ def test_any_share_between_budgets_is_exact_and_nested(problem, a, b):
                 assert (plan.width[i][k] <= wide[i]).all()
 
 
+def test_a_share_between_budgets_that_blocks_miss_stays_between_them():
+    layers = {0: LayerShape(2, 4, 8, 24, 0)}
+    width = {0: torch.tensor([[4, 4], [3, 2], [3, 2]]).int()}  # 3 of 8 gone, asked for 2 and 4
+    plan = plan_of(layers, {0: torch.zeros(2, 4)}, [0.0, 0.25, 0.5], 1, width)
+    assert plan.widths(0.26)[0].tolist() == plan.widths(0.49)[0].tolist() == [3, 2]
+
+
 @given(problems())
 def test_files_give_back_the_same_plan(tmp_path_factory, problem):
     layers, score, budgets, quantum = problem
@@ -165,9 +173,20 @@ def broken(field, change):
     return lambda: dataclasses.replace(plan, **{field: value})
 
 
+def with_budgets(*budgets):
+    return lambda: dataclasses.replace(small_plan(), budgets=budgets)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (with_budgets(0.1, 0.25, 0.5), "must rise from 0"),
+        (with_budgets(0.0, 0.25, 0.25), "must rise from 0"),
+        (with_budgets(), "must rise from 0"),
+        (broken("order", lambda o: o.update({0: o[0][:3]})), "do not fit 4 experts"),
+        (broken("width", lambda w: w.update({0: w[0][:2]})), "do not fit 4 experts"),
+        (broken("width", lambda w: w[1][2].fill_(-2)), "not nested"),
+        (broken("width", lambda w: [t[1].fill_(16) for t in w.values()]), "0.25 is missed"),
         (broken("width", lambda w: w[0][2].add_(16 - w[0][2])), "not nested"),
         (broken("width", lambda w: w[0][0].sub_(2)), "budget 0 must keep all"),
         (broken("width", lambda w: w[0][2].sub_(w[0][2])), "is missed"),
@@ -179,6 +198,52 @@ def broken(field, change):
 def test_broken_plans_are_refused(make, message):
     with pytest.raises(FlexmoeError, match=message):
         make()
+
+
+def whole_experts(*gone, groups=1, **fields):
+    """Of 4 experts so many are gone in each of two layers, at a budget of 0.25."""
+    recipe = RECIPE.model_copy(update={"unit": "expert", "router_groups": groups})
+    width = {i: torch.tensor([[16] * 4, [0] * n + [16] * (4 - n)]) for i, n in enumerate(gone)}
+    order = {i: torch.arange(16).int().expand(4, -1) for i in width}
+    common = {"budgets": (0.0, 0.25), "quantum": 16, "recipe": recipe}
+    return dataclasses.replace(small_plan(), width=width, order=order, **common, **fields)
+
+
+def test_whole_experts_may_miss_by_half_a_one_a_layer_and_group():
+    whole_experts(1, 0)
+    with pytest.raises(FlexmoeError, match=r"0\.25 is missed"):
+        whole_experts(0, 0)
+    whole_experts(0, 0, groups=2)
+
+
+def test_figures_of_whole_experts_by_the_router_rule(tmp_path):
+    plan = whole_experts(1, 1, constant={i: torch.ones(1, 8).expand(4, 8) for i in range(2)})
+    routed = 2 * 3 * 16 * 24
+    for rule, among, constants in (("keep", 4, 0), ("remove", 3, 0), ("constant", 4, 256)):
+        found = plan.figures(0.25, plan.widths(0.25), rule)
+        assert found.bytes == 4 * routed + constants
+        assert found.active_parameters == routed * 2 / among
+    assert plan.figures(0.0, plan.widths(0.0), "constant").bytes == plan.bytes_full
+    plan.save(tmp_path)
+    again = Plan.load(tmp_path)
+    assert all(torch.equal(again.constant[i], plan.constant[i]) for i in plan.layers)
+
+
+def test_layers_of_several_widths_have_no_uniform_one():
+    layers = {0: LayerShape(4, 16, 8, 24, 0), 1: LayerShape(4, 8, 8, 24, 0)}
+    score = {i: torch.ones(shape.experts, shape.channels) for i, shape in layers.items()}
+    width = allocate("global", layers, score, [0.0, 0.5], 2)
+    with pytest.raises(FlexmoeError, match=r"different widths \(\[8, 16\]\)"):
+        uniform_width(plan_of(layers, score, [0.0, 0.5], 2, width), 0.5)
+
+
+@pytest.mark.parametrize("layers", [(0,), (0, 1, 2)])
+def test_a_model_with_other_layers_is_refused(layers):
+    plan = small_plan()
+    shape = plan.layers[0].shape
+    plan.check_fits("qwen2_moe", {0: shape, 1: shape})
+    with pytest.raises(FlexmoeError, match=r"layer [12] of tiny is .*None"):
+        plan.check_fits("qwen2_moe", dict.fromkeys(layers, shape))
 
 
 @pytest.mark.parametrize(

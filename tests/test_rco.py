@@ -13,7 +13,7 @@ from flexmoe.headers import resolve
 from flexmoe.methods import Text, all_methods
 from flexmoe.methods.diep import loss_of
 from flexmoe.pipeline import make_plan, rank_channels
-from flexmoe.rco import RcoConfig, Units, _slope, learn_order
+from flexmoe.rco import RcoConfig, Units, _slope, learn_mask, learn_order
 from flexmoe.training import divergence
 from golden_data import golden
 from zoo import tiny_model
@@ -68,6 +68,32 @@ def test_the_slope_is_that_of_the_soft_mask():
         by_mask = (loss(hard + step) - loss(hard - step)) / 2e-2
         want = -by_mask * float(soft[x] * (1 - soft[x])) / tau
         assert float(got[x]) == pytest.approx(want, rel=5e-2, abs=1e-4)
+
+
+def test_a_step_by_hand(monkeypatch):
+    """Noise in antithetic pairs, tau from the first to the last, a step of Adam on the surface."""
+    model, seen = tiny_model("qwen3_moe"), []
+    units, _ = units_of(model, per_channel=True)
+    start_X, slope_X = torch.randn(
+        2, len(units.cost_X), generator=torch.Generator().manual_seed(3)
+    ).double()
+    start_X, none = units.retract(start_X, 0.3), torch.zeros(len(start_X), dtype=torch.bool)
+
+    def slope(model, batch, units, noisy_X, gone_X, pruned, tau):
+        seen.append((noisy_X - start_X, tau))
+        return slope_X
+
+    monkeypatch.setattr("flexmoe.rco._slope", slope)
+    config = RcoConfig(steps=1, draws=2, windows=2)
+    got_X = learn_mask(model, IDS, units, start_X, none, 0.3, config)
+    step_X = units.project(slope_X, start_X)
+    want_X = units.retract(start_X - 0.1 * step_X / (step_X.abs() + 1e-8), 0.3)
+    assert torch.allclose(got_X, want_X)
+    noise_X = seen[0][0]
+    assert torch.allclose(noise_X, -seen[1][0]) and abs(noise_X.mean()) < 0.5 < noise_X.std()
+    seen.clear()
+    learn_mask(model, IDS, units, start_X, none, 0.3, replace(config, steps=3))
+    assert [tau for _, tau in seen[::2]] == pytest.approx([1.0, 0.05**0.5, 0.05])
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -125,8 +151,9 @@ def test_rco_beats_its_prior_and_hits_every_budget(method, unit):
 def test_settings_of_rco():
     with pytest.raises(FlexmoeError, match="at least 1 step"):
         RcoConfig(steps=0)
-    with pytest.raises(FlexmoeError, match="drawn in pairs"):
-        RcoConfig(draws=3)
+    for draws in (3, 0):
+        with pytest.raises(FlexmoeError, match="drawn in pairs"):
+            RcoConfig(draws=draws)
 
 
 def test_dieps_loss_is_the_models_own_at_the_start():

@@ -28,6 +28,7 @@ def ticket(**fields) -> Ticket:
         ({"first": 0.25, "last": 0.25, "tokens": 1, "ended": 1, "status": "ok"}, 0.5),
         ({"streamed": False, "tokens": 11, "ended": 2.0, "status": "ok"}, 2.0),  # 0.5 + 10 * 0.05
         ({"first": 0.1, "tokens": 3, "ended": 9, "status": "failed"}, None),
+        ({"streamed": False, "tokens": 0, "ended": 2.0, "status": "ok"}, None),
         ({}, 20.0),  # waits at 10 s
         ({"began": 9.8}, None),  # not late yet
         ({"streamed": False}, None),  # cannot be said
@@ -44,6 +45,7 @@ def test_percentile():
     assert percentile_95([3.0]) == 3
     assert percentile_95(list(range(1, 101))) == 95
     assert percentile_95([1.0] * 19 + [9.0]) == 1
+    assert percentile_95([1.0] * 18 + [9.0]) == 9
 
 
 def test_one_slow_request_moves_nothing():
@@ -70,6 +72,7 @@ def test_idle_it_comes_back_whatever_its_patience():
     past = Past(0.0, patience=rules.LONGEST)
     assert decide(LADDER, "40", [], 0, rules.UP_AFTER, past).budget == "20"
     assert decide(LADDER, "40", [], 3, rules.UP_AFTER, past) is None  # not idle: they run long
+    assert decide(LADDER, "40", [], 3, rules.LONGEST, past) is None
 
 
 def test_climbs_that_do_not_last_make_it_patient():
@@ -80,6 +83,13 @@ def test_climbs_that_do_not_last_make_it_patient():
         assert past.patience == rules.UP_AFTER * 2**n
     past = past.after(True, 9000).after(True, 9500)
     assert past.patience == rules.UP_AFTER  # from a climb to a climb: there is room
+    longer = 1000 + rules.LASTED
+    climbed, fell = Past(1000, True, 80.0), Past(1000, False, 80.0)
+    assert climbed.after(False, longer).patience == rules.UP_AFTER  # it did last
+    assert climbed.after(False, longer - 1).patience == 160
+    assert fell.after(False, longer).patience == rules.UP_AFTER
+    assert fell.after(False, longer - 1).patience == 80  # further down, as wary as before
+    assert Past(1000, True, rules.LONGEST).after(False, 1010).patience == rules.LONGEST
 
 
 class Simulated:
@@ -194,20 +204,22 @@ def test_moves_are_logged_with_the_reason_and_counted(caplog):
     asyncio.run(go())
 
 
-def test_the_server_drives_it(monkeypatch):
-    """Through the middleware, over the real clock, at a faster pace."""
+def test_the_server_drives_it(monkeypatch, caplog):
+    """Through the middleware, over the real clock, at a faster pace; past a switch that fails."""
     monkeypatch.setattr("flexmoe.serve.state.INTERVAL", 0.02)
     monkeypatch.setattr(rules, "DOWN_AFTER", 0.05)
     monkeypatch.setattr(rules, "SAMPLES", 1)
 
     async def go():
         serving = Serving(slo=replace_slo(ttft_ms=0.001))
-        for _ in range(100):
+        serving.engine.broken = True
+        for _ in range(200):
             answer = await serving.complete(stream=True)
+            serving.engine.broken &= "budget could not be moved" not in caplog.text
             if answer.headers["x-flexmoe-budget"] == "40":
                 break
             await asyncio.sleep(0.01)
-        assert serving.state.dial.budget == "40"
+        assert serving.state.dial.budget == "40" and not serving.engine.broken
         assert (await serving.client.get("/flexmoe/budget")).json()["policy"]["moves"] == 2
         serving.state.stop()
 
