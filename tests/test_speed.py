@@ -1,8 +1,10 @@
 """``flexmoe bench model``: every budget and what it is compared with, measured in one run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -113,3 +115,12 @@ def test_bad_input_is_refused(made, words, message, monkeypatch):
     monkeypatch.chdir(made)
     with pytest.raises(FlexmoeError, match=message):
         bench(*words)
+
+
+@pytest.mark.parametrize("where", ["cuda:0", "cuda:1"])
+def test_the_clock_waits_for_the_gpu_of_the_model(where, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    clock, about = speed._clock(SimpleNamespace(device=torch.device(where)))
+    clock()
+    assert waited == [torch.device(where)] and "GPU" in about

@@ -204,7 +204,7 @@ def _clock(model: PreTrainedModel) -> tuple[Callable[[], float], str]:
     if model.device.type == "cuda":
 
         def seconds() -> float:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(model.device)
             return time.perf_counter()
 
         return seconds, "wall clock, GPU synchronised"
