@@ -103,6 +103,35 @@ def test_the_batch_is_written_in_place_and_knows_when_it_mixes(monkeypatch) -> N
     assert batch.token_budget_T.data_ptr() == address
 
 
+def test_on_a_gpu_no_step_waits_for_the_one_before(monkeypatch) -> None:
+    """vLLM prepares a batch while the one before computes: budgets go there from pinned memory,
+    which each batch has of its own."""
+    copied = []
+
+    class OnGpu:
+        is_cuda = True
+
+        def __getitem__(self, some: slice) -> OnGpu:
+            return self
+
+        def copy_(self, rows_T: torch.Tensor, non_blocking: bool = False) -> None:
+            copied.append((rows_T, non_blocking))
+
+    def pinned(rows_T: torch.Tensor) -> torch.Tensor:
+        rows_T = rows_T.clone()
+        rows_T.pinned = True
+        return rows_T
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(batch, "token_budget_T", OnGpu())
+    monkeypatch.setattr(batch, "single", 0)
+    rows = np.array([1, 2], dtype=np.int32)
+    batch.fill(rows)
+    rows[:] = 0
+    ((rows_T, at_once),) = copied
+    assert at_once and rows_T.pinned and rows_T.tolist() == [1, 2]
+
+
 def test_beams_are_refused() -> None:
     pytest.importorskip("fastapi")
     from flexmoe.serve.vllm.endpoint import VllmEngine

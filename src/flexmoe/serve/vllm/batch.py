@@ -27,4 +27,7 @@ def fill(row_T: np.ndarray) -> None:
     assert token_budget_T is not None
     row_T = row_T.astype(np.int32, copy=False)
     single = int(row_T[0]) if len(row_T) and (row_T == row_T[0]).all() else None
-    token_budget_T[: len(row_T)].copy_(torch.from_numpy(row_T))
+    rows_T = torch.from_numpy(row_T)
+    if token_budget_T.is_cuda:  # else the copy waits until the batch before is computed
+        rows_T = rows_T.pin_memory()  # torch keeps it as long as it is being read
+    token_budget_T[: len(row_T)].copy_(rows_T, non_blocking=True)
