@@ -5,13 +5,14 @@ import sys
 import threading
 from copy import deepcopy
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import OlmoeForCausalLM
 
 import flexmoe
-from flexmoe import elastic
+from flexmoe import elastic, experts, storage
 from flexmoe.errors import FlexmoeError
 from flexmoe.experts import expert_layers
 from flexmoe.exporter import write_family
@@ -156,6 +157,19 @@ def test_serving_goes_on_meanwhile(opened):
         stop.set()
         server.join()
     assert len(seen) > 5 and all(difference(out, want) < LOGIT_TOLERANCE for out in seen)
+
+
+@pytest.mark.parametrize("is_cuda", [True, False])
+def test_on_a_gpu_weights_cannot_go_before_what_reads_them_is_launched(is_cuda, monkeypatch):
+    """`elastic._swap` waits for what was launched, and what is launched on another stream later
+    would read memory that is somebody else's by then. On a CPU nothing outlives the call."""
+    held = []
+    monkeypatch.setattr(experts, "experts", lambda *a: held.append(storage.STORAGE.locked()) or "y")
+    monkeypatch.setattr(experts, "_budgets", lambda module, x_TH: (None, None))
+    monkeypatch.setattr(experts, "stored_weights", lambda module: None)
+    x_TH = SimpleNamespace(is_cuda=is_cuda)
+    assert experts.prefix_forward(None, x_TH, None, None) == "y"
+    assert held == [is_cuda] and not storage.STORAGE.locked()
 
 
 PROGRAM = """

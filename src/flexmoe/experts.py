@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -289,8 +290,11 @@ def prefix_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK:
     kernels decide which back end runs: a compiled one where nobody asks for gradients."""
     with STORAGE:  # no width may pass what is stored
         width_BE, token_budget_T = _budgets(module, x_TH)
-        stored = stored_weights(module)
-    return experts(x_TH, index_TK, weight_TK, stored, width_BE, token_budget_T)
+        routed = x_TH, index_TK, weight_TK
+        compute = partial(experts, *routed, stored_weights(module), width_BE, token_budget_T)
+        if x_TH.is_cuda:  # what was launched is waited for before weights go, see `elastic`
+            return compute()
+    return compute()
 
 
 def _budgets(module: nn.Module, x_TH: Tensor) -> tuple[Tensor, Tensor | None]:
