@@ -1,4 +1,4 @@
-"""What is mended of vLLM while flexmoe serves."""
+"""What is mended of vLLM while flexmoe serves, and what is looked at before it loads."""
 
 import pytest
 import torch
@@ -7,7 +7,10 @@ pytest.importorskip("vllm")
 
 from vllm import _custom_ops
 
+from flexmoe.errors import FlexmoeError
+from flexmoe.hf import FORMAT
 from flexmoe.serve.vllm.compat import mend_rotary_on_cpu
+from flexmoe.serve.vllm.config import FlexmoeConfig
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5])
@@ -31,3 +34,12 @@ def test_positions_are_rotated_in_a_slice_of_wider_rows(tokens: int) -> None:
     assert not torch.equal(alone, before[:, 1:2, 16:])
     wide[:, 1:2, 16:] = before[:, 1:2, 16:]
     assert torch.equal(wide, before)  # and nothing beside it
+
+
+def test_a_kernel_that_is_none_is_refused_before_weights_load(monkeypatch) -> None:
+    """`flexmoe serve` says so too; `vllm serve` alone has only this."""
+    export = FlexmoeConfig({"widths": {}, "format": FORMAT})
+    export.maybe_update_config("any")
+    monkeypatch.setattr("flexmoe.kernels.interface.FORCED", "tritn")
+    with pytest.raises(FlexmoeError, match="unknown FLEXMOE_KERNEL 'tritn'"):
+        export.maybe_update_config("any")

@@ -26,6 +26,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from flexmoe.errors import FlexmoeError
 from flexmoe.family import check_base, find_folder
 from flexmoe.hf import FORMAT
+from flexmoe.kernels import check_forced
 from flexmoe.plan import JSON_NAME, Plan, read_manifest
 from flexmoe.premoe import Pattern, Store
 from flexmoe.serve.ids import label
@@ -88,6 +89,7 @@ class FlexmoeConfig(QuantizationConfig):
     ) -> None:
         """Find the plan: beside the model, or where ``--hf-overrides`` says. vLLM calls this once,
         before any worker starts, so what is wrong with the plan is said here."""
+        check_forced()
         if self.shares:
             return
         folder = find_folder(self.asked.get("plan") or model_name)
