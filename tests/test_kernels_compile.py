@@ -3,6 +3,7 @@ compiler refuses. What they load and multiply with is read off the assembly."""
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,3 +145,24 @@ def test_other_dtypes_biases_and_experts_without_a_gate(launched):
     routed = (tokens(9, 64, torch.bfloat16), *route(9, 4, 2, torch.bfloat16))
     found = compiled(launched, HOPPER, *routed, scaled, torch.full((1, 4), 33).int())
     assert "mma.sync" in found["gate_up"] and "mma.sync" in found["down"]
+
+
+def test_tiles_are_tuned_for_every_kind_of_gpu(launched, monkeypatch):
+    """Of two in a machine, one may not have the memory that the tiles of the other take."""
+    weights, tried = make([64] * 4, 64, torch.bfloat16), []
+    routed = (tokens(9, 64, torch.bfloat16), *route(9, 4, 2, torch.bfloat16))
+    for kind in ("A", "B", "A"):
+        monkeypatch.setattr(triton_gpu, "_kind", lambda device, kind=kind: kind)
+        triton_gpu.experts(*routed, weights, torch.full((1, 4), 33).int())
+    kernels = [(kernel, a, named) for kernel, a, named in launched if isinstance(kernel, Autotuner)]
+    assert len(kernels) == 6
+    for kernel, args, named in kernels:
+        if kernel.cache_results:  # not seen yet
+            monkeypatch.setattr(kernel, "cache_results", False)
+            monkeypatch.setattr(kernel, "cache", {})
+            monkeypatch.setattr(kernel, "fn", SimpleNamespace(run=lambda *a, **k: None))
+            monkeypatch.setattr(kernel, "_bench", lambda *a, config, **k: [len(tried)])
+        before = len(kernel.cache)
+        kernel.run(*args, **named)
+        tried.append(len(kernel.cache) - before)
+    assert tried == [1, 1, 1, 1, 0, 0]

@@ -143,6 +143,7 @@ def gate_up(
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     PAD: tl.constexpr,
+    GPU: tl.constexpr,  # for the key alone
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -251,6 +252,7 @@ def down(
     PAD: tl.constexpr,
     ROUND: tl.constexpr,  # channels read together, as far as memory is there
     SPLIT: tl.constexpr,
+    GPU: tl.constexpr,  # for the key alone
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,

@@ -124,6 +124,7 @@ class Pairs(NamedTuple):
             "MIXED": self.token_budget_T is not None,
             "ALONE": self.blocks.position_S is None,
             "BLOCK_M": self.block,
+            "GPU": _kind(self.width_BE.device),
         }
 
 
@@ -227,6 +228,12 @@ def _by_rows(tensor: Tensor, by: tuple[int, ...]) -> bool:
     rows = by[-1] == 1 and H % 64 == 0 and all(stride % H == 0 for stride in by[:-1])
     dense = by_c in (H, tensor.shape[-2] * H if len(by) == 4 else H) and by[0] % by_c == 0
     return rows and dense and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
+
+
+@cache
+def _kind(device: torch.device) -> str:
+    """Of GPU: what tiles are tuned for."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 @cache

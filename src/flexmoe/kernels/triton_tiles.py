@@ -40,8 +40,8 @@ def tuned(few: Tiles, many: Tiles, rows: Tiles) -> Any:
     return triton.autotune(
         configs=configs([(*SMALL, 4, 1)] if SMALL else few + many),
         # Triton adds the dtypes of tensors. BLOCK_M stands for the number of tokens, the distance
-        # of channels for the storage.
-        key=["H", "C", "BLOCK_M", "by_c", "ROWS", "ALONE", "MIXED"],
+        # of channels for the storage; GPU is its kind, as a machine can have two.
+        key=["H", "C", "BLOCK_M", "by_c", "ROWS", "ALONE", "MIXED", "GPU"],
         prune_configs_by={"early_config_prune": fitting},
         cache_results=True,
     )
