@@ -2,6 +2,7 @@
 
 import torch
 
+from flexmoe import progress
 from flexmoe.experts import expert_layers
 from flexmoe.routing import rules
 from flexmoe.routing.edits import Routed
@@ -24,3 +25,11 @@ def test_constants_of_a_layer_on_disk_are_in_memory():
     rules.reroute(model, "constant", width, constant)
     for layer in layers:
         assert torch.equal(layer.module.flexmoe_constant_EH, constant[layer.index])
+
+
+def test_progress_counts_the_memory_of_every_gpu(monkeypatch):
+    held = {None: 0, 0: 0, 1: 3 * 2**30}  # asked without a device: the current one, which is cuda:0
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: held[device])
+    assert progress._use([], 0, 0.0) == "3.0 GiB on CUDA"
