@@ -207,3 +207,22 @@ def test_shard_needs_processes(tmp_path):
     for command in ("compress tiny", "recover tiny"):
         result = CliRunner().invoke(app, [*command.split(), "-o", f"{tmp_path}/x", "--shard"])
         assert "shard has no effect with one process" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "device, gpus, message",
+    [
+        ("cuda", 0, "2 were started on this machine, which has 0"),
+        ("cuda", 1, "2 were started on this machine, which has 1"),
+        ("auto", 1, "2 were started on this machine, which has 1"),
+        ("cuda:0", 2, "expected auto, cpu, or cuda"),  # for both of them
+        ("cudax", 2, "expected auto, cpu, or cuda"),
+    ],
+)
+def test_processes_without_a_gpu_of_their_own_are_refused(device, gpus, message, monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    result = CliRunner().invoke(app, ["compress", "tiny", "-o", "no", "--device", device])
+    assert message in str(result.exception)

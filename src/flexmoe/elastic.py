@@ -38,7 +38,9 @@ def release(model: PreTrainedModel) -> int:
     """Give back the memory of all channels beyond the budget that ``model`` is at; returns the
     bytes. Richer budgets are refused until `restore`, as are saving and observing the model.
 
-    While it works, one layer is in memory twice. Other threads may go on computing.
+    While it works, one layer is in memory twice. Other threads may go on computing at a pruned
+    budget; what began at budget 0 must have ended: there transformers' own function runs, which
+    takes one weight after the other.
     """
     if getattr(model, "flexmoe_source", None) is None:
         raise FlexmoeError(

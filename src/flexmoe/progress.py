@@ -107,7 +107,8 @@ def _use(items: Any, done: int, begin: float) -> str:
 
     where, held = "", psutil.Process().memory_info().rss
     if torch.cuda.is_initialized():
-        where, held = " on CUDA", torch.cuda.memory_reserved()
+        where, gpus = " on CUDA", range(torch.cuda.device_count())
+        held = sum(map(torch.cuda.memory_reserved, gpus))
     text = f"{held / 2**30:.1f} GiB{where}"
     if done and (tokens := getattr(items, "tokens", 0)):
         rate = tokens * done / max(time.monotonic() - begin, 1e-9)

@@ -102,17 +102,27 @@ def processes() -> tuple[int, int]:
 @contextmanager
 def process_group(device: str) -> Iterator[str]:
     """Join the processes that ``torchrun`` or ``accelerate launch`` started, if any; yields the
-    device of this one."""
+    device of this one: of GPUs that of its number. `FlexmoeError` where it has none."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or dist.is_initialized():
         yield device
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{local}"
-    on_cuda = device.startswith("cuda")
+    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_cuda:
+        count, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+        if here > count:
+            raise FlexmoeError(
+                f"each process needs a GPU of its own: {here} were started on this machine, which "
+                f"has {count}. Start fewer with --nproc-per-node, or use --device cpu"
+            )
+        device = f"cuda:{local}"
         torch.cuda.set_device(torch.device(device))
+    elif device not in ("auto", "cpu"):
+        raise FlexmoeError(
+            f"--device {device} with {world} processes: expected auto, cpu, or cuda, where each "
+            "takes the GPU of its number"
+        )
     # gloo also beside nccl: some sums are kept on the CPU. The wait is for the process that writes.
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=WAIT)
     try:

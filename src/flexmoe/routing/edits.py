@@ -72,7 +72,7 @@ def edited_forward(module: nn.Module, x_TH: Tensor, index_TK: Tensor, weight_TK:
         return prefix_forward(module, x_TH, routed.index_TK, routed.weight_TK)
     gone_TK = (width_TK == 0) & (routed.index_TK < routed.E)
     share_TK = (routed.weight_TK * gone_TK).to(constant_EH.dtype)
-    rows_TKH = constant_EH[routed.index_TK.masked_fill(~gone_TK, 0)]
+    rows_TKH = constant_EH.to(x_TH.device)[routed.index_TK.masked_fill(~gone_TK, 0)]
     added_TH = torch.einsum("tk,tkh->th", share_TK, rows_TKH).to(x_TH.dtype)
     routed = routed.without(gone_TK)
     return added_TH + prefix_forward(module, x_TH, routed.index_TK, routed.weight_TK)

@@ -128,8 +128,10 @@ def reroute(
         _remove(model, {i: width_E == 0 for i, width_E in width.items()})
     for layer in expert_layers(model) if rule == "constant" else ():
         if not bool(width[layer.index].all()):
-            where = layer.module.down_proj.device
-            layer.module.flexmoe_constant_EH = constant[layer.index].float().to(where)
+            down, constant_EH = layer.module.down_proj, constant[layer.index].float()
+            if not down.is_meta:  # else the layer is on disk until its turn
+                constant_EH = constant_EH.to(down.device)
+            layer.module.flexmoe_constant_EH = constant_EH
 
 
 def restore(model: PreTrainedModel) -> None:
@@ -160,13 +162,15 @@ def _remove(model: PreTrainedModel, gone: Mapping[int, Tensor]) -> None:
     model.__dict__["flexmoe_blocks"] = before
     for layer in expert_layers(model):
         if layer.index in kept:
-            layer.module.flexmoe_renumber = _numbers(kept[layer.index].to(model.device))
+            layer.module.flexmoe_renumber = _numbers(kept[layer.index])
 
 
 def _numbers(kept_n: Tensor) -> Edit:
     """From the numbers of a smaller router to those of the experts as they stand in memory."""
 
     def edit(routed: Routed) -> Routed:
+        nonlocal kept_n
+        kept_n = kept_n.to(routed.index_TK.device)  # the layer's, which need not be the model's
         return Routed(kept_n[routed.index_TK], routed.weight_TK, routed.E)
 
     return edit
