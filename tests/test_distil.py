@@ -119,6 +119,7 @@ def test_a_run_scales_the_members_of_cp_and_goes_by_the_rate_of_each_step(monkey
 
     def backward(model, teacher, batch, parts, factors, micro):
         scaled.append(factors)
+        assert [part.pruned for part in parts[:2]] == [0.0, 0.6]  # full, and the plan's poorest
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
 

@@ -17,6 +17,7 @@ from flexmoe import CompressConfig, FlexmoeError, compress, set_budget
 from flexmoe.allocate import allocate_experts
 from flexmoe.cli import app
 from flexmoe.experts import expert_layers
+from flexmoe.exporter import export
 from flexmoe.headers import resolve
 from flexmoe.plan import LayerRecord, Plan
 from flexmoe.prepare import router_groups
@@ -24,6 +25,7 @@ from flexmoe.score import score
 from flexmoe.uniform import uniform_width
 from helpers import LOGIT_TOLERANCE, difference, ids_of, logits
 from test_plan import RECIPE, problems
+from test_router_rules import expert_plan
 from zoo import tiny_model
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -78,6 +80,18 @@ def test_every_layer_keeps_its_best_expert_longest():
     K = dict.fromkeys(shapes, 2)
     for width in allocate_experts("global", shapes, score, (0.875,), 1, K).values():
         assert (width[0] > 0).tolist() == [False] * 7 + [True]
+
+
+def test_layers_that_keep_different_numbers_do_not_fit_into_one_config(tmp_path):
+    model = tiny_model("qwen3_moe")
+    model.save_pretrained(tmp_path / "base")
+    plan = expert_plan(model, tmp_path / "base", router="remove")
+    for i, gone in ((0, 5), (1, 3)):
+        plan.width[i][1] = torch.tensor([0] * gone + [plan.layers[i].channels] * (8 - gone))
+    plan.save(tmp_path / "plan")
+    with pytest.raises(FlexmoeError, match=r"between 3 and 5 experts, config\.json has one number"):
+        export(tmp_path / "plan", tmp_path / "out", pruned=0.5, layout="uniform")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_family_of_whole_experts_by_the_methods_own_rule(tmp_path):

@@ -101,6 +101,19 @@ def test_experts_of_many_tokens_go_to_torch(in_stock, plain, monkeypatch):
     assert not seen  # in bfloat16 never
 
 
+def test_what_it_would_misread_is_refused():
+    weights, x_TH = make([8] * 4, 16), tokens(3, 16)
+    odd = torch.zeros(4, 8, 16, 2)[..., 0]  # no axis of neighbours
+    for wrong, x_wrong_TH, why in (
+        (replace(weights, down=weights.down.bfloat16()), x_TH, "not all float32 or all bfloat16"),
+        (make([8] * 4, 16, torch.float16), x_TH, "weights are torch.float16"),
+        (weights, x_TH.half(), "tokens are torch.float16"),
+        (replace(stock(weights), down=odd), x_TH, "down is neither by channel nor by column"),
+        (replace(weights, activation="tanh"), x_TH, "activation 'tanh' is not one of"),
+    ):
+        assert why in cpu.can_run(wrong, x_wrong_TH)
+
+
 def test_weights_with_scales_go_to_torch():
     weights, width_BE = make([8] * 4, 16), torch.tensor([[8, 0, 3, 8]])
     routed, up_RC, down_R = (tokens(5, 16), *route(5, 4, 2)), torch.rand(32, 2), torch.rand(32)

@@ -93,6 +93,8 @@ def test_top_any_keeps_a_share_of_the_weight():
     assert torch.allclose(weight.sum(1), torch.ones(3))  # this router normalises
     _, weight = skipped("top-any", 0.7, WEIGHT * torch.tensor([[1.0], [0.5], [0.3]]))
     assert torch.allclose(weight.sum(1), torch.tensor([0.7, 0.375, 0.24]))  # this one does not
+    small = WEIGHT * torch.tensor([[0.1], [0.105], [0.11]])  # nor does this, by 5 % of its sums
+    assert not facts(small).renormalises and facts(2.5 * WEIGHT).renormalises
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -127,6 +129,8 @@ def test_a_sequence_does_not_depend_on_its_batch():
     model, ids = tiny_model("qwen3_moe"), ids_of(tiny_model("qwen3_moe"))
     Fitted(*parse("pesf:0.9"), ids).use(model)
     together = logits(model, ids)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, together)  # not by name
     for n in range(2):
         assert difference(together[n : n + 1], logits(model, ids[n : n + 1])) < LOGIT_TOLERANCE
     for sides in ((0, 20), (20, 0)):
