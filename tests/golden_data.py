@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flexmoe.methods import Text, all_methods, score_model
 from flexmoe.observe import observe
-from flexmoe.statistics import Statistics
+from flexmoe.statistics import STATISTICS, Statistics, statistic
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -40,6 +41,17 @@ def scores(model: PreTrainedModel, ids: Tensor, name: str) -> tuple[dict[int, Te
     method = all_methods()[name]
     statistics = observe(model, ids, method.needs, batch_size=4)
     return score_model(method, model, statistics, Text(ids, batch_size=4)), statistics
+
+
+def observed(
+    model: PreTrainedModel, ids: Tensor, look: Callable, *others: str, reads: tuple[str, ...] = ()
+) -> Statistics:
+    """What a pass finds for a statistic of the test's own, ``look_E``, and for others."""
+    statistic("look_E", when="forward", reads=reads)(look)
+    try:
+        return observe(model, ids, ("look_E", *others), batch_size=4)
+    finally:
+        STATISTICS.pop("look_E")
 
 
 def relative(got: Tensor, want: Tensor) -> float:

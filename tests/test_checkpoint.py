@@ -293,9 +293,8 @@ def test_config_of_another_size_is_refused(tmp_path: Path) -> None:
 
 
 def test_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
-    config = tiny_model("mixtral").config.to_dict() | {
-        "quantization_config": {"quant_method": "fp8"}
-    }
+    config = tiny_model("mixtral").config.to_dict()
+    config["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(FlexmoeError, match=r"quantized \(fp8\)"):
         meta_model(tmp_path)

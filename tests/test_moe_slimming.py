@@ -9,8 +9,7 @@ from flexmoe.methods.moe_slimming import activity, attribution, layer_loss
 from flexmoe.methods.moe_slimming_saliency import contributed, gradient, saliency, slopes
 from flexmoe.methods.moe_slimming_weights import size, size_times_input
 from flexmoe.observe import observe
-from flexmoe.statistics import STATISTICS, statistic
-from golden_data import golden, relative, scores
+from golden_data import golden, observed, relative, scores
 from helpers import ids_of
 from zoo import tiny_model
 
@@ -150,11 +149,7 @@ def test_contributions_equal_official_code():
         routed[pairs.layer.index].append(mean_EI.any(1))
         return torch.zeros_like(pairs.weight_S)
 
-    statistic("look_E", when="forward", reads=("residual",))(look)
-    try:
-        found = observe(model, ids, ("look_E", "contribution_EI"), batch_size=4)
-    finally:
-        STATISTICS.pop("look_E")
+    found = observed(model, ids, look, "contribution_EI", reads=("residual",))
     for i, stats in found.items():
         assert len(clipped[i]) == 4
         average = on_the_move(clipped[i], routed[i])
@@ -196,11 +191,7 @@ def test_moe_slimmings_attribution_equals_official_code():
             average[i][e] = here if old is None else 0.9 * old + 0.1 * here
         return pairs.weight_S
 
-    statistic("look_E", when="forward", reads=("residual",))(look)
-    try:
-        found = observe(model, ids, ("look_E", "part_E"), batch_size=4)
-    finally:
-        STATISTICS.pop("look_E")
+    found = observed(model, ids, look, "part_E", reads=("residual",))
     for i, stats in found.items():
         official = want[f"layer.{i}.expert_out_token_contrib"]
         assert relative(torch.tensor(average[i]), official) < EXACT

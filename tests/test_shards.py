@@ -1,4 +1,4 @@
-"""Shards where an index says they are."""
+"""Shards where an index says they are, with weights that are replaced."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flexmoe.checkpoint import Checkpoint
 from flexmoe.errors import FlexmoeError
 from flexmoe.exporter import rank_checkpoint
 from flexmoe.headers import INDEX_NAME, resolve
+from flexmoe.shards import Source, replaced
 from helpers import ids_of, load, logits, random_plan
 from zoo import tiny_model
 
@@ -48,3 +49,18 @@ def test_shards_outside_of_the_folder_are_refused(tmp_path: Path) -> None:
         in_subfolders(source, folder)
         with pytest.raises(FlexmoeError, match="outside of its folder"):
             Checkpoint(source)
+
+
+def test_parameters_that_the_checkpoint_does_not_store_one_to_one_are_refused(
+    tmp_path: Path,
+) -> None:
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path)
+    source = Source.open(tmp_path, random_plan(model, tmp_path))
+    gates = [layer.mlp.gate.weight.detach() + 1 for layer in model.model.layers]
+    new = {f"model.layers.{i}.mlp.gate.weight": gate for i, gate in enumerate(gates)}
+    made = {e.name: e.make for shard in replaced(source, new).values() for e in shard}
+    for i, gate in enumerate(gates):
+        assert torch.equal(made[f"model.layers.{i}.block_sparse_moe.gate.weight"](), gate)
+    with pytest.raises(FlexmoeError, match="stores mine in a form that cannot be rewritten"):
+        replaced(source, new | {"mine": gates[0] + 1})

@@ -129,19 +129,13 @@ def replaced(source: Source, new: dict[str, Tensor]) -> Shards:
     """Every tensor as it is but for the model parameters in ``new``, by the model's name for
     them: experts in the layout of the checkpoint, others must be stored one to one. Raises
     `FlexmoeError` naming a parameter that is not."""
-    layers = {traced.layer.name: (i, traced) for i, traced in source.layers.items()}
+    layers = {traced.layer.name: traced for traced in source.layers.values()}
     shards = others(source)
     info = source.checkpoint.tensors
-    beside = {}
-    for stored, parameter in parameter_names(source.checkpoint, source.model).items():
-        if parameter in new and parameter.rpartition(".")[0] not in layers:
-            beside[stored] = new[parameter]
-    lost = [
-        parameter
-        for parameter, tensor in new.items()
-        if parameter.rpartition(".")[0] not in layers
-        and not any(tensor is other for other in beside.values())
-    ]
+    outside = {p: tensor for p, tensor in new.items() if p.rpartition(".")[0] not in layers}
+    names = parameter_names(source.checkpoint, source.model)
+    beside = {stored: outside[p] for stored, p in names.items() if p in outside}
+    lost = [p for p, new_p in outside.items() if all(new_p is not b for b in beside.values())]
     if lost:
         raise FlexmoeError(f"the checkpoint stores {lost[0]} in a form that cannot be rewritten")
     for file, entries in shards.items():
@@ -151,7 +145,7 @@ def replaced(source: Source, new: dict[str, Tensor]) -> Shards:
             else entry
             for entry in entries
         ]
-    for name, (_, traced) in layers.items():
+    for name, traced in layers.items():
         for piece in traced.stored:
             if piece.axis is None:
                 continue  # a down bias has no channels and is not trained
