@@ -1,4 +1,6 @@
-"""Models whose layers are not all in one place: on several GPUs, or on disk."""
+"""Models that are not on the first GPU, or not all in one place: on several of them, or on disk."""
+
+from types import SimpleNamespace
 
 import torch
 
@@ -6,6 +8,8 @@ from flexmoe import progress
 from flexmoe.experts import expert_layers
 from flexmoe.routing import rules
 from flexmoe.routing.edits import Routed
+from flexmoe.serve import transformers_batch as batching
+from flexmoe.serve import transformers_engine
 from zoo import tiny_model
 
 
@@ -33,3 +37,18 @@ def test_progress_counts_the_memory_of_every_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: held[device])
     assert progress._use([], 0, 0.0) == "3.0 GiB on CUDA"
+
+
+def test_the_cache_of_a_server_is_sized_by_the_gpu_of_its_model(monkeypatch):
+    """transformers asks how much memory the current one has."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(batching, "try_out", lambda *a: None)
+    monkeypatch.setattr(batching, "start", lambda *a: tuple(current))
+    monkeypatch.setattr(transformers_engine, "GenerationConfig", lambda **more: None)
+    generation = SimpleNamespace(eos_token_id=0, pad_token_id=0)
+    settings = SimpleNamespace(kv_tokens=None, budgets=SimpleNamespace(rows=("0",)))
+    for where in ("cuda:1", "cpu"):
+        model = SimpleNamespace(device=torch.device(where), generation_config=generation)
+        found = transformers_engine.start_batching(model, settings)
+        assert found == (torch.device("cuda:1"),)  # which the second leaves alone

@@ -123,6 +123,8 @@ def start_batching(model: PreTrainedModel, settings: ServeSettings) -> tuple[Gen
     if model.device.type == "cpu":
         sizes = {"page_size": CPU_PAGE, "max_batch_tokens": CPU_BATCH_TOKENS}
         tokens = tokens or CPU_KV_TOKENS
+    elif model.device.type == "cuda":  # the current one is asked how large the cache can be
+        torch.cuda.set_device(model.device)
     config = ContinuousBatchingConfig(allow_block_sharing=False, use_cuda_graph=False, **sizes)
     if tokens is not None:
         config.num_blocks = math.ceil(tokens / config.page_size)
