@@ -97,7 +97,7 @@ def prepare(family: str | Path, config: RecoverConfig, base: str | Path | None =
     plan, ranked = Plan.load(folder), read_manifest(folder).ranked
     if ranked and base is not None:
         raise FlexmoeError(f"'{family}' is a family with weights of its own: leave base out")
-    plan.check_router_kept("recovery trains members with the router as it is")
+    plan.check_router_kept("recovery trains members with the router as it is", False)
     _check_members(plan, config)
     weights = folder if ranked else resolve(base or plan.recipe.base_model)
     source = Source.open(weights, plan)
