@@ -282,6 +282,15 @@ def test_members_that_the_plan_lacks_are_refused_before_the_model_is_loaded(tmp_
         prepare(tmp_path / "experts", dataclasses.replace(SMALL, **fine), "tiny")
 
 
+def test_a_plan_that_changes_the_router_is_refused(tmp_path):
+    """What helps is another plan: of an export nothing can be recovered."""
+    plan = expert_plan(load("tiny"), "tiny", budgets=(0.0, 0.25, 0.5))
+    recipe = plan.recipe.model_copy(update={"router": "remove"})
+    dataclasses.replace(plan, recipe=recipe).save(tmp_path / "plan")
+    with pytest.raises(FlexmoeError, match="rule 'remove': compress with --router keep"):
+        prepare(tmp_path / "plan", SMALL, "tiny")
+
+
 @pytest.mark.parametrize("memory", [None, 2**36])
 def test_a_plan_alone_is_not_put_on_other_weights(family, tmp_path, memory):
     Plan.load(family).save(tmp_path / "plan")

@@ -231,12 +231,14 @@ class Plan:
                     f"{wanted}, here it is {shapes.get(i)}"
                 )
 
-    def check_router_kept(self, why: str) -> None:
-        """`FlexmoeError` that begins with ``why`` if this plan changes the router."""
+    def check_router_kept(self, why: str, exports: bool = True) -> None:
+        """`FlexmoeError` that begins with ``why`` if this plan changes the router; ``exports``:
+        whether one of those would do instead."""
         if self.recipe.router != "keep":
             raise FlexmoeError(
-                f"{why}, and this plan has the router rule '{self.recipe.router}': use an export "
-                "of one budget, or compress with --router keep"
+                f"{why}, and this plan has the router rule '{self.recipe.router}': "
+                + "use an export of one budget, or " * exports
+                + "compress with --router keep"
             )
 
     @property

@@ -93,7 +93,7 @@ def prepare(family: str | Path, config: RecoverConfig, base: str | Path | None =
     check_recovery(config)
     folder = find_folder(family)
     plan = Plan.load(folder)
-    plan.check_router_kept("recovery trains members with the router as it is")
+    plan.check_router_kept("recovery trains members with the router as it is", False)
     _check_members(plan, config)
     source = open_source(folder, plan, base)
     settings = source.model.config

@@ -213,13 +213,13 @@ def _widths(page: Page, plan: Plan, curve: Curve) -> str:
     for share in shares:
         kept[share] = kept_shares(plan, share)
         whole = sum(int((of == 0).sum()) for of in kept[share].values())
+        bare = f"{whole} expert{'s' * (whole != 1)} without any channel"
         maps.append(
             page.figure(
                 f"widths-{100 * share:g}",
                 widths_figure(plan, share),
-                f"Map of the share of channels that each expert keeps at {percent(share)} pruned; "
-                f"{whole} experts keep none",
-                f"{percent(share)} pruned, {whole} experts without any channel",
+                f"Share of channels that each expert keeps at {percent(share)} pruned; {bare}",
+                f"{percent(share)} pruned, {bare}",
             )
         )
     rows = [
