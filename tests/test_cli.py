@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from flexmoe.cli import app, main
 from flexmoe.evaluation.evaluate import EvaluateConfig, measure
+from flexmoe.resume import Work
 from zoo import tiny_model
 
 MATH = EvaluateConfig(data="math.valid", samples=2, seq_len=64)
@@ -39,6 +40,16 @@ def test_the_export_that_compress_names_can_be_written(model_type, layout, tmp_p
     named = " ".join(result.output.split()).rpartition("or flexmoe ")[2]
     assert named == f"export family --pruned 0.5 --layout {layout} -o DIR"
     assert CliRunner().invoke(app, named.split()).exit_code == 0
+
+
+def test_a_command_that_takes_over_is_looked_at_as_any_other(tmp_path, monkeypatch):
+    """Nothing was saved, so what its folder of state says was looked at is another command."""
+    monkeypatch.setattr("flexmoe.doctor.diagnosis.before_compress", lambda *_: ["too large"])
+    with Work(tmp_path / "out", {"model": "other"}).on():
+        pass
+    command = f"compress tiny -o {tmp_path}/out --method magnitude --allocate layer --pruned 0.5"
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 0 and "warning: too large" in result.output
 
 
 def test_eval_writes_rows_of_every_budget_and_file(family, tmp_path):

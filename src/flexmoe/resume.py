@@ -35,6 +35,12 @@ def work_folder(out: str | Path) -> Path:
     return out.with_name(f"{out.name}.work")
 
 
+def has_state(out: str | Path) -> bool:
+    """Whether a run that made ``out`` left something to go on from: the record of a stage, or the
+    plan."""
+    return any(found.name != SETTINGS_NAME for found in work_folder(out).rglob("*.json"))
+
+
 class Damaged(FlexmoeError):
     """The state of one stage cannot be read; that of the others can."""
 
@@ -52,8 +58,8 @@ class Work:
 
     @property
     def kept(self) -> bool:
-        """Whether there is something to go on from: the record of a stage, or the plan."""
-        return any(found.name != SETTINGS_NAME for found in self.path.rglob("*.json"))
+        """Whether there is something to go on from."""
+        return has_state(self.out)
 
     @contextmanager
     def on(self, **inputs: str) -> Iterator[None]:

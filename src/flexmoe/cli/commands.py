@@ -166,7 +166,7 @@ def compress(
     from flexmoe.pipeline import compress as run
     from flexmoe.progress import bar, silent
     from flexmoe.reports.report import parse_bytes
-    from flexmoe.resume import work_folder
+    from flexmoe.resume import has_state
     from flexmoe.routing.rules import export_options
     from flexmoe.training import process_group, processes
     from flexmoe.uniform import takes_one_width
@@ -200,7 +200,7 @@ def compress(
         )
         first = processes()[0] == 0
         # what goes on was looked at when it began
-        for line in () if work_folder(out).exists() else before_compress(model, out, config):
+        for line in () if has_state(out) else before_compress(model, out, config):
             if first:
                 say(f"warning: {line}", style="yellow")
         most = MostHeld(pick_device(place))
