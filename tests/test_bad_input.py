@@ -139,6 +139,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "full" / "kept").write_text("mine")
     (root / "killed.work").mkdir()
     (root / "killed.work" / "settings.json").write_text("{")
+    (root / "killed.work" / "done.json").write_text("{}")  # something would be lost
     return root
 
 

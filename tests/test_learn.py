@@ -237,6 +237,8 @@ def test_a_killed_compression_learns_on_to_the_same_plan(tmp_path, monkeypatch):
 def test_state_of_another_command_is_refused(tmp_path):
     with Work(tmp_path / "x", {"steps": 1}).on():
         pass
+    Work(tmp_path / "x", {"steps": 2})  # nothing was saved yet
+    (work_folder(tmp_path / "x") / "done.json").write_text("{}")
     with pytest.raises(FlexmoeError, match="steps 1 there, 2 now"):
         Work(tmp_path / "x", {"steps": 2})
 
