@@ -123,16 +123,22 @@ def kernels(name: str = "kernels") -> str:
         lines.append("| " + " | ".join(cells) + " |")
     machine = found["machine"]
     rates = ", ".join(f"{n} {r / 1e9:.0f} GFLOP/s" for n, r in machine["flop_per_s"].items())
+    limits = f"{rates}, {machine['bytes_per_s'] / 1e9:.1f} GB/s"
+    if all("machine" in row for row in found["rows"]):
+        flops = sorted(row["machine"]["flop_per_s"] / 1e9 for row in found["rows"])
+        reads = sorted(row["machine"]["bytes_per_s"] / 1e9 for row in found["rows"])
+        limits = (
+            f"medians of the same rounds: {flops[0]:.0f} to {flops[-1]:.0f} GFLOP/s, "
+            f"{reads[0]:.1f} to {reads[-1]:.1f} GB/s; at best {limits}"
+        )
     note = (
         f"Milliseconds, {found['clock']}, medians of interleaved rounds (once where a call takes "
         "longer than 2 s). 50 %: widths of 10 to 90 % of all channels, mean 50 %; "
         + ("80, 60 and 40 %: as far around their mean as fits; " if more else "")
-        + "x roofline: over "
-        "what the best measured arithmetic (products of square matrices) or reads of memory (of a "
-        "GiB, in products of a matrix and a vector) take for the work left "
-        f"({rates}, {machine['bytes_per_s'] / 1e9:.1f} GB/s); mixed: one batch of three budgets "
-        "over a batch for each. Switching 48 layers of 128 experts: "
-        f"{found['switch_s'] * 1e3:.2f} ms. "
+        + "x roofline: over what the best measured arithmetic (products of square matrices) or "
+        "reads of memory (of a GiB, in products of a matrix and a vector) take for the work left "
+        f"({limits}); mixed: one batch of three budgets over a batch for each. Switching 48 layers "
+        f"of 128 experts: {found['switch_s'] * 1e3:.2f} ms. "
     )
     return "\n".join([*lines, "", note + measured_on(found, "python bench/kernel_speed.py")])
 

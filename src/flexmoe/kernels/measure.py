@@ -44,6 +44,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 BUDGETS = ("100 %", "80 %", "60 %", "50 % ragged", "40 %")
 SPANS = ((1, 1), (0.6, 1), (0.2, 1), (0.1, 0.9), (0, 0.8))  # shares of channels of an expert
 MIXED = ("three budgets", "three batches")  # of 100, 60 and 40 %, in one batch and each in its own
+PRODUCTS, READS = "products", "reads"  # the limits of the machine
 
 
 def measure(
@@ -53,26 +54,26 @@ def measure(
     repeats: int = 7,
     progress: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
-    """Median times in seconds of every shape, dtype and number of tokens; the limits of the
-    machine, the best of before, between and after; the time of a switch. ``progress`` is told every
-    row when it is there, against the limits as known by then."""
+    """Median times in seconds of every shape, dtype and number of tokens; how fast the machine
+    computes and reads at most, at first and in the rounds of every row; the time of a switch.
+    ``progress`` is told every row when it is there."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            machine, rows = limits(), []
-            for shape in shapes:
-                for row in (r for d in dtypes for r in _rows(shape, d, tokens, repeats)):
-                    _add_roof(row, machine)
-                    rows.append(row)
-                    progress(row)
-                machine = _best(machine, limits())  # the host of a machine is not always as busy
-            for row in rows:
-                _add_roof(row, machine)
+            most, rows = limits(), []
+            for row in (
+                r for s in shapes for d in dtypes for r in _rows(s, d, tokens, repeats, most)
+            ):
+                rows.append(row)
+                progress(row)
             return {
                 "clock": "CPU time of one thread, before every call caches are emptied and another "
                 "layer is computed",
-                "machine": machine,
+                "machine": {
+                    "flop_per_s": {name: most[name].rate for name in map(_name, DTYPES)},
+                    "bytes_per_s": most[READS].rate,
+                },
                 "switch_s": switch(),
                 "rows": rows,
             }
@@ -80,37 +81,42 @@ def measure(
         torch.set_num_threads(threads)
 
 
-def limits() -> dict[str, Any]:
-    """Best of what one thread was seen to do: products of square matrices, and reading memory in
-    products of a matrix and a vector, which read several rows at once. The matrix has a GiB, more
-    than caches have, so this is main memory, or a cache shared with other machines."""
-    rates = {}
-    for dtype in DTYPES:
-        seconds: dict[int, float] = {}
-        for n in (768, 2048):
-            if n == 768 or seconds[768] < 0.05:  # else seconds for one
-                a = torch.randn(n, n).to(dtype)
-                seconds[n] = min(_times(partial(torch.mm, a, a), 7))
-        rates[str(dtype).removeprefix("torch.")] = max(2 * n**3 / s for n, s in seconds.items())
+class Limit(NamedTuple):
+    """What does nothing but ``work``, operations or bytes read, and how much of it a second."""
+
+    call: Call
+    work: int
+    rate: float
+
+
+def limits() -> dict[str, Limit]:
+    """The fastest that one thread was seen to do: products of square matrices of each dtype, and
+    reading memory in products of a matrix and a vector, which read several rows at once. The
+    matrix has a GiB, more than caches have, so this is main memory, or a cache shared with other
+    machines."""
     data = torch.ones(2**15, 2**13)
-    reads = (
-        partial(torch.mv, data, torch.ones(2**13)),
-        partial(torch.mv, data.t(), torch.ones(2**15)),
-    )
-    read_s = min(min(_times(read, 7)) for read in reads)
-    return {"flop_per_s": rates, "bytes_per_s": data.nbytes / read_s}
+    ways = {
+        READS: [
+            _limit(partial(torch.mv, data, torch.ones(2**13)), data.nbytes),
+            _limit(partial(torch.mv, data.t(), torch.ones(2**15)), data.nbytes),
+        ]
+    }
+    for dtype in DTYPES:
+        found: list[Limit] = []
+        for n in (768, 2048):
+            if not found or found[0].work / found[0].rate < 0.05:  # else seconds for one
+                a = torch.randn(n, n).to(dtype)
+                found.append(_limit(partial(torch.mm, a, a), 2 * n**3))
+        ways[_name(dtype)] = found
+    return {kind: max(found, key=lambda limit: limit.rate) for kind, found in ways.items()}
 
 
-def _best(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    rates = {d: max(rate, other["flop_per_s"][d]) for d, rate in one["flop_per_s"].items()}
-    return {"flop_per_s": rates, "bytes_per_s": max(one["bytes_per_s"], other["bytes_per_s"])}
+def _limit(call: Call, work: int) -> Limit:
+    return Limit(call, work, work / min(_times(call, 7)))
 
 
-def _add_roof(row: dict[str, Any], machine: dict[str, Any]) -> None:
-    """How long the work of a row takes at the limits of the machine."""
-    rate = max(machine["flop_per_s"][d] for d in ("float32", row["dtype"]))
-    for work in row["work"].values():
-        work["roof_s"] = max(work["flop"] / rate, work["bytes"] / machine["bytes_per_s"])
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def switch(layers: int = 48, E: int = 128, B: int = 4, device: str = "cpu") -> float:
@@ -130,12 +136,17 @@ def switch(layers: int = 48, E: int = 128, B: int = 4, device: str = "cpu") -> f
 
 
 def _rows(
-    shape: Shape, dtype: torch.dtype, tokens: tuple[int, ...], repeats: int
+    shape: Shape,
+    dtype: torch.dtype,
+    tokens: tuple[int, ...],
+    repeats: int,
+    most: dict[str, Limit],
 ) -> Iterator[dict[str, Any]]:
     E, K = shape.E, shape.K
     torch.manual_seed(0)
     layer, before = _layer(shape, dtype), _layer(shape._replace(E=K), dtype)
     width_BE = widths_of(shape)
+    products = max(most["float32"], most[_name(dtype)], key=lambda limit: limit.rate)
     for T in tokens:
         x_TH = torch.randn(T, shape.H).to(dtype)
         weight_TK, index_TK = torch.rand(T, E).topk(K)
@@ -146,14 +157,21 @@ def _rows(
         previous = before(routed, width_BE[:, :K].contiguous(), budget_T[:few])
         calls = layer((x_TH, index_TK, weight_TK), width_BE, budget_T)
         at = {name: 0 * budget_T + b for b, name in enumerate(BUDGETS)} | {MIXED[0]: budget_T}
+        # in the same rounds, as a machine whose host is shared is not always as fast
+        calls |= {PRODUCTS: products.call, READS: most[READS].call}
+        seconds = _interleaved(calls, repeats, previous)
+        flop_per_s = products.work / seconds.pop(PRODUCTS)
+        bytes_per_s = most[READS].work / seconds.pop(READS)
+        works = {name: work(index_TK, width_BE[b.long()], shape.H, dtype) for name, b in at.items()}
+        for of in works.values():
+            of["roof_s"] = max(of["flop"] / flop_per_s, of["bytes"] / bytes_per_s)
         yield {
             "shape": shape._asdict(),
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": _name(dtype),
             "T": T,
-            "seconds": _interleaved(calls, repeats, previous),
-            "work": {
-                name: work(index_TK, width_BE[b.long()], shape.H, dtype) for name, b in at.items()
-            },
+            "seconds": seconds,
+            "work": works,
+            "machine": {"flop_per_s": flop_per_s, "bytes_per_s": bytes_per_s},
         }
 
 
@@ -272,12 +290,13 @@ def _interleaved(
 ) -> dict[str, float]:
     """Median of each call, in rounds; what is slow is measured once, the first time. ``previous``
     are called before, by the same names."""
-    first = {name: _times(call, 1, before=previous[name]) for name, call in calls.items()}
+    before = {name: previous.get(name, lambda: None) for name in calls}
+    first = {name: _times(call, 1, before=before[name]) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: t if t[0] > SLOW_S else [] for name, t in first.items()}
     for _ in range(repeats):
         for name, call in calls.items():
             if first[name][0] <= SLOW_S:
-                times[name] += _times(call, 1, before=previous[name])
+                times[name] += _times(call, 1, before=before[name])
     return {name: median(found) for name, found in times.items()}
 
 
