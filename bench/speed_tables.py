@@ -129,7 +129,7 @@ def kernels(name: str = "kernels") -> str:
         reads = sorted(row["machine"]["bytes_per_s"] / 1e9 for row in found["rows"])
         limits = (
             f"medians of the same rounds: {flops[0]:.0f} to {flops[-1]:.0f} GFLOP/s, "
-            f"{reads[0]:.1f} to {reads[-1]:.1f} GB/s; at best {limits}"
+            f"{reads[0]:.1f} to {reads[-1]:.1f} GB/s; the best of a first look: {limits}"
         )
     note = (
         f"Milliseconds, {found['clock']}, medians of interleaved rounds (once where a call takes "
