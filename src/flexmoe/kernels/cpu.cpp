@@ -86,7 +86,7 @@ void activate_channels(const Layer& a, const Group& g, const int32_t* pair, cons
   const int n = g.n, ld = g.padded(), count = c1 - c0;
   const X* token[TOGETHER];
   alignas(64) float part[2 * CHANNELS * TOGETHER];
-  for (int m = 0; m < n; m++) token[m] = x + pair[g.start + m] / a.K * x_row;
+  for (int m = 0; m < n && !g.tiles; m++) token[m] = x + pair[g.start + m] / a.K * x_row;
   // Where tiles write all rows themselves, nothing has to be there before
   const bool fill = !g.tiles || a.up_bias || count < CHANNELS;
   for (int side = 0; side < a.sides && fill; side++) {
@@ -263,8 +263,9 @@ void experts(const Layer& given) {
   for (size_t g = 0; g < groups.size(); g++)
     for (int c = 0; c < groups[g].width; c += CHANNELS) pieces.push_back({int(g), c});
   const int64_t x_row = up_to(a.H, Row<T>::N);
-  Buffer<X>& x = scratch.x;
-  fit(x, a.T * x_row);
+  const bool as_given = Row<T>::PARTS == 1 && a.x_bf16 == (sizeof(X) == 2) && x_row == a.H;
+  fit(scratch.x, as_given ? 0 : a.T * x_row);
+  const X* const x = as_given ? (const X*)a.x : scratch.x.data();
   Activations<T> h(a, groups, scratch);
   Parts<T> parts(a, groups, scratch);
   const int per_thread = up_to((a.H + a.threads - 1) / a.threads, 2 * W);
@@ -275,9 +276,9 @@ void experts(const Layer& given) {
     thread_local Buffer<bf16> paired;
     int is_paired = -1;
 #pragma omp for
-    for (int t = 0; t < a.T; t++) {
+    for (int t = 0; t < (as_given ? 0 : a.T); t++) {
       int64_t bytes = int64_t(t) * a.H * (a.x_bf16 ? 2 : 4);
-      arrange_row<T>((const char*)a.x + bytes, a.x_bf16, &x[t * x_row], a.H);
+      arrange_row<T>((const char*)a.x + bytes, a.x_bf16, &scratch.x[t * x_row], a.H);
     }
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < pieces.size(); i++) {
@@ -286,12 +287,12 @@ void experts(const Layer& given) {
         is_paired = pieces[i].group;
         const bf16* token[TOGETHER];
         for (int m = 0; m < g.n; m++)
-          token[m] = (const bf16*)&x[pair[g.start + m] / a.K * x_row];
+          token[m] = (const bf16*)x + pair[g.start + m] / a.K * x_row;
         fit(paired, g.padded() * x_row);
         pair_tokens(token, g.n, x_row, paired.data());
       }
       int c1 = std::min(g.width, pieces[i].c0 + CHANNELS);
-      activate_channels<T>(a, g, pair.data(), x.data(), x_row, paired.data(), pieces[i].c0, c1, h);
+      activate_channels<T>(a, g, pair.data(), x, x_row, paired.data(), pieces[i].c0, c1, h);
     }
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < parts.all.size(); i++)
