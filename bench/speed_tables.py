@@ -125,15 +125,21 @@ def kernels(name: str = "kernels") -> str:
     rates = ", ".join(f"{n} {r / 1e9:.0f} GFLOP/s" for n, r in machine["flop_per_s"].items())
     limits = f"{rates}, {machine['bytes_per_s'] / 1e9:.1f} GB/s"
     if all("machine" in row for row in found["rows"]):
-        flops = sorted(row["machine"]["flop_per_s"] / 1e9 for row in found["rows"])
         reads = sorted(row["machine"]["bytes_per_s"] / 1e9 for row in found["rows"])
+        flops = {
+            dtype: [
+                row["machine"]["flop_per_s"] / 1e9 for row in found["rows"] if row["dtype"] == dtype
+            ]
+            for dtype in machine["flop_per_s"]
+        }
+        ranges = ", ".join(f"{n} {min(r):.0f} to {max(r):.0f} GFLOP/s" for n, r in flops.items())
         limits = (
-            f"medians of the same rounds: {flops[0]:.0f} to {flops[-1]:.0f} GFLOP/s, "
-            f"{reads[0]:.1f} to {reads[-1]:.1f} GB/s; the best of a first look: {limits}"
+            f"medians of the same rounds: {ranges}, {reads[0]:.1f} to {reads[-1]:.1f} GB/s; "
+            f"the best of a first look: {limits}"
         )
     note = (
-        f"Milliseconds, {found['clock']}, medians of interleaved rounds (once where a call takes "
-        "longer than 2 s). 50 %: widths of 10 to 90 % of all channels, mean 50 %; "
+        f"Milliseconds, {found['clock']}, medians of {found.get('rounds', 'interleaved rounds')} "
+        "(once where a call takes longer than 2 s). 50 %: widths of 10 to 90 % of all channels, mean 50 %; "
         + ("80, 60 and 40 %: as far around their mean as fits; " if more else "")
         + "x roofline: over what the best measured arithmetic (products of square matrices) or "
         "reads of memory (of a GiB, in products of a matrix and a vector) take for the work left "
