@@ -139,7 +139,8 @@ def kernels(name: str = "kernels") -> str:
         )
     note = (
         f"Milliseconds, {found['clock']}, medians of {found.get('rounds', 'interleaved rounds')} "
-        "(once where a call takes longer than 2 s). 50 %: widths of 10 to 90 % of all channels, mean 50 %; "
+        "(once where a call takes longer than 2 s). 50 %: widths of 10 to 90 % of all channels, "
+        "mean 50 %; "
         + ("80, 60 and 40 %: as far around their mean as fits; " if more else "")
         + "x roofline: over what the best measured arithmetic (products of square matrices) or "
         "reads of memory (of a GiB, in products of a matrix and a vector) take for the work left "

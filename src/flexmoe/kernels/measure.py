@@ -4,9 +4,9 @@ CPU time of one thread, so that other work on the machine disturbs little. Befor
 are emptied and the same is computed with the weights of another layer. In a model one layer follows
 another too: its weights are out of the caches, its code is as near as the layer before left it.
 
-What counts is the half of the rounds in which the machine was fastest at products of matrices, which
-are none of those compared: other machines on the same host slow it down for seconds or minutes, some
-of what is compared more than the rest.
+What counts is the half of the rounds in which the machine was fastest at products of matrices,
+which are none of those compared: other machines on the same host slow it down for seconds or
+minutes, some of what is compared more than the rest.
 """
 
 from __future__ import annotations
