@@ -211,9 +211,9 @@ void arrange_row(const void* from, bool from_bf16, typename Row<T>::X* to, int H
 
 // --- Activations -----------------------------------------------------------------------------
 
-// exp within 2 ulp between -87 and 88, and those ends beyond: a form compilers make vectors of
+// exp within 2 ulp between -87 and 87, and those ends beyond: a form compilers make vectors of
 inline float exp_(float x) {
-  x = std::min(std::max(x, -87.f), 88.f);
+  x = std::min(std::max(x, -87.f), 87.f);
   float n = x * 1.44269504f + 12582912.f;  // adding 1.5 * 2**23 rounds to an integer
   int32_t bits;
   std::memcpy(&bits, &n, 4);
@@ -232,13 +232,27 @@ inline float exp_(float x) {
   return p * power;
 }
 
+// 1 / x within 1e-7 for 1 <= x <= 1e38: a guess, at most an eighth off, and three of Newton's steps.
+// Vectors take less time for that than for a division
+inline float reciprocal(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = 0x7ef311c7 - bits;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  y *= 2.f - x * y;
+  y *= 2.f - x * y;
+  return y * (2.f - x * y);
+}
+
 enum Activation { SILU, GELU, GELU_TANH, RELU2 };  // activations.py
 
 inline float activated(Activation kind, float v) {
   switch (kind) {
-    case SILU: return v / (1.f + exp_(-v));
+    case SILU: return v * reciprocal(1.f + exp_(-v));
     case GELU: return 0.5f * v * (1.f + std::erf(v * 0.70710678f));
-    case GELU_TANH: return v / (1.f + exp_(-1.59576912f * (v + 0.044715f * v * v * v)));
+    case GELU_TANH:
+      return v * reciprocal(1.f + exp_(-1.59576912f * (v + 0.044715f * v * v * v)));
     case RELU2: return v < 0.f ? 0.f : v * v;  // NaN stays
   }
   return v;
