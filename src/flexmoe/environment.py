@@ -28,4 +28,5 @@ def hardware(device: torch.device) -> str:
     lines = found.read_text().splitlines() if found.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{torch.get_num_threads()} threads of {name}"
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'' if threads == 1 else 's'} of {name}"
