@@ -38,3 +38,18 @@ def test_bench_measures_what_it_says_and_refuses_before(tmp_path):
         assert isinstance(
             CliRunner().invoke(app, f"bench kernels {wrong}".split()).exception, FlexmoeError
         )
+
+
+def test_rounds_in_which_the_machine_was_slow_do_not_count(monkeypatch):
+    rounds = iter([1, 9, 1, 1, 1, 9])  # the first is a look, how fast the machine is in the others
+
+    def products():
+        nonlocal now
+        now = next(rounds)
+        return 0.1
+
+    now = 1
+    monkeypatch.setattr(measure, "_times", lambda call, repeats, before: [call() * now])
+    calls = {measure.PRODUCTS: products, "quick": lambda: 0.2, "slow": lambda: 3.0}
+    found = measure._interleaved(calls, 5, {})
+    assert found == {measure.PRODUCTS: 0.1, "quick": 0.2, "slow": 3.0}

@@ -89,9 +89,9 @@ void activate_channels(const Layer& a, const Group& g, const int32_t* pair, cons
   for (int m = 0; m < n && !g.tiles; m++) token[m] = x + pair[g.start + m] / a.K * x_row;
   // Where tiles write all rows themselves, nothing has to be there before
   const bool fill = !g.tiles || a.up_bias || count < TILE;
-  for (int side = 0; side < a.sides && fill; side++) {
+  for (int side = 0; side < a.sides; side++) {
     const T* bias = a.of<T>(a.up_bias, a.bias_by, g.expert) + side * a.bias_by.within;
-    for (int c = 0; c < CHANNELS; c++) {
+    for (int c = fill ? 0 : count; c < CHANNELS; c++) {
       bool biased = a.up_bias && c < count;
       float value = biased ? widen(bias[(c0 + c) * a.bias_by.channel]) : 0.f;
       std::fill_n(part + (side * CHANNELS + c) * ld, ld, value);
@@ -106,10 +106,8 @@ void activate_channels(const Layer& a, const Group& g, const int32_t* pair, cons
   for (int i = 0; g.tiles && i < count; i += TILE)
     for (int s = 0; s < a.sides; s++) {
       const int c = fill ? i : std::min(i, count - TILE);  // some rows twice, not a copy of the last
-      float* to = part + s * CHANNELS * ld;
-      if (!fill) std::fill_n(to + count * ld, (CHANNELS - count) * ld, 0.f);
       tile_products((const bf16*)rows + c * stride + s * side, stride, std::min(TILE, count - c),
-                    paired, n, a.H, fill, to + c * ld);
+                    paired, n, a.H, fill, part + (s * CHANNELS + c) * ld);
     }
   const float* up = a.sides == 2 ? part + CHANNELS * ld : nullptr;
   if (!h.by_token(a, g))
